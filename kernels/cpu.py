@@ -1,0 +1,64 @@
+"""The CPU path: the definitions, compiled where that pays, walked run by run by one single-threaded worker per core.
+
+Seen on 2 cores at p=59: 2.6 ms a run-step on one core compiled, 9 ms eagerly; two workers take twice the runs in the same time, which
+two threads inside one operation do not. A run of 1 MB stays in the cache for a whole interval.
+"""
+import functools
+import shutil
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .step import evaluate_ref, train_step_ref
+
+# cpp_wrapper: one C++ call a step, which also releases the interpreter lock; threshold: keep gelu' instead of evaluating erf twice.
+COMPILE_OPTIONS = {"cpp_wrapper": True, "realize_opcount_threshold": 8, "cpp.threads": 1}
+COMPILE_SECONDS = 45          # about what compiling the step and the evaluation of one shape costs on an empty cache
+EAGER_LOSS_PER_FLOP = 4.3e-11  # seconds: (9.0 - 2.6) ms over the 149 MFLOP of a step at p=59
+
+
+def has_compiler() -> bool:
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
+def compiling_pays(layout: Layout, n_train: int, steps: int) -> bool:
+    """True if `steps` steps of ONE run already repay compilation: independent of which runs share the ensemble, so bits are too."""
+    flops = 6 * n_train * layout.H * layout.p + 12 * layout.p * layout.d * layout.H
+    return flops * steps * EAGER_LOSS_PER_FLOP > COMPILE_SECONDS / 4
+
+
+class CpuKernels:
+    """`step` and `evaluate` for runs of one shape, after one warm-up call each so that nothing compiles inside a worker."""
+
+    def __init__(self, layout: Layout, n_train: int, loss: str, dtype: torch.dtype, compiled: bool):
+        self.step = functools.partial(train_step_ref, layout=layout, loss=loss)
+        self.evaluate = functools.partial(evaluate_ref, layout=layout, loss=loss)
+        if compiled:
+            torch._dynamo.config.recompile_limit = 256   # one entry a shape: a sweep over p has more than the default 8
+            wrap = functools.partial(torch.compile, dynamic=False, fullgraph=True, options=COMPILE_OPTIONS)
+            self.step, self.evaluate = wrap(self.step), wrap(self.evaluate)
+            rows = [torch.zeros(layout.n_params, dtype=dtype) for _ in range(3)]
+            a, b = torch.zeros(2, n_train, dtype=torch.int64)
+            with single_thread(), torch.no_grad():
+                self.step(*rows, a, b, torch.ones(8, dtype=dtype))
+                self.evaluate(rows[0], torch.ones(layout.p**2, dtype=dtype), a, b, torch.ones((), dtype=dtype))
+
+
+class single_thread:
+    """Operations of this thread use one core inside the block; the thread count found at entry comes back at exit."""
+
+    def __enter__(self) -> None:
+        self.found = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.found)
+
+
+def advance(kernels: CpuKernels, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, train: Tensor,
+            scalars: Tensor) -> list[float]:
+    """`k` steps in place on one run's rows `(n_params,)`, then its metrics. `scalars (k, 8)`, `a, b (n,)`, `train (p*p,)`."""
+    for row in scalars:
+        kernels.step(params, moment1, moment2, a, b, row)
+    return kernels.evaluate(params, train, a, b, scalars[-1, 0]).tolist()
