@@ -1,0 +1,383 @@
+"""The laboratory bench: the task, a run's starting state, and the trainer of an ensemble of runs.
+
+Every experiment describes its runs as `Cell`s and hands them to `train`. Everything random comes from CPU generators, so a run
+starts from the same bits on every device. Source: arXiv 2606.13753 and 2606.18465, methods sections.
+"""
+import dataclasses
+import heapq
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import cpu
+from kernels.adamw import BETA1, BETA2
+from kernels.layout import Layout, mlp_layout
+from kernels.step import METRICS
+
+EVAL_EVERY = 25        # steps between evaluations: the resolution of every T_mem and T_grok
+LOG_EVERY = 200        # steps between rows of trajectories.csv
+T_MEM_ACCURACY = 0.99  # train accuracy that counts as memorised
+T_GROK_ACCURACY = 0.90  # test accuracy that counts as grokked; 0.80 and 0.95 are kept beside it
+CROSSINGS = (("train_accuracy", 0.99), ("test_accuracy", 0.80), ("test_accuracy", T_GROK_ACCURACY), ("test_accuracy", 0.95))
+MEM, CROSS_80, GROK, CROSS_95 = range(4)
+CLAMP_START = {"ce": 500, "mse": 50}   # step at which the papers engage the clamp
+FOURIER = ("fourier_top5", "fourier_gini")
+CELL_COLUMNS = ("model", "loss", "p", "train_frac", "block", "seed0", "arm", "rho", "tau", "gamma", "lr", "weight_decay",
+                "clamp_start", "clamp_stop", "w_c", "budget_steps")
+AT_GROK = ("norm", "logit_scale", "norm_E", "norm_W1", "norm_W2", "saturated", "collapse32", "collapse64")
+
+
+class UsageError(Exception):
+    """Bad input: its message says in one line what is wrong and what would be right."""
+
+
+# ---------------------------------------------------------------- task and start
+
+def n_train(p: int, train_frac: float) -> int:
+    return int(train_frac * p * p)
+
+
+def split(p: int, train_frac: float, member: int, seed0: int) -> Tensor:
+    """Sorted indices `(n,)` of a member's training pairs; pair `i` is `(i // p, i % p)`."""
+    generator = torch.Generator().manual_seed(1000 + seed0 + member)
+    return torch.randperm(p * p, generator=generator)[: n_train(p, train_frac)].sort().values
+
+
+def initial_rows(layout: Layout, block: int, seed0: int, members: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Starting parameters `(len(members), n_params)`: the whole block is drawn from one generator, then members are picked."""
+    generator = torch.Generator().manual_seed(seed0)
+    p, d, H = layout.p, layout.d, layout.H
+    E, W1, W2 = (torch.randn(block, rows, columns, generator=generator)[list(members)] / math.sqrt(fan_in)
+                 for rows, columns, fan_in in ((p, d, d), (2 * d, H, 2 * d), (H, p, H)))
+    rows = torch.zeros(len(members), layout.n_params, dtype=dtype)
+    for row, *drawn in zip(rows, E, W1, W2, strict=True):
+        views = layout.views(row)
+        views[0].copy_(drawn[0])
+        views[1].copy_(drawn[1])
+        views[2][:, :p].copy_(drawn[2])
+    return rows
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All chosen members of one block under one condition. `held (members, 4)`: targets of total, E, W1, W2 norm; 0 = not held."""
+    name: str
+    p: int
+    members: tuple[int, ...]
+    block: int
+    budget_steps: int
+    arm: str = "free"                 # free, clamp, rescale, alloc, same, raised, lowered
+    loss: str = "ce"
+    model: str = "mlp"
+    seed0: int = 0
+    train_frac: float = 0.40
+    rho: float | None = None          # held norm over W_c
+    tau: float = 1.0                  # divides the logits
+    gamma: float | None = None        # allocation between E and W2
+    lr: float = 1e-3
+    weight_decay: float = 1.0
+    clamp_start: int = 500            # first step after which the norm is projected
+    clamp_stop: int | None = None     # first step after which it no longer is
+    w_c: float | None = None          # critical norm that rho refers to
+    held: tuple[tuple[float, float, float, float], ...] = ()
+    expected_steps: int = 0           # to grok, for the estimate of time only; 0 = budget
+    after_grok: int = 0               # steps to train on after the last member has grokked
+
+    def ensemble_key(self) -> tuple:
+        return self.p, self.model, self.loss, n_train(self.p, self.train_frac)
+
+
+@dataclass
+class State:
+    """Rows `(R, n_params)` of parameters and both moments after `step` steps. Copying it is forking."""
+    params: Tensor
+    moment1: Tensor
+    moment2: Tensor
+    step: int
+
+    def pick(self, rows: list[int]) -> "State":
+        return State(self.params[rows].clone(), self.moment1[rows].clone(), self.moment2[rows].clone(), self.step)
+
+
+@dataclass
+class Result:
+    """What training left: one dict per run (columns of runs.csv), log rows, final state, run-steps executed and needed."""
+    runs: list[dict] = field(default_factory=list)
+    trajectories: list[dict] = field(default_factory=list)
+    state: State | None = None
+    executed: int = 0
+    needed: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Result") -> "Result":
+        return Result(self.runs + other.runs, self.trajectories + other.trajectories, None, self.executed + other.executed,
+                      self.needed + other.needed, self.seconds + other.seconds)
+
+
+# ---------------------------------------------------------------- the ensemble
+
+def fourier_structure(E: Tensor) -> tuple[float, float]:
+    """Of the power spectrum of `E (p, d)` over its p inputs: share of the five strongest non-DC frequencies, and Gini coefficient."""
+    power = torch.fft.rfft(E.double(), dim=0)[1:].abs().square().sum(1).sort().values
+    if not bool(torch.isfinite(power).all()) or float(power.sum()) == 0 or len(power) == 0:
+        return math.nan, math.nan
+    m = len(power)
+    rank = torch.arange(1, m + 1, dtype=torch.float64)
+    gini = float(((2 * rank - m - 1) * power).sum() / (m * power.sum()))
+    return float(power[-5:].sum() / power.sum()), gini
+
+
+class Ensemble:
+    """Runs of equal shape trained together; each stops with its cell, when the cell's last member has grokked or its budget ends.
+
+    Hyperparameters are vectors over runs. On a CPU each worker advances the run that is furthest behind by one interval, so runs
+    need no barrier; a run's own bits never depend on the others. On CUDA all runs advance in lockstep.
+    """
+    PROGRESS = ("step", "crossed", "at_grok", "norm_at_mem", "below_after_grok", "diverged", "retire")   # arrays that change while training
+
+    def __init__(self, cells: list[Cell], device: str, backend: str, dtype: torch.dtype, arithmetic: str, start: State | None = None):
+        self.cells, first = cells, cells[0]
+        self.layout = mlp_layout(first.p, dtype=dtype)
+        self.n = n_train(first.p, first.train_frac)
+        self.dtype, self.loss = dtype, first.loss
+        runs = [(c, m) for c, cell in enumerate(cells) for m in cell.members]
+        self.cell_of = np.array([c for c, _ in runs])
+        self.member = np.array([m for _, m in runs])
+        over_runs = lambda name: np.array([getattr(cells[c], name) for c in self.cell_of])  # noqa: E731
+        self.lr, self.weight_decay, self.tau = over_runs("lr"), over_runs("weight_decay"), over_runs("tau")
+        self.clamp_start = over_runs("clamp_start")
+        self.clamp_stop = np.array([cells[c].clamp_stop or 2**62 for c in self.cell_of])
+        self.held = np.array([h for cell in cells for h in (cell.held or ((0, 0, 0, 0),) * len(cell.members))], dtype=float)
+        self.start = start.step if start else 0
+        # evaluations, and so every decision, fall on multiples of EVAL_EVERY
+        self.end = over_runs("budget_steps") // EVAL_EVERY * EVAL_EVERY
+        indices = torch.stack([split(first.p, first.train_frac, m, cells[c].seed0) for c, m in runs])   # (R, n)
+        self.a, self.b = indices // first.p, indices % first.p
+        self.train_mask = torch.zeros(len(runs), first.p**2, dtype=dtype).scatter_(1, indices, 1)
+        if start:
+            self.state = start
+        else:
+            drawn: dict[tuple, Tensor] = {}
+            for c in cells:
+                if (c.block, c.seed0, c.members) not in drawn:
+                    drawn[c.block, c.seed0, c.members] = initial_rows(self.layout, c.block, c.seed0, c.members, dtype)
+            params = torch.cat([drawn[c.block, c.seed0, c.members] for c in cells])
+            self.state = State(params, torch.zeros_like(params), torch.zeros_like(params), 0)
+        R = len(runs)
+        self.step = np.full(R, self.start)
+        self.crossed = np.full((R, len(CROSSINGS)), -1)                  # first step of each crossing, -1 = not yet
+        self.at_grok = np.full((R, len(METRICS)), np.nan)
+        self.norm_at_mem = np.full(R, np.nan)
+        self.below_after_grok = np.zeros(R, dtype=int)                   # evaluations under 0.90 after T_grok
+        self.diverged = np.full(R, -1)                                   # step at which loss or norm was found not finite
+        self.retire = self.end.copy()                                    # step at which the run's cell leaves
+        self.log: list[tuple[int, int, list[float]]] = []                # (run, step, metrics and Fourier structure)
+        self.executed = 0
+        steps = int((self.end - self.start).max())
+        if device == "cuda":
+            self.backend, self.kernels, self.arithmetic, self.on_device = "triton", None, arithmetic, np.arange(R)
+        else:
+            compiled = backend == "compiled" or (backend == "auto" and cpu.has_compiler() and cpu.compiling_pays(self.layout, self.n, steps))
+            self.backend = "compiled" if compiled else "eager"
+            self.kernels = cpu.CpuKernels(self.layout, self.n, self.loss, dtype, compiled)
+
+    # -- one interval
+
+    def next_stop(self, step: int) -> int:
+        """Next step at which to evaluate: the first one, then multiples of EVAL_EVERY."""
+        return step + 1 if step == self.start else (step // EVAL_EVERY + 1) * EVAL_EVERY
+
+    def scalars(self, runs: np.ndarray, first: int, last: int) -> Tensor:
+        """Per-run, per-step scalars `(R, k, 8)` of steps `first..last`, as `kernels.adamw.SCALARS` names them, float64."""
+        t = np.arange(first, last + 1)                                   # (k,)
+        out = np.empty((len(runs), len(t), 8))
+        lr, decay = self.lr[runs, None], self.lr[runs, None] * self.weight_decay[runs, None]
+        out[:, :, 0] = self.tau[runs, None]
+        out[:, :, 1] = 1 - decay
+        out[:, :, 2] = lr / (1 - BETA1**t)
+        out[:, :, 3] = np.sqrt(1 - BETA2**t)
+        inside = (t >= self.clamp_start[runs, None]) & (t < self.clamp_stop[runs, None])
+        out[:, :, 4:] = inside[:, :, None] * self.held[runs, None, :]
+        return torch.from_numpy(out)
+
+    def record(self, runs: np.ndarray, step: int, metrics: np.ndarray) -> None:
+        """Take in the evaluation `metrics (len(runs), 15)` at `step`; retire the cells that it completes."""
+        self.step[runs] = step
+        broken = ~np.isfinite(metrics[:, [METRICS.index("train_loss"), METRICS.index("norm")]]).all(1)
+        self.diverged[runs[broken & (self.diverged[runs] < 0)]] = step
+        if step % EVAL_EVERY == 0:
+            for column, (name, threshold) in enumerate(CROSSINGS):
+                new = (metrics[:, METRICS.index(name)] >= threshold) & (self.crossed[runs, column] < 0)
+                self.crossed[runs[new], column] = step
+                if column == GROK:
+                    self.at_grok[runs[new]] = metrics[new]
+                elif column == MEM:
+                    self.norm_at_mem[runs[new]] = metrics[new, METRICS.index("norm")]
+            after = (self.crossed[runs, GROK] >= 0) & (metrics[:, METRICS.index("test_accuracy")] < T_GROK_ACCURACY)
+            self.below_after_grok[runs] += after
+        for c in np.unique(self.cell_of[runs]):
+            mine = self.cell_of == c
+            done = np.where(self.crossed[mine, GROK] >= 0, self.crossed[mine, GROK], self.diverged[mine])
+            if (done >= 0).all():
+                self.retire[mine] = np.minimum(done.max() + self.cells[c].after_grok, self.end[mine])
+        if step % LOG_EVERY == 0 or step == self.start + 1:
+            for run, values in zip(runs, metrics.tolist(), strict=True):
+                self.log.append((int(run), step, [*values, *fourier_structure(self.layout.views(self.state.params[run])[0])]))
+
+    def live(self) -> np.ndarray:
+        return np.flatnonzero((self.step < self.retire) & (self.diverged < 0))
+
+    # -- all of it
+
+    def train(self, tick: Callable[["Ensemble"], None], save: Callable[[dict], None] | None = None, save_every: float = 180) -> None:
+        """Train until every cell has retired. `tick` is called a few times a second from the main thread; `save` gets a snapshot
+        every `save_every` seconds, and one more if an exception (Ctrl-C among them) ends training early."""
+        advance = self._train_lockstep if self.backend == "triton" else self._train_workers
+        try:
+            while len(self.live()):
+                advance(tick, time.monotonic() + save_every)
+                if save and len(self.live()):
+                    save(self.snapshot())
+        except (KeyboardInterrupt, SystemExit):                          # workers have finished their intervals
+            if save and self.step.max() > self.start:
+                save(self.snapshot())
+            raise
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """All that is needed to continue to the same bits, as tensors."""
+        arrays = {name: torch.from_numpy(getattr(self, name)) for name in self.PROGRESS}
+        log = torch.tensor([[run, step, *values] for run, step, values in self.log], dtype=torch.float64)
+        return {"params": self.state.params, "moment1": self.state.moment1, "moment2": self.state.moment2, **arrays, "log": log,
+                "executed": torch.tensor(self.executed)}
+
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
+        """Continue from `snapshot`. Raises UsageError if it is not of this ensemble."""
+        mine = self.snapshot()
+        if set(snapshot) != set(mine) or any(snapshot[k].shape != mine[k].shape or snapshot[k].dtype != mine[k].dtype
+                                             for k in mine if k not in ("log",)):
+            raise UsageError("checkpoint holds another ensemble; remove it or choose another --out")
+        for name in self.PROGRESS:
+            setattr(self, name, snapshot[name].numpy().copy())
+        self.state = State(snapshot["params"], snapshot["moment1"], snapshot["moment2"], self.start)
+        self.log = [(int(run), int(step), values) for run, step, *values in snapshot["log"].tolist()]
+        self.executed = int(snapshot["executed"])
+
+    def _train_workers(self, tick: Callable[["Ensemble"], None], deadline: float) -> None:
+        ready = threading.Condition()
+        idle = [(int(self.step[r]), int(r)) for r in self.live()]
+        heapq.heapify(idle)
+        busy, stop, failures = 0, False, []
+
+        def work() -> None:
+            nonlocal busy
+            torch.set_num_threads(1)
+            while True:
+                with ready:
+                    while not idle and busy and not stop:
+                        ready.wait()
+                    if stop or not idle:
+                        return
+                    step, run = heapq.heappop(idle)
+                    if step >= self.retire[run]:
+                        continue
+                    busy += 1
+                try:
+                    until = self.next_stop(step)
+                    rows = (t[run] for t in (self.state.params, self.state.moment1, self.state.moment2, self.a, self.b, self.train_mask))
+                    scalars = self.scalars(np.array([run]), step + 1, until)[0].to(self.dtype)
+                    with torch.no_grad():
+                        metrics = cpu.advance(self.kernels, *rows, scalars)
+                    with ready:
+                        self.executed += until - step
+                        self.record(np.array([run]), until, np.array([metrics]))
+                        if until < self.retire[run] and self.diverged[run] < 0:
+                            heapq.heappush(idle, (until, run))
+                except BaseException as error:  # noqa: BLE001 - reported by the main thread
+                    failures.append(error)
+                    return
+                finally:
+                    with ready:
+                        busy -= 1
+                        ready.notify_all()
+
+        found = torch.get_num_threads()
+        workers = [threading.Thread(target=work, daemon=True) for _ in range(min(found, max(len(idle), 1)))]
+        try:
+            for worker in workers:
+                worker.start()
+            while any(worker.is_alive() for worker in workers) and not failures and time.monotonic() < deadline:
+                workers[0].join(0.25) if workers[0].is_alive() else time.sleep(0.05)
+                tick(self)
+        finally:
+            with ready:
+                stop = True
+                ready.notify_all()
+            for worker in workers:
+                worker.join()
+            torch.set_num_threads(found)
+        if failures:
+            raise failures[0]
+
+    def _train_lockstep(self, tick: Callable[["Ensemble"], None], deadline: float) -> None:
+        if self.kernels is None:                                         # after `restore`, so that the device gets what it brought
+            from kernels.cuda import CudaKernels
+            self.on_device = self.live()
+            rows = [t[self.on_device].to("cuda") for t in (self.state.params, self.state.moment1, self.state.moment2, self.a, self.b,
+                                                           self.train_mask)]
+            self.kernels = CudaKernels(self.layout, self.loss, self.dtype, self.arithmetic, *rows)
+        while len(live := self.live()) and time.monotonic() < deadline:
+            if len(live) <= len(self.on_device) * 7 / 8:                 # an eighth has retired: compact, capture anew
+                self._fetch()
+                self.kernels.keep(np.flatnonzero(np.isin(self.on_device, live)))
+                self.on_device = live
+            step = int(self.step[live[0]])
+            until = self.next_stop(step)
+            metrics = self.kernels.interval(self.scalars(self.on_device, step + 1, until)).numpy()
+            self.executed += len(self.on_device) * (until - step)
+            if until % LOG_EVERY == 0 or step == self.start:
+                self.state.params[self.on_device] = self.kernels.params.cpu()   # for the Fourier structure of E
+            training = np.isin(self.on_device, live)
+            self.record(live, until, metrics[training])
+            tick(self)
+        self._fetch()
+
+    def _fetch(self) -> None:
+        """Copy the device's rows into `state`."""
+        for name in ("params", "moment1", "moment2"):
+            getattr(self.state, name)[self.on_device] = getattr(self.kernels, name).cpu()
+
+    def result(self) -> Result:
+        """Rows for runs.csv and trajectories.csv. What a run did past its cell's retirement is dropped."""
+        out = Result(executed=self.executed, state=dataclasses.replace(self.state, step=int(self.step.max())))
+        for r, (c, member) in enumerate(zip(self.cell_of, self.member, strict=True)):
+            cell, last = self.cells[c], int(self.retire[r])
+            within = lambda step: int(step) if 0 <= step <= last else None  # noqa: B023, E731
+            t_mem, t_80, t_grok, t_95 = (within(step) for step in self.crossed[r])
+            diverged = within(self.diverged[r])
+            steps = int(min(self.step[r], last))
+            out.needed += steps - self.start
+            at_grok = dict(zip(METRICS, self.at_grok[r].tolist(), strict=True)) if t_grok is not None else {}
+            held = [h or None for h in self.held[r].tolist()]
+            out.runs.append({
+                **{name: getattr(cell, name) for name in CELL_COLUMNS}, "cell": cell.name, "member": int(member), "n_train": self.n,
+                **dict(zip(("held_norm", "held_E", "held_W1", "held_W2"), held, strict=True)),
+                "t_mem_step": t_mem, "t_80_step": t_80, "t_grok_step": t_grok, "t_95_step": t_95,
+                "censored": int(t_grok is None), "diverged": int(diverged is not None), "steps_run": steps,
+                "norm_at_mem": float(self.norm_at_mem[r]) if t_mem is not None else None,
+                **{f"{name}_at_grok": at_grok.get(name) for name in AT_GROK},
+                "evals_below_after_grok": int(self.below_after_grok[r]) if t_grok is not None and cell.after_grok else None,
+            })
+            if not any(held):
+                out.runs[-1].update(clamp_start=None, clamp_stop=None)
+        names = (*METRICS, *FOURIER)
+        for r, step, values in sorted(self.log, key=lambda row: row[:2]):
+            if step <= self.retire[r]:
+                out.trajectories.append({"cell": self.cells[self.cell_of[r]].name, "member": int(self.member[r]), "step": step,
+                                         **dict(zip(names, values, strict=True))})
+        return out

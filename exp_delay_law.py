@@ -1,0 +1,533 @@
+"""The weight norm sets the grokking timescale: paper A (arXiv 2606.13753), the MLP.
+
+Claims (section of the paper)
+  sec 4  free networks grok at a critical norm W_c that varies by 1-2% over seeds and learning rates and grows as p^0.38
+  sec 5  held at rho W_c, T_grok grows as exp(alpha rho), alpha = 7.64; the norm moves it about 19x, the learning rate about 2x
+  sec 5  rescaling the norm once does nothing of the kind: max/min 1.2 against 7.3 for the sustained clamp
+  sec 6  one exponent for all moduli, alpha = 7.49; above rho 1.25 the delay saturates
+  abstract  without a clamp the delay has a logarithmic counterpart, ln(V_mem / V_grok)
+
+Verdicts: `stats.claim`. A run that does not grok within its budget is censored there and counts as later; none is dropped.
+W_c is the median, over the members that grok, of the norm at their own T_grok in the free control of the same p and block at the first of --lrs.
+
+    python exp_delay_law.py                    laptop preset: control and four doses at p=59, 3 members, minutes on 2 cores
+    python exp_delay_law.py --preset paper     all tables of the paper; meant for a GPU
+    python exp_delay_law.py --parts dense --rhos 0.9 1.1 --members 0 1 2 --out results/mine
+"""
+import math
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+import lab  # noqa: E402
+import stats  # noqa: E402
+from common import CLAMP_START, Cell, Result  # noqa: E402
+
+PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")
+
+
+@dataclass(frozen=True)
+class Config(lab.Config):
+    rhos: tuple[float, ...] = lab.option((), "held norms over W_c; default: each part's own", float)
+    lrs: tuple[float, ...] = lab.option((1e-3, 2e-3, 4e-3, 8e-3), "learning rates of the matrix; the first is everybody else's")
+    train_fracs: tuple[float, ...] = lab.option((), "train fractions of the concentration part; default .30 .35 .40 .50 .65", float)
+    weight_decays: tuple[float, ...] = lab.option((), "weight decays of the concentration part; default .3 1 3", float)
+    moduli_seeds: int = lab.option(12, "block size of the moduli part")
+    free_seeds: int = lab.option(20, "block size of the concentration part")
+
+
+PRESETS = {
+    "smoke": {"parts": ("dense",), "rhos": (0.85, 1.0), "lrs": (8e-3,), "members": (0, 1)},
+    "laptop": {"parts": ("dense",), "rhos": (0.85, 0.95, 1.05, 1.15), "members": (0, 1, 2)},
+    "paper": {"parts": PARTS},
+}
+DENSE_RHOS = (0.85, 0.90, 0.95, 1.00, 1.05, 1.10, 1.15, 1.20, 1.25, 1.30)
+PAPER_LR = 1e-3             # published numbers are answered only by runs whose first learning rate is the paper's
+FIT_DENSE = (0.85, 1.25)    # range of rho of A.alpha.dense
+FIT_MODULI = (0.85, 1.15)   # range of rho of A.alpha.pNN
+
+
+# ---------------------------------------------------------------- cells
+
+def expected(p: int, rho: float = 1.04, lr: float = 1e-3) -> int:
+    """Steps to grok by the papers' own law: for budgets and for the estimate of time, never for a result."""
+    return int(4050 * (59 / p) ** 2.3 * math.exp(7.5 * (min(rho, 1.25) - 1)) * (1e-3 / lr) ** 0.4)
+
+
+def common_fields(config: Config, p: int, block: int, lr: float, weight_decay: float = 1.0, train_frac: float = 0.40) -> dict:
+    members = tuple(m for m in config.members if m < block) or tuple(range(block))
+    return dict(p=p, block=block, members=members, model=config.model, seed0=config.seed0, lr=lr, weight_decay=weight_decay,
+                train_frac=train_frac, after_grok=config.after_grok)
+
+
+def name(arm: str, p: int, block: int, lr: float, base_lr: float, rho: float | None = None, wd: float = 1.0, frac: float = 0.40) -> str:
+    parts = [arm, f"p{p}", f"b{block}"]
+    parts += [f"rho{rho:.2f}"] if rho is not None else []
+    parts += [f"lr{lr:g}"] if lr != base_lr else []
+    parts += [f"wd{wd:g}"] if wd != 1 else []
+    parts += [f"frac{frac:g}"] if frac != 0.40 else []
+    return "_".join(parts)
+
+
+def free(config: Config, p: int, block: int, lr: float | None = None, wd: float = 1.0, frac: float = 0.40) -> Cell:
+    lr = lr or config.lrs[0]
+    return Cell(name("free", p, block, lr, config.lrs[0], None, wd, frac), budget_steps=60_000 if p >= 59 else 120_000,
+                expected_steps=int(1.3 * expected(p, 1, lr) / wd), **common_fields(config, p, block, lr, wd, frac))
+
+
+def clamp(config: Config, p: int, block: int, rho: float, w_c: float, budget: int, lr: float | None = None, arm: str = "clamp") -> Cell:
+    lr, start = lr or config.lrs[0], CLAMP_START["ce"]
+    fields = common_fields(config, p, block, lr)
+    return Cell(name(arm, p, block, lr, config.lrs[0], rho), budget_steps=budget, arm=arm, rho=rho, w_c=w_c, clamp_start=start,
+                clamp_stop=start + 1 if arm == "rescale" else None, held=((rho * w_c, 0.0, 0.0, 0.0),) * len(fields["members"]),
+                expected_steps=expected(p, rho if arm == "clamp" else 1.0, lr), **fields)
+
+
+def dense_budget(rho: float) -> int:
+    """8000 steps at rho 0.85, 66000 from 1.25 on."""
+    return int(np.clip(8000 * math.exp(7.5 * (rho - 0.85)), 8000, 66_000)) // 1000 * 1000
+
+
+def control_cells(config: Config) -> list[Cell]:
+    cells = []
+    if {"dense", "matrix", "oneshot"} & set(config.parts):
+        cells += [free(config, p, config.seeds) for p in config.p]
+    if "matrix" in config.parts:
+        cells += [free(config, p, config.seeds, lr) for p in config.p for lr in config.lrs[1:]]
+    if "moduli" in config.parts:
+        cells += [free(config, p, config.moduli_seeds) for p in moduli(config)]
+    if "concentration" in config.parts:
+        block, p0 = config.free_seeds, config.p[0]
+        cells += [free(config, p, block) for p in (config.p if config.p != (59,) else (29, 41, 59, 79, 97))]
+        cells += [free(config, p0, block, frac=frac) for frac in config.train_fracs or (0.30, 0.35, 0.40, 0.50, 0.65)]
+        cells += [free(config, p0, block, wd=wd, frac=0.50) for wd in config.weight_decays or (0.3, 1.0, 3.0)]
+        cells += [free(config, p0, block, lr=lr, wd=3.0, frac=0.50) for lr in (3e-4, 1e-3, 3e-3)]
+    return unique(cells)
+
+
+def moduli(config: Config) -> tuple[int, ...]:
+    return config.p if config.p != (59,) else (31, 41, 53, 59, 71)
+
+
+def clamp_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
+    """Cells at rho W_c for every part; a part whose control has no W_c is left out (said by `run`)."""
+    cells = []
+    for p in config.p:
+        if (wc := w_c.get(name("free", p, config.seeds, 0, 0))) is not None:
+            if "dense" in config.parts:
+                cells += [clamp(config, p, config.seeds, rho, wc, dense_budget(rho)) for rho in config.rhos or DENSE_RHOS]
+            if "matrix" in config.parts:
+                cells += [clamp(config, p, config.seeds, rho, wc, 30_000 if rho < 1.30 else 160_000, lr)
+                          for rho in config.rhos or (0.85, 1.00, 1.15, 1.30) for lr in config.lrs]
+            if "oneshot" in config.parts:
+                cells += [clamp(config, p, config.seeds, rho, wc, 15_000, arm="rescale") for rho in config.rhos or (0.70, 0.85, 1.00, 1.15, 1.30)]
+    if "moduli" in config.parts:
+        for p in moduli(config):
+            if (wc := w_c.get(name("free", p, config.moduli_seeds, 0, 0))) is not None:
+                rhos = config.rhos or ((0.85, 1.00, 1.15, 1.30) if p in (41, 59) else (0.85, 1.00, 1.15))
+                cells += [clamp(config, p, config.moduli_seeds, rho, wc, 60_000 if rho <= 1.0 else 160_000) for rho in rhos]
+    return unique(cells)
+
+
+def unique(cells: list[Cell]) -> list[Cell]:
+    """One cell per condition; where parts ask for it with different budgets, the larger one."""
+    best: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.name not in best or cell.budget_steps > best[cell.name].budget_steps:
+            best[cell.name] = cell
+    return list(best.values())
+
+
+def critical_norms(runs: list[dict]) -> dict[str, float]:
+    """W_c of every free cell that has a run which grokked."""
+    norms: dict[str, list[float]] = {}
+    for run in runs:
+        if run["arm"] == "free" and not run["censored"]:
+            norms.setdefault(run["cell"], []).append(run["norm_at_grok"])
+    return {cell: float(np.median(values)) for cell, values in norms.items()}
+
+
+# ---------------------------------------------------------------- measurement and fit
+
+class Measured:
+    """The runs as tables, and the claims they answer."""
+
+    def __init__(self, runs: list[dict], base_lr: float):
+        self.runs, self.base_lr = runs, base_lr
+        self.cells = {run["cell"]: run for run in runs}
+        self.claims: dict[str, dict] = {}
+        self.known = stats.published(lab.ROOT / "published.csv", "A.")
+
+    def pick(self, arm: str, p: int | None = None, block: int | None = None, lr: float | None = None) -> list[dict]:
+        """First run of each matching cell at weight decay 1 and train fraction 0.40, by rho."""
+        lr = lr or self.base_lr
+        found = [c for c in self.cells.values() if c["arm"] == arm and c["weight_decay"] == 1 and c["train_frac"] == 0.40
+                 and c["lr"] == lr and p in (None, c["p"]) and block in (None, c["block"])]
+        return sorted(found, key=lambda c: (c["p"], c["rho"] or 0))
+
+    def table(self, cells: list[dict]) -> np.ndarray:
+        """`T_grok (cells, members)`; infinite = censored."""
+        return np.array([list(stats.times(self.runs, c["cell"]).values()) for c in cells])
+
+    def claim(self, key: str, cells: list[dict], statistic: callable, table: np.ndarray | None = None, why: str = "") -> tuple | None:
+        """Answer published row `key`, if there is one, by `statistic` of the `(cells, members)` table of T_grok (or `table`)."""
+        if not cells:
+            return None
+        grok = self.table(cells)
+        ours = stats.bootstrap(grok if table is None else table, statistic)
+        if key in self.known and self.base_lr == PAPER_LR:
+            censored = ~np.isfinite(grok)
+            self.claims[key] = stats.claim(self.known[key], ours, grok.shape[1], int(censored.sum()), why, float(censored.mean(1).max()))
+        return ours
+
+
+def log_median(table: np.ndarray) -> np.ndarray:
+    medians = stats.median(table)
+    return np.where(np.isfinite(medians), np.log(medians), np.inf)
+
+
+def only(table: np.ndarray) -> np.ndarray:
+    return stats.median(table)[..., 0]
+
+
+def measure(runs: list[dict], config: Config) -> tuple[dict[str, dict], dict]:
+    """Claims by id, and the fits that the figures draw."""
+    m, fits = Measured(runs, config.lrs[0]), {}
+    delay_law(m, fits, config)
+    matrix(m, config)
+    moduli_law(m, fits, config)
+    oneshot(m, config)
+    concentration(m, fits, config)
+    return m.claims, fits
+
+
+def delay_law(m: Measured, fits: dict, config: Config) -> None:
+    """Figure 3: alpha of T_grok ~ exp(alpha rho), its R^2, the medians, saturation at rho 1.30, the sustained clamp's range."""
+    for p in config.p:
+        cells = m.pick("clamp", p, config.seeds)
+        fitted = [c for c in cells if FIT_DENSE[0] - 1e-9 <= c["rho"] <= FIT_DENSE[1] + 1e-9]
+        if len(fitted) >= 2:
+            rho = np.array([c["rho"] for c in fitted])
+            key = "A.alpha.dense" if p == 59 else f"alpha.p{p}"
+            alpha = m.claim(key, fitted, lambda t, rho=rho: stats.line(rho, log_median(t))[0])
+            m.claim(key + ".r2", fitted, lambda t, rho=rho: stats.line(rho, log_median(t))[2])
+            slope, intercept, r2 = stats.line(rho, log_median(m.table(fitted)))
+            fits[f"dense.p{p}"] = {"alpha": alpha, "intercept": float(intercept), "r2": float(r2), "rhos": rho.tolist()}
+            counts = np.isfinite(m.table(fitted)).all()
+            if counts and len(fitted) >= 4 and m.table(fitted).shape[1] >= 2:
+                fits[f"dense.p{p}"]["lack_of_fit_p"] = stats.lack_of_fit(rho, np.log(m.table(fitted)))
+            top = [c for c in cells if abs(c["rho"] - 1.30) < 1e-9]
+            if top and p == 59:
+                m.claim("A.saturation.p59", [*fitted, *top], saturation(rho))
+        if p == 59:
+            for c in cells:
+                m.claim(f"A.dense.rho{c['rho']:.2f}", [c], only)
+            ends = [c for c in cells if c["rho"] in (0.90, 1.15)]
+            if len(ends) == 2:
+                m.claim("A.sustained.spread", ends, lambda t: stats.median(t).max(-1) / stats.median(t).min(-1))
+
+
+def saturation(rho: np.ndarray) -> callable:
+    """Measured over extrapolated T_grok at rho 1.30: the last row of the table against the line through the others."""
+    def ratio(t: np.ndarray) -> np.ndarray:
+        slope, intercept, _ = stats.line(rho, log_median(t[..., :-1, :]))
+        return stats.median(t[..., -1, :]) / np.exp(intercept + slope * 1.30)
+    return ratio
+
+
+def matrix(m: Measured, config: Config) -> None:
+    """Table 1: rho x learning rate."""
+    if 59 not in config.p:
+        return
+    for lr in config.lrs:
+        for c in m.pick("clamp", 59, config.seeds, lr):
+            m.claim(f"A.matrix.rho{c['rho']:.2f}.lr{lr:g}", [c], only)
+    at = {(c["rho"], c["lr"]): c for lr in config.lrs for c in m.pick("clamp", 59, config.seeds, lr)}
+
+    def ratio(t: np.ndarray) -> np.ndarray:
+        return stats.median(t)[..., 0] / stats.median(t)[..., 1]
+    for key, over, under in (("A.norm_factor", (1.30, 1e-3), (0.85, 1e-3)), ("A.lr_factor", (1.30, 1e-3), (1.30, 8e-3))):
+        if over in at and under in at:
+            m.claim(key, [at[over], at[under]], ratio)
+
+
+def moduli_law(m: Measured, fits: dict, config: Config) -> None:
+    """Section 6: alpha and W_c per modulus, the shared exponent over four of them, saturation at p=41."""
+    block, groups = config.moduli_seeds, {}
+    for p in moduli(config) if "moduli" in config.parts else ():
+        cells = m.pick("clamp", p, block)
+        for c in cells:
+            m.claim(f"A.pscan.p{p}.rho{c['rho']:.2f}", [c], only)
+        fitted = [c for c in cells if c["rho"] <= FIT_MODULI[1] + 1e-9]
+        if len(fitted) >= 2:
+            rho = np.array([c["rho"] for c in fitted])
+            alpha = m.claim(f"A.alpha.p{p}", fitted, lambda t, rho=rho: stats.line(rho, log_median(t))[0])
+            _, intercept, r2 = stats.line(rho, log_median(m.table(fitted)))
+            fits[f"moduli.p{p}"] = {"alpha": alpha, "intercept": float(intercept), "r2": float(r2), "rhos": rho.tolist()}
+            groups[p] = fitted
+            if p == 41 and (top := [c for c in cells if abs(c["rho"] - 1.30) < 1e-9]):
+                m.claim("A.saturation.p41", [*fitted, *top], saturation(rho))
+        critical_norm_claim(m, f"A.wc.pscan.p{p}", m.pick("free", p, block))
+    four = [p for p in (41, 53, 59, 71) if p in groups]
+    if len(four) == 4:
+        flat = [c for p in four for c in groups[p]]
+        rhos = [np.array([c["rho"] for c in groups[p]]) for p in four]
+        ends = np.cumsum([len(r) for r in rhos])[:-1]
+        for which, key in ((0, "A.alpha.shared"), (1, "A.alpha.shared.r2")):
+            m.claim(key, flat, lambda t, which=which: stats.shared_slope(rhos, np.split(log_median(t), ends, axis=-1))[which])
+    power_claim(m, "A.wc.power.pscan", m.pick("free", block=block) if "moduli" in config.parts else [])
+
+
+def oneshot(m: Measured, config: Config) -> None:
+    """Section 5: one rescale at step 500 leaves T_grok where it was."""
+    cells = m.pick("rescale", 59, config.seeds)
+    if len(cells) >= 2:
+        m.claim("A.oneshot.spread", cells, lambda t: stats.median(t).max(-1) / stats.median(t).min(-1))
+
+
+def norms_at_grok(m: Measured, cells: list[dict]) -> np.ndarray:
+    """Norm at own T_grok `(cells, members)`; not a number where a run did not grok."""
+    return np.array([[np.nan if r["norm_at_grok"] is None else r["norm_at_grok"] for r in m.runs if r["cell"] == c["cell"]] for c in cells])
+
+
+def critical_norm_claim(m: Measured, key: str, cells: list[dict]) -> None:
+    if cells and np.isfinite(norms_at_grok(m, cells[:1])).any():
+        m.claim(key, cells[:1], lambda t: np.nanmedian(t, -1)[..., 0], norms_at_grok(m, cells[:1]))
+
+
+def power_claim(m: Measured, key: str, cells: list[dict]) -> tuple | None:
+    """k of W_c ~ p^k."""
+    if len({c["p"] for c in cells}) >= 3:
+        log_p = np.log([c["p"] for c in cells])
+        return m.claim(key, cells, lambda t: stats.line(log_p, np.log(np.nanmedian(t, -1)))[0], norms_at_grok(m, cells))
+    return None
+
+
+def concentration(m: Measured, fits: dict, config: Config) -> None:
+    """Section 4: W_c over train fraction, weight decay, learning rate and p; its coefficient of variation; its power law."""
+    if "concentration" not in config.parts:
+        return
+    mine = [c for c in m.cells.values() if c["arm"] == "free" and c["block"] == config.free_seeds]
+    for c in mine:
+        frac, wd, lr = c["train_frac"], c["weight_decay"], c["lr"]
+        keys = [f"A.wc.p{c['p']}"] if (frac, wd, lr) == (0.40, 1, m.base_lr) else []
+        if c["p"] == 59:
+            keys += [f"A.wc.p59.frac{frac:g}"] if (wd, lr) == (1, m.base_lr) else []
+            keys += [f"A.wc.p59.wd{wd:g}"] if (frac, lr) == (0.50, m.base_lr) else []
+            keys += [f"A.wc.p59.wd3.lr{lr:g}"] if (frac, wd) == (0.50, 3) else []
+        for key in keys:
+            critical_norm_claim(m, key, [c])
+    fits["power"] = power_claim(m, "A.wc.power", m.pick("free", block=config.free_seeds))
+    over_lr = [c for c in mine if (c["p"], c["train_frac"], c["weight_decay"]) == (59, 0.50, 3)]
+    if len(over_lr) >= 2:
+        def cv(t: np.ndarray) -> np.ndarray:
+            return 100 * np.nanstd(t, axis=(-2, -1), ddof=1) / np.nanmean(t, axis=(-2, -1))
+        m.claim("A.wc.cv", over_lr, cv, norms_at_grok(m, over_lr))
+
+
+def contraction(runs: list[dict], trajectories: list[dict]) -> list[dict]:
+    """Free runs: rate of ln ||W||^2 after memorisation against 2 lr wd, and the delay against ln(V_mem / V_grok), V = ||W||^2."""
+    rows = []
+    for run in runs:
+        if run["arm"] != "free" or run["censored"] or run["t_mem_step"] is None:
+            continue
+        points = [(t["step"], 2 * math.log(t["norm"])) for t in trajectories if t["cell"] == run["cell"] and t["member"] == run["member"]
+                  and run["t_mem_step"] <= t["step"] <= run["t_grok_step"]]
+        rate = -float(stats.line(*np.array(points).T)[0]) if len(points) >= 3 else math.nan
+        weak = 2 * run["lr"] * run["weight_decay"]
+        rows.append({"cell": run["cell"], "member": run["member"], "v_mem": run["norm_at_mem"] ** 2, "v_grok": run["norm_at_grok"] ** 2,
+                     "delay_steps": run["t_grok_step"] - run["t_mem_step"], "ln_v_ratio": 2 * math.log(run["norm_at_mem"] / run["norm_at_grok"]),
+                     "rate_per_step": rate, "two_lr_wd": weak, "rate_over_two_lr_wd": rate / weak if weak else None})
+    return rows
+
+
+def findings(m_runs: list[dict], fits: dict, contracted: list[dict]) -> list[dict]:
+    """Open doubts that these runs answer in numbers: no verdict, no goal."""
+    out = []
+    for run in {r["cell"]: r for r in m_runs if r["arm"] == "clamp" and r["rho"] == 1.0}.values():
+        control = [r for r in m_runs if r["arm"] == "free" and all(r[k] == run[k] for k in ("p", "block", "lr", "seed0", "train_frac", "weight_decay"))]
+        if control:
+            pair = np.array([list(stats.times(m_runs, c).values()) for c in (run["cell"], control[0]["cell"])])
+            ratio = stats.bootstrap(pair, lambda t: stats.median(t)[..., 0] / stats.median(t)[..., 1])
+            out.append({"id": f"clamp_over_free.{run['cell']}", "quantity": "median T_grok, clamp at rho 1 over free, same seeds",
+                        "ours": stats.finite(ratio[0]), "lo": stats.finite(ratio[1]), "hi": stats.finite(ratio[2]), "n": pair.shape[1]})
+    for key, fit in fits.items():
+        if isinstance(fit, dict) and "lack_of_fit_p" in fit:
+            out.append({"id": f"lack_of_fit.{key}", "quantity": "p-value: ln T_grok is a straight line in rho, against seed noise",
+                        "ours": fit["lack_of_fit_p"], "lo": None, "hi": None, "n": len(fit["rhos"])})
+    for cell in dict.fromkeys(row["cell"] for row in contracted):
+        mine = [row for row in contracted if row["cell"] == cell]
+        shares = [row["rate_over_two_lr_wd"] for row in mine if row["rate_over_two_lr_wd"] is not None]
+        out.append({"id": f"contraction.{cell}", "quantity": "rate of ln ||W||^2 from T_mem to T_grok over 2 lr wd, median of members",
+                    "ours": stats.finite(np.median(shares)) if shares else None, "lo": None, "hi": None, "n": len(mine)})
+    return out
+
+
+# ---------------------------------------------------------------- figures
+
+def dots(axis: plt.Axes, x: float, runs: list[dict], color: str, spread: float = 0.004) -> None:
+    """Every member of a cell: dots where it grokked, open triangles at the budget where it did not; a bar at the median."""
+    jitter = np.linspace(-spread, spread, len(runs)) if len(runs) > 1 else [0]
+    for offset, run in zip(jitter, runs, strict=True):
+        grok = run["t_grok_step"]
+        axis.plot(x + offset, grok or run["budget_steps"], marker="." if grok else "^", color=color, mfc=color if grok else "none", ms=5, alpha=0.7)
+    middle = float(stats.median(np.array([math.inf if r["t_grok_step"] is None else r["t_grok_step"] for r in runs])))
+    if math.isfinite(middle):
+        axis.plot([x - 2.2 * spread, x + 2.2 * spread], [middle, middle], color=color, lw=2)
+
+
+def dose_figure(runs: list[dict], arm: str, title: str, folder: lab.Path, file: str, fits: dict, prefix: str, published: str) -> None:
+    """T_grok against rho on a log axis, one colour per modulus, fitted lines, published medians as open squares."""
+    mine = [r for r in runs if r["arm"] == arm and len({r["lr"]} & {runs[0]["lr"]})]
+    figure, axis = plt.subplots(figsize=(6, 4.2))
+    known = stats.published(lab.ROOT / "published.csv", "A.")
+    for i, p in enumerate(sorted({r["p"] for r in mine})):
+        color, rhos = f"C{i}", sorted({r["rho"] for r in mine if r["p"] == p})
+        for rho in rhos:
+            dots(axis, rho, [r for r in mine if (r["p"], r["rho"]) == (p, rho)], color)
+        fit = fits.get(f"{prefix}.p{p}")
+        if fit and arm == "clamp":
+            x = np.array([min(rhos), max(rhos)])
+            axis.plot(x, np.exp(fit["intercept"] + fit["alpha"][0] * x), color=color, lw=1,
+                      label=f"p={p}: alpha {fit['alpha'][0]:.2f} [{fit['alpha'][1]:.2f}, {fit['alpha'][2]:.2f}]")
+        points = [(known[k]["rho"], known[k]["value"]) for k in known if k.startswith(published.format(p=p))]
+        if points and arm == "clamp":
+            axis.plot([float(x) for x, _ in points], [y for _, y in points], "s", mfc="none", color="black", ms=7,
+                      label="published medians" if i == 0 else None)
+        free_runs = [r["t_grok_step"] for r in runs if r["arm"] == "free" and r["p"] == p and r["t_grok_step"] and r["block"] == mine[0]["block"]]
+        if free_runs:
+            axis.axhline(np.median(free_runs), color=color, ls=":", lw=1, label=f"p={p}: free control, median")
+    axis.set(yscale="log", xlabel="held norm / critical norm, rho" if arm == "clamp" else "norm after one rescale / critical norm, rho",
+             ylabel="T_grok (steps)", title=title)
+    axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
+    axis.legend(fontsize=7)
+    lab.save_figure(figure, folder, file)
+    plt.close(figure)
+
+
+def matrix_figure(runs: list[dict], folder: lab.Path) -> None:
+    figure, axis = plt.subplots(figsize=(6, 4.2))
+    known = stats.published(lab.ROOT / "published.csv", "A.matrix.")
+    for i, rho in enumerate(sorted({r["rho"] for r in runs if r["arm"] == "clamp"})):
+        mine = [r for r in runs if r["arm"] == "clamp" and r["rho"] == rho]
+        for lr in sorted({r["lr"] for r in mine}):
+            grok = np.array([math.inf if r["t_grok_step"] is None else r["t_grok_step"] for r in mine if r["lr"] == lr])
+            axis.plot([lr] * len(grok), np.where(np.isfinite(grok), grok, mine[0]["budget_steps"]), ".", color=f"C{i}", alpha=0.5)
+            axis.plot(lr, stats.median(grok), "_", color=f"C{i}", ms=16, mew=2, label=f"rho {rho:.2f}" if lr == mine[0]["lr"] else None)
+        points = [(float(k["lr"]), k["value"]) for k in known.values() if float(k["rho"]) == rho]
+        axis.plot(*zip(*points, strict=True), "s", mfc="none", color="black", ms=7) if points else None
+    axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="T_grok (steps)", title="Norm against learning rate (squares: published)")
+    axis.legend(fontsize=7)
+    lab.save_figure(figure, folder, "matrix")
+    plt.close(figure)
+
+
+def concentration_figure(runs: list[dict], folder: lab.Path) -> None:
+    """Norm at own T_grok of free runs: against p (with the published values) and cell by cell."""
+    mine = [r for r in runs if r["arm"] == "free" and r["norm_at_grok"] is not None]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    known = stats.published(lab.ROOT / "published.csv", "A.wc.p")
+    plain = [r for r in mine if r["weight_decay"] == 1 and r["train_frac"] == 0.40]
+    left.plot([r["p"] for r in plain], [r["norm_at_grok"] for r in plain], ".", alpha=0.5, label="ours, every member")
+    points = [(int(k["p"]), k["value"]) for key, k in known.items() if k["value"] and key in (f"A.wc.p{k['p']}", f"A.wc.pscan.p{k['p']}")]
+    left.plot(*zip(*points, strict=True), "s", mfc="none", color="black", label="published W_c")
+    left.set(xscale="log", yscale="log", xlabel="p", ylabel="norm at T_grok, free", title="Critical norm over p")
+    left.legend(fontsize=7)
+    names = list(dict.fromkeys(r["cell"] for r in mine))
+    for i, cell in enumerate(names):
+        values = [r["norm_at_grok"] for r in mine if r["cell"] == cell]
+        right.plot([i] * len(values), values, ".", alpha=0.5)
+        right.plot(i, np.median(values), "_", color="black", ms=14)
+    right.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    right.set(ylabel="norm at T_grok, free", title="Concentration")
+    lab.save_figure(figure, folder, "critical_norm")
+    plt.close(figure)
+
+
+def trajectory_figure(trajectories: list[dict], folder: lab.Path) -> None:
+    """Median over members of test accuracy, norm and effective logit scale against step, one line per cell."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    for i, cell in enumerate(list(dict.fromkeys(t["cell"] for t in trajectories))[:12]):
+        mine = [t for t in trajectories if t["cell"] == cell and t["step"] > 1]
+        steps = sorted({t["step"] for t in mine})
+        for axis, key in zip(axes, ("test_accuracy", "norm", "logit_scale"), strict=True):
+            axis.plot(steps, [np.median([t[key] for t in mine if t["step"] == s]) for s in steps], color=f"C{i % 10}", ls="-" if i < 10 else "--",
+                      label=cell)
+            axis.set(xscale="log", xlabel="step", title=key.replace("_", " "))
+    axes[0].legend(fontsize=6)
+    lab.save_figure(figure, folder, "trajectories")
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- run
+
+def write(desk: lab.Lab, result: Result, trained: bool) -> None:
+    """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
+    runs, out, config = [{"experiment": "delay_law", **run} for run in result.runs], desk.out, desk.config
+    if trained:
+        lab.write_csv(out / "runs.csv", runs, lab.RUN_COLUMNS)
+        lab.write_csv(out / "trajectories.csv", result.trajectories)
+        lab.write_json(out / "provenance.json", lab.provenance(config, result, desk.backend))
+    runs, trajectories = lab.read_csv(out / "runs.csv"), lab.read_csv(out / "trajectories.csv")   # so that both ways see the same digits
+    contracted = contraction(runs, trajectories)
+    claims, fits = measure(runs, config)
+    known = stats.published(lab.ROOT / "published.csv", "A.")
+    answered = [claims.get(key) or stats.claim(row, None, why="transformers are not part of this run" if row["model"].startswith("tr") else "")
+                for key, row in known.items()]
+    lab.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
+    lab.write_csv(out / "contraction.csv", contracted)
+    lab.write_json(out / "summary.json", {"claims": answered, "findings": findings(runs, fits, contracted),
+                                          "provenance": lab.read_json(out / "provenance.json")})
+    figures = out / "figures"
+    blocks = {config.seeds: ("dense", "A.dense.rho"), config.moduli_seeds: ("moduli", "A.pscan.p{p}.rho")}
+    for block, (prefix, published) in blocks.items():
+        mine = [r for r in runs if r["block"] == block and r["lr"] == config.lrs[0]]
+        if any(r["arm"] == "clamp" for r in mine):
+            dose_figure(mine, "clamp", "Delay law", figures, prefix, fits, prefix, published)
+        if any(r["arm"] == "rescale" for r in mine):
+            dose_figure(mine, "rescale", "One rescale at step 500", figures, "oneshot", fits, prefix, published)
+    if "matrix" in config.parts and any(r["arm"] == "clamp" for r in runs):
+        matrix_figure(runs, figures)
+    if any(r["norm_at_grok"] is not None for r in runs if r["arm"] == "free"):
+        concentration_figure(runs, figures)
+    if trajectories:
+        trajectory_figure(trajectories, figures)
+    print(stats.table(answered))
+    for key, fit in fits.items():
+        if isinstance(fit, dict):
+            e, lo, hi = fit["alpha"]
+            print(f"{key}: alpha = {e:.2f}, 95% interval {lo:.2f} to {hi:.2f}, R2 = {fit['r2']:.4f}, rho {' '.join(f'{r:g}' for r in fit['rhos'])}")
+    print(f"results in {out}")
+
+
+def run(argv: list[str]) -> None:
+    config, given = lab.parse(Config, PRESETS, PARTS, argv)
+    desk = lab.Lab("delay_law", config, given, PRESETS)
+    if config.figures_only:
+        return write(desk, Result(), trained=False)
+    controls = control_cells(config)
+    guess = {c.name: 54.8 * (c.p / 59) ** 0.4 for c in controls}   # for the dry run's list only; the real W_c comes from the control
+    lab.announce(config, [*controls, *clamp_cells(config, guess)])
+    if config.dry_run:
+        return None
+    desk.open()
+    result = desk.train("control", controls)
+    w_c = critical_norms(result.runs)
+    for cell in controls:
+        if cell.name not in w_c:
+            print(f"{cell.name}: no member grokked within {cell.budget_steps} steps, so there is no W_c; cells held relative to it are not run")
+        else:
+            print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}")
+    if clamped := clamp_cells(config, w_c):
+        result += desk.train("clamp", clamped)
+    write(desk, result, trained=True)
+    desk.finish()
+    return None
+
+
+if __name__ == "__main__":
+    lab.main(run)

@@ -1,0 +1,394 @@
+"""The desk around the bench: settings and command line, the output folder, checkpoints, progress, provenance.
+
+An experiment subclasses `Config`, lists its presets, and is run by `main`. Nothing is written before every setting has been checked.
+"""
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import scipy
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from common import EVAL_EVERY, Cell, Ensemble, Result, State, UsageError, n_train
+
+ROOT = Path(__file__).resolve().parent
+RUN_COLUMNS = ("experiment", "cell", "model", "loss", "p", "train_frac", "n_train", "block", "seed0", "member", "arm", "rho", "tau", "gamma",
+               "lr", "weight_decay", "clamp_start", "clamp_stop", "held_norm", "w_c", "budget_steps", "t_mem_step", "t_grok_step",
+               "censored", "norm_at_grok", "logit_scale_at_grok", "steps_run", "diverged")
+
+
+def option(default: object, text: str, kind: type = str) -> object:
+    """A setting that the command line offers, with its help text; `kind` of the values where the default is an empty tuple."""
+    return field(default=default, metadata={"help": text, "kind": kind})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings that all experiments share. A tuple takes several values on the command line."""
+    preset: str = option("", "smoke (seconds), laptop (minutes on 2 cores) or paper (the papers' tables); default: paper on CUDA, else laptop")
+    p: tuple[int, ...] = option((59,), "moduli; any p >= 2 works, the papers use primes")
+    seeds: int = option(16, "block size: members drawn from one generator; member 3 of 12 is not member 3 of 8")
+    members: tuple[int, ...] = option((), "members of the block to train; default: all, or the preset's choice", int)
+    seed0: int = option(0, "first seed: weights use seed0, the split of member s uses 1000 + seed0 + s")
+    parts: tuple[str, ...] = option((), "parts of the experiment to run")
+    device: str = option("auto", "auto, cpu or cuda")
+    backend: str = option("auto", "auto, compiled or eager (the definition on a CPU, through torch.compile or not) or triton (CUDA)")
+    dtype: str = option("float32", "float32 or float64")
+    arithmetic: str = option("ieee", "matrix products in float32 on CUDA: ieee or tf32x3")
+    model: str = option("mlp", "mlp")
+    after_grok: int = option(0, "steps to train a cell on past its last member's grokking")
+    out: str = option("", "output folder; default: results/EXPERIMENT/PRESET, with the changed flags in its name")
+    resume: bool = option(False, "continue from OUT/checkpoint; the same command does so by itself when one is there")
+    dry_run: bool = option(False, "print the cells and the estimate, train nothing")
+    figures_only: bool = option(False, "draw the figures and tables again from OUT/runs.csv, train nothing")
+
+
+NOT_SCIENCE = ("out", "resume", "dry_run", "figures_only")   # settings that change no number
+CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "eager", "triton"), "dtype": ("float32", "float64"),
+           "arithmetic": ("ieee", "tf32x3"), "model": ("mlp",)}
+POSITIVE = ("rhos", "lrs", "taus", "rho", "fork_steps", "train_fracs")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UsageError(message)
+
+
+def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: list[str]) -> tuple[Config, dict]:
+    """Settings of `cls` from preset and flags, checked, and the flags that were given. Raises UsageError."""
+    parser = Parser(description=sys.modules[cls.__module__].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in dataclasses.fields(cls):
+        flag = "--" + f.name.replace("_", "-")
+        if f.type in (bool, "bool"):
+            parser.add_argument(flag, action="store_true", default=None, help=f.metadata["help"])
+        else:
+            many = isinstance(f.default, tuple)
+            kind = type(f.default[0]) if many and f.default else f.metadata["kind"] if many else type(f.default)
+            parser.add_argument(flag, type=kind, nargs="+" if many else None, default=None, help=f.metadata["help"])
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    for name, allowed in {**CHOICES, "preset": tuple(presets)}.items():
+        if name in given and given[name] not in allowed:
+            raise UsageError(f"--{name} must be one of {', '.join(allowed)}, got {given[name]!r}")
+    device = given.get("device", "auto")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() and given.get("backend", "auto") in ("auto", "triton") else "cpu"
+    if (given.get("backend") == "triton") != (device == "cuda") and given.get("backend", "auto") != "auto":
+        raise UsageError(f"--backend {given['backend']} does not run on --device {device}; triton needs cuda, compiled and eager need cpu")
+    if given.get("backend") == "compiled" and not has_compiler():
+        raise UsageError("--backend compiled needs a C++ compiler (g++ or clang++) on the PATH; use --backend eager")
+    preset = given.get("preset", "paper" if device == "cuda" else "laptop")
+    config = cls(**{**presets[preset], "parts": parts, **presets[preset], **given, "preset": preset, "device": device})
+    check(config, parts)
+    return config, given
+
+
+def has_compiler() -> bool:
+    from kernels.cpu import has_compiler as found
+    return found()
+
+
+def check(config: Config, parts: tuple[str, ...]) -> None:
+    """Every value possible, or UsageError naming the flag, the value and what would do."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, tuple):
+            if len(set(value)) != len(value):
+                raise UsageError(f"--{f.name.replace('_', '-')} lists a value twice: {' '.join(map(str, value))}")
+        for v in value if isinstance(value, tuple) else (value,):
+            if isinstance(v, float) and not math.isfinite(v):
+                raise UsageError(f"--{f.name.replace('_', '-')} must be finite, got {v}")
+            if f.name in POSITIVE and v <= 0:
+                raise UsageError(f"--{f.name.replace('_', '-')} must be > 0, got {v:g}")
+            if f.name == "train_fracs" and v >= 1:
+                raise UsageError(f"--train-fracs must be below 1, got {v:g}: some pairs must be left to test on")
+            if f.name == "weight_decays" and v < 0:
+                raise UsageError(f"--weight-decays must be >= 0, got {v:g}")
+    for p in config.p:
+        if not 2 <= p <= 1000:
+            raise UsageError(f"--p must be between 2 and 1000, got {p}")
+        for fraction in getattr(config, "train_fracs", ()) or (0.4,):
+            if not 1 <= n_train(p, fraction) < p * p:
+                raise UsageError(f"--p {p} with train fraction {fraction:g} leaves no training pair; use a larger p or fraction")
+    if not 1 <= config.seeds <= 100_000:
+        raise UsageError(f"--seeds must be between 1 and 100000, got {config.seeds}")
+    if not 0 <= config.seed0 < 2**31:
+        raise UsageError(f"--seed0 must be between 0 and 2147483647, got {config.seed0}")
+    for m in config.members:
+        if not 0 <= m < config.seeds:
+            raise UsageError(f"--members must lie in the block 0..{config.seeds - 1} (--seeds {config.seeds}), got {m}")
+    for part in config.parts:
+        if part not in parts:
+            raise UsageError(f"--parts must be among {' '.join(parts)}, got {part!r}")
+    if config.after_grok % EVAL_EVERY or (config.after_grok and config.after_grok < 200) or config.after_grok < 0:
+        raise UsageError(f"--after-grok must be 0 or a multiple of {EVAL_EVERY} of at least 200 steps, got {config.after_grok}")
+    if config.arithmetic == "tf32x3" and config.device != "cuda":
+        raise UsageError("--arithmetic tf32x3 is a mode of the CUDA kernels; use ieee on a CPU")
+
+
+# ---------------------------------------------------------------- files
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """The whole file or none of it: temporary name, fsync, rename."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def cell_text(value: object) -> object:
+    """CSV text: empty for what was not reached; floats to 9 significant digits, which keeps float32 exactly."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.9g}" if isinstance(value, float) else value
+
+
+def write_csv(path: Path, rows: list[dict], first: tuple[str, ...] = ()) -> None:
+    names = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([cell_text(row.get(name)) for name in names] for row in rows)
+    write_atomic(path, text.getvalue().encode())
+
+
+def read_csv(path: Path) -> list[dict]:
+    """Rows with numbers as int or float and empty fields as None."""
+    def value(text: str) -> object:
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+        return text or None
+    try:
+        with open(path, newline="") as f:
+            return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; train first, or name the folder with --out") from None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path} ({error}); train first, or name the folder with --out") from None
+
+
+def write_json(path: Path, content: object) -> None:
+    write_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def provenance(config: Config, result: Result, backend: str) -> dict:
+    def git(*words: str) -> str:
+        try:
+            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+    flags = sorted(w for w in _cpu_flags() if w.startswith(("avx2", "avx512f", "amx")))
+    return {
+        "commit": git("rev-parse", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
+        "device": torch.cuda.get_device_name() if config.device == "cuda" else f"cpu, {torch.get_num_threads()} threads, {' '.join(flags)}",
+        "backend": backend, "dtype": config.dtype, "arithmetic": config.arithmetic if config.device == "cuda" else "ieee",
+        "training_seconds": round(result.seconds, 1), "run_steps": result.executed, "run_steps_needed": result.needed,
+        "executed_over_needed": round(result.executed / max(result.needed, 1), 4),
+        "run_steps_per_second": round(result.executed / max(result.seconds, 1e-9), 1),
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE},
+    }
+
+
+def _cpu_flags() -> list[str]:
+    try:
+        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    except (OSError, StopIteration):
+        return []
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """`folder/name.png` and `.pdf`."""
+    folder.mkdir(exist_ok=True)
+    for kind in ("png", "pdf"):
+        image = io.BytesIO()
+        figure.savefig(image, format=kind, dpi=120, bbox_inches="tight")
+        write_atomic(folder / f"{name}.{kind}", image.getvalue())
+
+
+# ---------------------------------------------------------------- training with progress, checkpoints, resume
+
+class Progress:
+    """Bar on a terminal; elsewhere a plain line every 30 seconds. Time left comes from the cells' expected steps."""
+
+    def __init__(self, stage: str, runs: int, expected: int):
+        self.stage, self.runs, self.expected, self.started = stage, runs, expected, time.monotonic()
+        self.spoken, self.first = self.started, None
+        self.bar = tqdm(total=expected, desc=stage, unit=" run-steps", unit_scale=True, disable=None, leave=False)
+
+    def __call__(self, ensemble: Ensemble) -> None:
+        done, now = ensemble.executed, time.monotonic()
+        if self.first is None:
+            self.first = done
+        finished = len(ensemble.step) - len(ensemble.live())
+        if not self.bar.disable:
+            self.bar.total = max(self.expected, done)
+            self.bar.set_postfix_str(f"{finished}/{self.runs} runs finished", refresh=False)
+            self.bar.update(done - self.bar.n)
+        elif now - self.spoken > 30:
+            self.spoken = now
+            rate = (done - self.first) / (now - self.started)
+            left = max(self.expected - done, 0) / max(rate, 1e-9)
+            print(f"{self.stage}: {finished}/{self.runs} runs finished, {rate:.0f} run-steps/s, about {duration(left)} left", flush=True)
+
+
+def announce(config: Config, cells: list[Cell]) -> None:
+    """What will run and about how long it takes, before anything does; every cell with --dry-run."""
+    runs = sum(len(cell.members) for cell in cells)
+    steps = sum(min(cell.expected_steps or cell.budget_steps, cell.budget_steps) * len(cell.members) for cell in cells)
+    per_step = 5e-6 if config.device == "cuda" else 3.5e-3 / max(torch.get_num_threads(), 1) * (3 if config.dtype == "float64" else 1)
+    seconds = sum(min(c.expected_steps or c.budget_steps, c.budget_steps) * len(c.members) * per_step * (c.p / 59) ** 2 for c in cells)
+    if config.dry_run:
+        for c in cells:
+            print(f"{c.name}: {len(c.members)} members of a block of {c.block}, budget {c.budget_steps} steps, expected {c.expected_steps}")
+    for p in config.p:
+        if any(p % q == 0 for q in range(2, math.isqrt(p) + 1)):
+            print(f"note: p={p} is not prime; addition modulo p is defined for every p, but the papers have only primes")
+    print(f"preset {config.preset} on {config.device}, {config.dtype}: {len(cells)} cells, {runs} runs, about {steps / 1e6:.2g} million run-steps, "
+          f"about {duration(seconds)} of training", flush=True)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Lab:
+    """The output folder of one run of an experiment: its settings, its checkpoints, its results."""
+
+    def __init__(self, experiment: str, config: Config, given: dict, presets: dict[str, dict]):
+        self.experiment, self.config = experiment, config
+        changed = [f"{k}{'_'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in sorted(given.items())
+                   if k not in (*NOT_SCIENCE, "preset", "device") and presets[config.preset].get(k, getattr(type(config), k, None)) != v]
+        self.out = Path(config.out) if config.out else ROOT / "results" / experiment / "_".join([config.preset, *changed])
+        self.checkpoint = self.out / "checkpoint"
+        self.backend = "none"
+        wanted = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE}))
+        self.settings = {"experiment": experiment, **wanted}
+        try:
+            held = json.loads((self.out / "config.json").read_text())
+        except FileNotFoundError:
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise UsageError(f"--out {self.out} exists and is no results folder; name a new or empty folder") from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read {self.out / 'config.json'} ({error}); choose another --out") from None
+        else:
+            for key in dict.fromkeys([*self.settings, *held]):
+                if held.get(key) != self.settings.get(key):
+                    raise UsageError(f"--out {self.out} holds another configuration: {key} is {held.get(key)}, this command has "
+                                     f"{self.settings.get(key)}; choose another --out")
+        if config.resume and not self.checkpoint.is_dir():
+            raise UsageError(f"--resume: no checkpoint in {self.out}; run without --resume to start")
+
+    def open(self) -> None:
+        """Create the folder. A checkpoint found in it is announced."""
+        try:
+            self.checkpoint.mkdir(parents=True, exist_ok=True)
+            write_json(self.out / "config.json", self.settings)
+        except OSError as error:
+            raise UsageError(f"cannot write to {self.out}: {error.strerror}; choose another --out") from None
+        if any(self.checkpoint.iterdir()):
+            print(f"continuing from {self.checkpoint}")
+
+    def train(self, stage: str, cells: list[Cell], start: State | None = None, keep_state: bool = False) -> Result:
+        """Train `cells`, one ensemble per shape; finished stages and snapshots in OUT/checkpoint are taken up."""
+        groups: dict[tuple, list[Cell]] = {}
+        for cell in cells:
+            groups.setdefault(cell.ensemble_key(), []).append(cell)
+        results = [self._train_group(f"{stage}-{i}" if len(groups) > 1 else stage, group, start, keep_state)
+                   for i, group in enumerate(groups.values())]
+        return sum(results[1:], results[0]) if results else Result()
+
+    def _train_group(self, stage: str, cells: list[Cell], start: State | None, keep_state: bool) -> Result:
+        done, partial = self.checkpoint / f"{stage}.done.pt", self.checkpoint / f"{stage}.pt"
+        c = self.config
+        ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, c.dtype), c.arithmetic, start)
+        self.backend = ensemble.backend
+        for path in (done, partial):
+            if path.exists():
+                ensemble.restore(load_tensors(path))
+                break
+        runs = len(ensemble.step)
+        expected = sum(min(cell.expected_steps or cell.budget_steps, cell.budget_steps) * len(cell.members) for cell in cells)
+        progress = Progress(stage, runs, expected)
+        started, before = time.perf_counter(), ensemble.executed
+        try:
+            ensemble.train(progress, lambda snapshot: save_tensors(partial, snapshot))
+        finally:
+            progress.bar.close()
+        seconds = time.perf_counter() - started
+        save_tensors(done, ensemble.snapshot())
+        partial.unlink(missing_ok=True)
+        result = ensemble.result()
+        result.seconds, result.executed = seconds, ensemble.executed - before
+        if not keep_state:
+            result.state = None
+        n_censored = sum(run["censored"] for run in result.runs)
+        print(f"{stage}: {runs} runs, {runs - n_censored} grokked, {n_censored} censored, {result.executed} run-steps in {duration(seconds)}"
+              + (f" ({1e3 * seconds / result.executed:.2f} ms each)" if result.executed else " (from the checkpoint)"), flush=True)
+        for run in result.runs:
+            if run["diverged"]:
+                print(f"{stage}: member {run['member']} of {run['cell']} diverged (loss or norm not finite); its row says so")
+        return result
+
+    def finish(self) -> None:
+        """All results are written: the checkpoint has served."""
+        for path in self.checkpoint.iterdir():
+            path.unlink()
+        self.checkpoint.rmdir()
+
+
+def save_tensors(path: Path, tensors: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_tensors(path: Path) -> dict:
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with a file, it is refused by name
+        raise UsageError(f"{path} is not a checkpoint that can be read ({type(error).__name__}); remove it to train that stage again") from None
+
+
+def terminate(*_: object) -> None:
+    raise SystemExit(143)
+
+
+def main(run: callable) -> None:
+    """Run an experiment's `run(argv)`: bad input ends in one line and code 2, Ctrl-C in 130, SIGTERM in 143."""
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        run(sys.argv[1:])
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues from here", file=sys.stderr)
+        raise SystemExit(130) from None
