@@ -233,6 +233,12 @@ class Ensemble:
     def live(self) -> np.ndarray:
         return np.flatnonzero((self.step < self.retire) & (self.diverged < 0))
 
+    def steps_left(self) -> int:
+        """Run-steps still expected: a run past its expectation is taken to need a tenth of it more."""
+        live = self.live()
+        expected = np.array([c.expected_steps or c.budget_steps for c in self.cells])[self.cell_of[live]]
+        return int(np.minimum(np.maximum(expected - self.step[live], expected // 10), self.end[live] - self.step[live]).sum())
+
     # -- all of it
 
     def train(self, tick: Callable[["Ensemble"], None], save: Callable[[dict], None] | None = None, save_every: float = 180) -> None:
@@ -298,7 +304,7 @@ class Ensemble:
                         self.record(np.array([run]), until, np.array([metrics]))
                         if until < self.retire[run] and self.diverged[run] < 0:
                             heapq.heappush(idle, (until, run))
-                except BaseException as error:  # noqa: BLE001 - reported by the main thread
+                except BaseException as error:  # reported by the main thread
                     failures.append(error)
                     return
                 finally:

@@ -8,7 +8,7 @@ Claims (section of the paper)
   abstract  without a clamp the delay has a logarithmic counterpart, ln(V_mem / V_grok)
 
 Verdicts: `stats.claim`. A run that does not grok within its budget is censored there and counts as later; none is dropped.
-W_c is the median, over the members that grok, of the norm at their own T_grok in the free control of the same p and block at the first of --lrs.
+W_c is the median, over the members that grok, of the norm at their own T_grok in the free control: same p, same block, first of --lrs.
 
     python exp_delay_law.py                    laptop preset: control and four doses at p=59, 3 members, minutes on 2 cores
     python exp_delay_law.py --preset paper     all tables of the paper; meant for a GPU
@@ -17,15 +17,12 @@ W_c is the median, over the members that grok, of the norm at their own T_grok i
 import math
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-import lab  # noqa: E402
-import stats  # noqa: E402
-from common import CLAMP_START, Cell, Result  # noqa: E402
+import lab
+import plots
+import stats
+from common import CLAMP_START, Cell, Result
 
 PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")
 
@@ -47,6 +44,7 @@ PRESETS = {
 }
 DENSE_RHOS = (0.85, 0.90, 0.95, 1.00, 1.05, 1.10, 1.15, 1.20, 1.25, 1.30)
 PAPER_LR = 1e-3             # published numbers are answered only by runs whose first learning rate is the paper's
+PAPER_SEEDS = {"A.wc.power": 20, "A.wc.cv": 20, "A.wc.power.pscan": 12, "A.alpha.shared.r2": 12, "A.saturation.p41": 12}   # elsewhere 16
 FIT_DENSE = (0.85, 1.25)    # range of rho of A.alpha.dense
 FIT_MODULI = (0.85, 1.15)   # range of rho of A.alpha.pNN
 
@@ -59,7 +57,7 @@ def expected(p: int, rho: float = 1.04, lr: float = 1e-3) -> int:
 
 
 def common_fields(config: Config, p: int, block: int, lr: float, weight_decay: float = 1.0, train_frac: float = 0.40) -> dict:
-    members = tuple(m for m in config.members if m < block) or tuple(range(block))
+    members = tuple(m for m in config.members or range(block) if m < block)
     return dict(p=p, block=block, members=members, model=config.model, seed0=config.seed0, lr=lr, weight_decay=weight_decay,
                 train_frac=train_frac, after_grok=config.after_grok)
 
@@ -124,7 +122,8 @@ def clamp_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
                 cells += [clamp(config, p, config.seeds, rho, wc, 30_000 if rho < 1.30 else 160_000, lr)
                           for rho in config.rhos or (0.85, 1.00, 1.15, 1.30) for lr in config.lrs]
             if "oneshot" in config.parts:
-                cells += [clamp(config, p, config.seeds, rho, wc, 15_000, arm="rescale") for rho in config.rhos or (0.70, 0.85, 1.00, 1.15, 1.30)]
+                rhos = config.rhos or (0.70, 0.85, 1.00, 1.15, 1.30)
+                cells += [clamp(config, p, config.seeds, rho, wc, 15_000, arm="rescale") for rho in rhos]
     if "moduli" in config.parts:
         for p in moduli(config):
             if (wc := w_c.get(name("free", p, config.moduli_seeds, 0, 0))) is not None:
@@ -181,7 +180,8 @@ class Measured:
         ours = stats.bootstrap(grok if table is None else table, statistic)
         if key in self.known and self.base_lr == PAPER_LR:
             censored = ~np.isfinite(grok)
-            self.claims[key] = stats.claim(self.known[key], ours, grok.shape[1], int(censored.sum()), why, float(censored.mean(1).max()))
+            row = {**self.known[key], "n_seeds": self.known[key]["n_seeds"] or PAPER_SEEDS.get(key, 16)}
+            self.claims[key] = stats.claim(row, ours, grok.shape[1], int(censored.sum()), why, float(censored.mean(1).max()))
         return ours
 
 
@@ -215,7 +215,7 @@ def delay_law(m: Measured, fits: dict, config: Config) -> None:
             key = "A.alpha.dense" if p == 59 else f"alpha.p{p}"
             alpha = m.claim(key, fitted, lambda t, rho=rho: stats.line(rho, log_median(t))[0])
             m.claim(key + ".r2", fitted, lambda t, rho=rho: stats.line(rho, log_median(t))[2])
-            slope, intercept, r2 = stats.line(rho, log_median(m.table(fitted)))
+            _, intercept, r2 = stats.line(rho, log_median(m.table(fitted)))
             fits[f"dense.p{p}"] = {"alpha": alpha, "intercept": float(intercept), "r2": float(r2), "rhos": rho.tolist()}
             counts = np.isfinite(m.table(fitted)).all()
             if counts and len(fitted) >= 4 and m.table(fitted).shape[1] >= 2:
@@ -339,19 +339,21 @@ def contraction(runs: list[dict], trajectories: list[dict]) -> list[dict]:
                   and run["t_mem_step"] <= t["step"] <= run["t_grok_step"]]
         rate = -float(stats.line(*np.array(points).T)[0]) if len(points) >= 3 else math.nan
         weak = 2 * run["lr"] * run["weight_decay"]
-        rows.append({"cell": run["cell"], "member": run["member"], "v_mem": run["norm_at_mem"] ** 2, "v_grok": run["norm_at_grok"] ** 2,
-                     "delay_steps": run["t_grok_step"] - run["t_mem_step"], "ln_v_ratio": 2 * math.log(run["norm_at_mem"] / run["norm_at_grok"]),
+        v_mem, v_grok = run["norm_at_mem"] ** 2, run["norm_at_grok"] ** 2
+        rows.append({"cell": run["cell"], "member": run["member"], "v_mem": v_mem, "v_grok": v_grok,
+                     "delay_steps": run["t_grok_step"] - run["t_mem_step"], "ln_v_ratio": math.log(v_mem / v_grok),
                      "rate_per_step": rate, "two_lr_wd": weak, "rate_over_two_lr_wd": rate / weak if weak else None})
     return rows
 
 
-def findings(m_runs: list[dict], fits: dict, contracted: list[dict]) -> list[dict]:
+def findings(runs: list[dict], fits: dict, contracted: list[dict]) -> list[dict]:
     """Open doubts that these runs answer in numbers: no verdict, no goal."""
     out = []
-    for run in {r["cell"]: r for r in m_runs if r["arm"] == "clamp" and r["rho"] == 1.0}.values():
-        control = [r for r in m_runs if r["arm"] == "free" and all(r[k] == run[k] for k in ("p", "block", "lr", "seed0", "train_frac", "weight_decay"))]
+    for run in {r["cell"]: r for r in runs if r["arm"] == "clamp" and r["rho"] == 1.0}.values():
+        same = ("p", "block", "lr", "seed0", "train_frac", "weight_decay")
+        control = [r for r in runs if r["arm"] == "free" and all(r[k] == run[k] for k in same)]
         if control:
-            pair = np.array([list(stats.times(m_runs, c).values()) for c in (run["cell"], control[0]["cell"])])
+            pair = np.array([list(stats.times(runs, c).values()) for c in (run["cell"], control[0]["cell"])])
             ratio = stats.bootstrap(pair, lambda t: stats.median(t)[..., 0] / stats.median(t)[..., 1])
             out.append({"id": f"clamp_over_free.{run['cell']}", "quantity": "median T_grok, clamp at rho 1 over free, same seeds",
                         "ours": stats.finite(ratio[0]), "lo": stats.finite(ratio[1]), "hi": stats.finite(ratio[2]), "n": pair.shape[1]})
@@ -367,102 +369,6 @@ def findings(m_runs: list[dict], fits: dict, contracted: list[dict]) -> list[dic
     return out
 
 
-# ---------------------------------------------------------------- figures
-
-def dots(axis: plt.Axes, x: float, runs: list[dict], color: str, spread: float = 0.004) -> None:
-    """Every member of a cell: dots where it grokked, open triangles at the budget where it did not; a bar at the median."""
-    jitter = np.linspace(-spread, spread, len(runs)) if len(runs) > 1 else [0]
-    for offset, run in zip(jitter, runs, strict=True):
-        grok = run["t_grok_step"]
-        axis.plot(x + offset, grok or run["budget_steps"], marker="." if grok else "^", color=color, mfc=color if grok else "none", ms=5, alpha=0.7)
-    middle = float(stats.median(np.array([math.inf if r["t_grok_step"] is None else r["t_grok_step"] for r in runs])))
-    if math.isfinite(middle):
-        axis.plot([x - 2.2 * spread, x + 2.2 * spread], [middle, middle], color=color, lw=2)
-
-
-def dose_figure(runs: list[dict], arm: str, title: str, folder: lab.Path, file: str, fits: dict, prefix: str, published: str) -> None:
-    """T_grok against rho on a log axis, one colour per modulus, fitted lines, published medians as open squares."""
-    mine = [r for r in runs if r["arm"] == arm and len({r["lr"]} & {runs[0]["lr"]})]
-    figure, axis = plt.subplots(figsize=(6, 4.2))
-    known = stats.published(lab.ROOT / "published.csv", "A.")
-    for i, p in enumerate(sorted({r["p"] for r in mine})):
-        color, rhos = f"C{i}", sorted({r["rho"] for r in mine if r["p"] == p})
-        for rho in rhos:
-            dots(axis, rho, [r for r in mine if (r["p"], r["rho"]) == (p, rho)], color)
-        fit = fits.get(f"{prefix}.p{p}")
-        if fit and arm == "clamp":
-            x = np.array([min(rhos), max(rhos)])
-            axis.plot(x, np.exp(fit["intercept"] + fit["alpha"][0] * x), color=color, lw=1,
-                      label=f"p={p}: alpha {fit['alpha'][0]:.2f} [{fit['alpha'][1]:.2f}, {fit['alpha'][2]:.2f}]")
-        points = [(known[k]["rho"], known[k]["value"]) for k in known if k.startswith(published.format(p=p))]
-        if points and arm == "clamp":
-            axis.plot([float(x) for x, _ in points], [y for _, y in points], "s", mfc="none", color="black", ms=7,
-                      label="published medians" if i == 0 else None)
-        free_runs = [r["t_grok_step"] for r in runs if r["arm"] == "free" and r["p"] == p and r["t_grok_step"] and r["block"] == mine[0]["block"]]
-        if free_runs:
-            axis.axhline(np.median(free_runs), color=color, ls=":", lw=1, label=f"p={p}: free control, median")
-    axis.set(yscale="log", xlabel="held norm / critical norm, rho" if arm == "clamp" else "norm after one rescale / critical norm, rho",
-             ylabel="T_grok (steps)", title=title)
-    axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
-    axis.legend(fontsize=7)
-    lab.save_figure(figure, folder, file)
-    plt.close(figure)
-
-
-def matrix_figure(runs: list[dict], folder: lab.Path) -> None:
-    figure, axis = plt.subplots(figsize=(6, 4.2))
-    known = stats.published(lab.ROOT / "published.csv", "A.matrix.")
-    for i, rho in enumerate(sorted({r["rho"] for r in runs if r["arm"] == "clamp"})):
-        mine = [r for r in runs if r["arm"] == "clamp" and r["rho"] == rho]
-        for lr in sorted({r["lr"] for r in mine}):
-            grok = np.array([math.inf if r["t_grok_step"] is None else r["t_grok_step"] for r in mine if r["lr"] == lr])
-            axis.plot([lr] * len(grok), np.where(np.isfinite(grok), grok, mine[0]["budget_steps"]), ".", color=f"C{i}", alpha=0.5)
-            axis.plot(lr, stats.median(grok), "_", color=f"C{i}", ms=16, mew=2, label=f"rho {rho:.2f}" if lr == mine[0]["lr"] else None)
-        points = [(float(k["lr"]), k["value"]) for k in known.values() if float(k["rho"]) == rho]
-        axis.plot(*zip(*points, strict=True), "s", mfc="none", color="black", ms=7) if points else None
-    axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="T_grok (steps)", title="Norm against learning rate (squares: published)")
-    axis.legend(fontsize=7)
-    lab.save_figure(figure, folder, "matrix")
-    plt.close(figure)
-
-
-def concentration_figure(runs: list[dict], folder: lab.Path) -> None:
-    """Norm at own T_grok of free runs: against p (with the published values) and cell by cell."""
-    mine = [r for r in runs if r["arm"] == "free" and r["norm_at_grok"] is not None]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
-    known = stats.published(lab.ROOT / "published.csv", "A.wc.p")
-    plain = [r for r in mine if r["weight_decay"] == 1 and r["train_frac"] == 0.40]
-    left.plot([r["p"] for r in plain], [r["norm_at_grok"] for r in plain], ".", alpha=0.5, label="ours, every member")
-    points = [(int(k["p"]), k["value"]) for key, k in known.items() if k["value"] and key in (f"A.wc.p{k['p']}", f"A.wc.pscan.p{k['p']}")]
-    left.plot(*zip(*points, strict=True), "s", mfc="none", color="black", label="published W_c")
-    left.set(xscale="log", yscale="log", xlabel="p", ylabel="norm at T_grok, free", title="Critical norm over p")
-    left.legend(fontsize=7)
-    names = list(dict.fromkeys(r["cell"] for r in mine))
-    for i, cell in enumerate(names):
-        values = [r["norm_at_grok"] for r in mine if r["cell"] == cell]
-        right.plot([i] * len(values), values, ".", alpha=0.5)
-        right.plot(i, np.median(values), "_", color="black", ms=14)
-    right.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-    right.set(ylabel="norm at T_grok, free", title="Concentration")
-    lab.save_figure(figure, folder, "critical_norm")
-    plt.close(figure)
-
-
-def trajectory_figure(trajectories: list[dict], folder: lab.Path) -> None:
-    """Median over members of test accuracy, norm and effective logit scale against step, one line per cell."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
-    for i, cell in enumerate(list(dict.fromkeys(t["cell"] for t in trajectories))[:12]):
-        mine = [t for t in trajectories if t["cell"] == cell and t["step"] > 1]
-        steps = sorted({t["step"] for t in mine})
-        for axis, key in zip(axes, ("test_accuracy", "norm", "logit_scale"), strict=True):
-            axis.plot(steps, [np.median([t[key] for t in mine if t["step"] == s]) for s in steps], color=f"C{i % 10}", ls="-" if i < 10 else "--",
-                      label=cell)
-            axis.set(xscale="log", xlabel="step", title=key.replace("_", " "))
-    axes[0].legend(fontsize=6)
-    lab.save_figure(figure, folder, "trajectories")
-    plt.close(figure)
-
-
 # ---------------------------------------------------------------- run
 
 def write(desk: lab.Lab, result: Result, trained: bool) -> None:
@@ -476,8 +382,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     contracted = contraction(runs, trajectories)
     claims, fits = measure(runs, config)
     known = stats.published(lab.ROOT / "published.csv", "A.")
-    answered = [claims.get(key) or stats.claim(row, None, why="transformers are not part of this run" if row["model"].startswith("tr") else "")
-                for key, row in known.items()]
+    answered = [claims.get(key) or stats.claim(row, None) for key, row in known.items()]
     lab.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
     lab.write_csv(out / "contraction.csv", contracted)
     lab.write_json(out / "summary.json", {"claims": answered, "findings": findings(runs, fits, contracted),
@@ -487,20 +392,21 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     for block, (prefix, published) in blocks.items():
         mine = [r for r in runs if r["block"] == block and r["lr"] == config.lrs[0]]
         if any(r["arm"] == "clamp" for r in mine):
-            dose_figure(mine, "clamp", "Delay law", figures, prefix, fits, prefix, published)
+            plots.dose(mine, "clamp", "Delay law", figures, prefix, fits, prefix, published)
         if any(r["arm"] == "rescale" for r in mine):
-            dose_figure(mine, "rescale", "One rescale at step 500", figures, "oneshot", fits, prefix, published)
+            plots.dose(mine, "rescale", "One rescale at step 500", figures, "oneshot", fits, prefix, published)
     if "matrix" in config.parts and any(r["arm"] == "clamp" for r in runs):
-        matrix_figure(runs, figures)
+        plots.matrix(runs, figures)
     if any(r["norm_at_grok"] is not None for r in runs if r["arm"] == "free"):
-        concentration_figure(runs, figures)
+        plots.critical_norm(runs, figures)
     if trajectories:
-        trajectory_figure(trajectories, figures)
+        plots.trajectories(trajectories, figures)
     print(stats.table(answered))
     for key, fit in fits.items():
         if isinstance(fit, dict):
             e, lo, hi = fit["alpha"]
-            print(f"{key}: alpha = {e:.2f}, 95% interval {lo:.2f} to {hi:.2f}, R2 = {fit['r2']:.4f}, rho {' '.join(f'{r:g}' for r in fit['rhos'])}")
+            rhos = " ".join(f"{rho:g}" for rho in fit["rhos"])
+            print(f"{key}: alpha = {e:.2f}, 95% interval {lo:.2f} to {hi:.2f}, R2 = {fit['r2']:.4f}, rho {rhos}")
     print(f"results in {out}")
 
 
@@ -519,7 +425,7 @@ def run(argv: list[str]) -> None:
     w_c = critical_norms(result.runs)
     for cell in controls:
         if cell.name not in w_c:
-            print(f"{cell.name}: no member grokked within {cell.budget_steps} steps, so there is no W_c; cells held relative to it are not run")
+            print(f"{cell.name}: no member grokked within {cell.budget_steps} steps: no W_c, so the cells held relative to it are not run")
         else:
             print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}")
     if clamped := clamp_cells(config, w_c):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -38,27 +39,32 @@ def option(default: object, text: str, kind: type = str) -> object:
 
 
 @dataclass(frozen=True)
-class Config:
-    """Settings that all experiments share. A tuple takes several values on the command line."""
-    preset: str = option("", "smoke (seconds), laptop (minutes on 2 cores) or paper (the papers' tables); default: paper on CUDA, else laptop")
-    p: tuple[int, ...] = option((59,), "moduli; any p >= 2 works, the papers use primes")
-    seeds: int = option(16, "block size: members drawn from one generator; member 3 of 12 is not member 3 of 8")
+class Machine:
+    """Where and how to compute, and where to write: what every command takes."""
     members: tuple[int, ...] = option((), "members of the block to train; default: all, or the preset's choice", int)
-    seed0: int = option(0, "first seed: weights use seed0, the split of member s uses 1000 + seed0 + s")
-    parts: tuple[str, ...] = option((), "parts of the experiment to run")
     device: str = option("auto", "auto, cpu or cuda")
     backend: str = option("auto", "auto, compiled or eager (the definition on a CPU, through torch.compile or not) or triton (CUDA)")
     dtype: str = option("float32", "float32 or float64")
     arithmetic: str = option("ieee", "matrix products in float32 on CUDA: ieee or tf32x3")
-    model: str = option("mlp", "mlp")
-    after_grok: int = option(0, "steps to train a cell on past its last member's grokking")
     out: str = option("", "output folder; default: results/EXPERIMENT/PRESET, with the changed flags in its name")
     resume: bool = option(False, "continue from OUT/checkpoint; the same command does so by itself when one is there")
     dry_run: bool = option(False, "print the cells and the estimate, train nothing")
     figures_only: bool = option(False, "draw the figures and tables again from OUT/runs.csv, train nothing")
 
 
-NOT_SCIENCE = ("out", "resume", "dry_run", "figures_only")   # settings that change no number
+@dataclass(frozen=True)
+class Config(Machine):
+    """What the experiments share besides. A tuple takes several values on the command line."""
+    preset: str = option("", "smoke (seconds), laptop (minutes on 2 cores) or paper (the papers' tables); default: paper on CUDA, else laptop")
+    p: tuple[int, ...] = option((59,), "moduli; any p >= 2 works, the papers use primes")
+    seeds: int = option(16, "block size: members drawn from one generator; member 3 of 12 is not member 3 of 8")
+    seed0: int = option(0, "first seed: weights use seed0, the split of member s uses 1000 + seed0 + s")
+    parts: tuple[str, ...] = option((), "parts of the experiment to run")
+    model: str = option("mlp", "mlp")
+    after_grok: int = option(0, "steps to train a cell on past its last member's grokking")
+
+
+NOT_SCIENCE = ("out", "resume", "dry_run", "figures_only", "metrics_dir")   # settings that change no number
 CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "eager", "triton"), "dtype": ("float32", "float64"),
            "arithmetic": ("ieee", "tf32x3"), "model": ("mlp",)}
 POSITIVE = ("rhos", "lrs", "taus", "rho", "fork_steps", "train_fracs")
@@ -69,12 +75,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: list[str]) -> tuple[Config, dict]:
+def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: list[str]) -> tuple[Machine, dict]:
     """Settings of `cls` from preset and flags, checked, and the flags that were given. Raises UsageError."""
     parser = Parser(description=sys.modules[cls.__module__].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(cls):
         flag = "--" + f.name.replace("_", "-")
-        if f.type in (bool, "bool"):
+        if f.metadata["kind"] == "positional":
+            parser.add_argument(f.name, help=f.metadata["help"])
+        elif f.type in (bool, "bool"):
             parser.add_argument(flag, action="store_true", default=None, help=f.metadata["help"])
         else:
             many = isinstance(f.default, tuple)
@@ -93,9 +101,14 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
         raise UsageError(f"--backend {given['backend']} does not run on --device {device}; triton needs cuda, compiled and eager need cpu")
     if given.get("backend") == "compiled" and not has_compiler():
         raise UsageError("--backend compiled needs a C++ compiler (g++ or clang++) on the PATH; use --backend eager")
-    preset = given.get("preset", "paper" if device == "cuda" else "laptop")
-    config = cls(**{**presets[preset], "parts": parts, **presets[preset], **given, "preset": preset, "device": device})
-    check(config, parts)
+    settings = {**given, "device": device}
+    if presets:
+        preset = given.get("preset", "paper" if device == "cuda" else "laptop")
+        settings = {"parts": parts, **presets[preset], **settings, "preset": preset}
+    config = cls(**settings)
+    check(config)
+    if presets:
+        check_grid(config, parts)
     return config, given
 
 
@@ -104,13 +117,12 @@ def has_compiler() -> bool:
     return found()
 
 
-def check(config: Config, parts: tuple[str, ...]) -> None:
-    """Every value possible, or UsageError naming the flag, the value and what would do."""
+def check(config: Machine) -> None:
+    """Every value possible by itself, or UsageError naming the flag, the value and what would do."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if isinstance(value, tuple):
-            if len(set(value)) != len(value):
-                raise UsageError(f"--{f.name.replace('_', '-')} lists a value twice: {' '.join(map(str, value))}")
+        if isinstance(value, tuple) and len(set(value)) != len(value):
+            raise UsageError(f"--{f.name.replace('_', '-')} lists a value twice: {' '.join(map(str, value))}")
         for v in value if isinstance(value, tuple) else (value,):
             if isinstance(v, float) and not math.isfinite(v):
                 raise UsageError(f"--{f.name.replace('_', '-')} must be finite, got {v}")
@@ -120,6 +132,12 @@ def check(config: Config, parts: tuple[str, ...]) -> None:
                 raise UsageError(f"--train-fracs must be below 1, got {v:g}: some pairs must be left to test on")
             if f.name == "weight_decays" and v < 0:
                 raise UsageError(f"--weight-decays must be >= 0, got {v:g}")
+    if config.arithmetic == "tf32x3" and config.device != "cuda":
+        raise UsageError("--arithmetic tf32x3 is a mode of the CUDA kernels; use ieee on a CPU")
+
+
+def check_grid(config: Config, parts: tuple[str, ...]) -> None:
+    """Values that must fit each other, or UsageError."""
     for p in config.p:
         if not 2 <= p <= 1000:
             raise UsageError(f"--p must be between 2 and 1000, got {p}")
@@ -138,8 +156,6 @@ def check(config: Config, parts: tuple[str, ...]) -> None:
             raise UsageError(f"--parts must be among {' '.join(parts)}, got {part!r}")
     if config.after_grok % EVAL_EVERY or (config.after_grok and config.after_grok < 200) or config.after_grok < 0:
         raise UsageError(f"--after-grok must be 0 or a multiple of {EVAL_EVERY} of at least 200 steps, got {config.after_grok}")
-    if config.arithmetic == "tf32x3" and config.device != "cuda":
-        raise UsageError("--arithmetic tf32x3 is a mode of the CUDA kernels; use ieee on a CPU")
 
 
 # ---------------------------------------------------------------- files
@@ -197,7 +213,7 @@ def write_json(path: Path, content: object) -> None:
     write_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def provenance(config: Config, result: Result, backend: str) -> dict:
+def provenance(config: Machine, result: Result, backend: str) -> dict:
     def git(*words: str) -> str:
         try:
             return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
@@ -206,7 +222,7 @@ def provenance(config: Config, result: Result, backend: str) -> dict:
     flags = sorted(w for w in _cpu_flags() if w.startswith(("avx2", "avx512f", "amx")))
     return {
         "commit": git("rev-parse", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *(Path(w).name if os.sep in w else w for w in sys.argv[1:])]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
         "device": torch.cuda.get_device_name() if config.device == "cuda" else f"cpu, {torch.get_num_threads()} threads, {' '.join(flags)}",
         "backend": backend, "dtype": config.dtype, "arithmetic": config.arithmetic if config.device == "cuda" else "ieee",
@@ -239,7 +255,7 @@ class Progress:
     """Bar on a terminal; elsewhere a plain line every 30 seconds. Time left comes from the cells' expected steps."""
 
     def __init__(self, stage: str, runs: int, expected: int):
-        self.stage, self.runs, self.expected, self.started = stage, runs, expected, time.monotonic()
+        self.stage, self.runs, self.started = stage, runs, time.monotonic()
         self.spoken, self.first = self.started, None
         self.bar = tqdm(total=expected, desc=stage, unit=" run-steps", unit_scale=True, disable=None, leave=False)
 
@@ -249,17 +265,17 @@ class Progress:
             self.first = done
         finished = len(ensemble.step) - len(ensemble.live())
         if not self.bar.disable:
-            self.bar.total = max(self.expected, done)
+            self.bar.total = done + ensemble.steps_left()
             self.bar.set_postfix_str(f"{finished}/{self.runs} runs finished", refresh=False)
             self.bar.update(done - self.bar.n)
         elif now - self.spoken > 30:
             self.spoken = now
             rate = (done - self.first) / (now - self.started)
-            left = max(self.expected - done, 0) / max(rate, 1e-9)
+            left = ensemble.steps_left() / max(rate, 1e-9)
             print(f"{self.stage}: {finished}/{self.runs} runs finished, {rate:.0f} run-steps/s, about {duration(left)} left", flush=True)
 
 
-def announce(config: Config, cells: list[Cell]) -> None:
+def announce(config: Machine, cells: list[Cell]) -> None:
     """What will run and about how long it takes, before anything does; every cell with --dry-run."""
     runs = sum(len(cell.members) for cell in cells)
     steps = sum(min(cell.expected_steps or cell.budget_steps, cell.budget_steps) * len(cell.members) for cell in cells)
@@ -268,10 +284,11 @@ def announce(config: Config, cells: list[Cell]) -> None:
     if config.dry_run:
         for c in cells:
             print(f"{c.name}: {len(c.members)} members of a block of {c.block}, budget {c.budget_steps} steps, expected {c.expected_steps}")
-    for p in config.p:
+    for p in dict.fromkeys(c.p for c in cells):
         if any(p % q == 0 for q in range(2, math.isqrt(p) + 1)):
             print(f"note: p={p} is not prime; addition modulo p is defined for every p, but the papers have only primes")
-    print(f"preset {config.preset} on {config.device}, {config.dtype}: {len(cells)} cells, {runs} runs, about {steps / 1e6:.2g} million run-steps, "
+    preset = f"preset {config.preset} " if hasattr(config, "preset") else ""
+    print(f"{preset}on {config.device}, {config.dtype}: {len(cells)} cells, {runs} runs, about {steps / 1e6:.2g} million run-steps, "
           f"about {duration(seconds)} of training", flush=True)
 
 
@@ -282,11 +299,13 @@ def duration(seconds: float) -> str:
 class Lab:
     """The output folder of one run of an experiment: its settings, its checkpoints, its results."""
 
-    def __init__(self, experiment: str, config: Config, given: dict, presets: dict[str, dict]):
+    def __init__(self, experiment: str, config: Machine, given: dict, presets: dict[str, dict]):
         self.experiment, self.config = experiment, config
+        preset = getattr(config, "preset", "all")
         changed = [f"{k}{'_'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in sorted(given.items())
-                   if k not in (*NOT_SCIENCE, "preset", "device") and presets[config.preset].get(k, getattr(type(config), k, None)) != v]
-        self.out = Path(config.out) if config.out else ROOT / "results" / experiment / "_".join([config.preset, *changed])
+                   if k not in (*NOT_SCIENCE, "preset", "device") and presets.get(preset, {}).get(k, getattr(type(config), k, None)) != v]
+        folder = re.sub(r"[^A-Za-z0-9.+_-]+", "-", "_".join([preset, *changed]))[:120]
+        self.out = Path(config.out) if config.out else ROOT / "results" / experiment / folder
         self.checkpoint = self.out / "checkpoint"
         self.backend = "none"
         wanted = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE}))
@@ -335,8 +354,7 @@ class Lab:
                 ensemble.restore(load_tensors(path))
                 break
         runs = len(ensemble.step)
-        expected = sum(min(cell.expected_steps or cell.budget_steps, cell.budget_steps) * len(cell.members) for cell in cells)
-        progress = Progress(stage, runs, expected)
+        progress = Progress(stage, runs, ensemble.steps_left())
         started, before = time.perf_counter(), ensemble.executed
         try:
             ensemble.train(progress, lambda snapshot: save_tensors(partial, snapshot))
@@ -373,7 +391,7 @@ def save_tensors(path: Path, tensors: dict) -> None:
 def load_tensors(path: Path) -> dict:
     try:
         return torch.load(path, weights_only=True)
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with a file, it is refused by name
+    except Exception as error:  # whatever is wrong with a file, it is refused by name
         raise UsageError(f"{path} is not a checkpoint that can be read ({type(error).__name__}); remove it to train that stage again") from None
 
 

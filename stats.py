@@ -122,7 +122,7 @@ def claim(row: dict, ours: tuple[float, float, float] | None, n: int = 0, n_cens
         meets = ours[1] <= hi and ours[2] >= lo
         verdict = "REPRODUCED" if meets else "NOT REPRODUCED"
         why = why or ("the intervals meet" if meets else "the intervals do not meet")
-    e, l, h = ours or (None, None, None)  # noqa: E741
+    e, l, h = ours or (None, None, None)
     return {"id": row["id"], "quantity": row["quantity"], "ours": finite(e), "lo": finite(l), "hi": finite(h), "published": value,
             "published_lo": row["lo"], "published_hi": row["hi"], "n": n, "n_censored": n_censored, "verdict": verdict, "why": why}
 

@@ -36,7 +36,7 @@ class CpuKernels:
         self.evaluate = functools.partial(evaluate_ref, layout=layout, loss=loss)
         if compiled:
             torch._dynamo.config.recompile_limit = 256   # one entry a shape: a sweep over p has more than the default 8
-            wrap = functools.partial(torch.compile, dynamic=False, fullgraph=True, options=COMPILE_OPTIONS)
+            wrap = functools.partial(torch.compile, dynamic=False, options=COMPILE_OPTIONS)   # fullgraph=True counts frames across threads
             self.step, self.evaluate = wrap(self.step), wrap(self.evaluate)
             rows = [torch.zeros(layout.n_params, dtype=dtype) for _ in range(3)]
             a, b = torch.zeros(2, n_train, dtype=torch.int64)

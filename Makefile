@@ -1,0 +1,34 @@
+# `make delay_law` and `make test` set up .venv on first use. `make X PY=python3` uses an existing environment instead.
+# ARGS="--p 59 --members 0 1" passes flags on.
+VENV := .venv
+PY   ?= $(VENV)/bin/python
+RELEASED ?= ../shared/released/logit-scale/metrics
+ifeq ($(PY),$(VENV)/bin/python)
+READY := $(VENV)/.ready
+endif
+
+.DELETE_ON_ERROR:
+.PHONY: delay_law replay bench test lint clean
+
+delay_law: $(READY)
+	$(PY) exp_delay_law.py $(ARGS)
+
+replay: $(READY)          # RELEASED=folder with the released .npz files
+	$(PY) exp_replay.py $(RELEASED) $(ARGS)
+
+bench: $(READY)
+	$(PY) bench/bench_step.py $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest -q $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+
+$(VENV)/.ready: requirements.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:                    # the environment and caches; never results
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,196 @@
+"""Time per run-step of our training step beside its peers and the roofline, in one process, interleaved, after an agreement test.
+
+    python bench/bench_step.py --p 59 97 --runs 12 --out results/bench
+
+Unit: one optimiser step of one network, clamp included, evaluation not. Every contender advances the same R runs from the same state; the
+medians and the 10-90% range are over interleaved rounds, so a disturbance of the machine falls on all. step.csv has a row per contender.
+"""
+import argparse
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+import lab
+from common import Cell, Ensemble, UsageError, n_train
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from peers import peers
+
+TARGET, LR, WEIGHT_DECAY = 40.0, 1e-3, 1.0   # any held norm would do: the work is the same
+
+
+class Ours:
+    """The project's step as the trainer drives it: on a CPU one single-threaded worker per core, each walking its share of the runs."""
+    name = "ours"
+
+    def __init__(self, p: int, runs: int, dtype: torch.dtype, device: str, arithmetic: str):
+        cell = Cell("bench", p=p, members=tuple(range(runs)), block=runs, budget_steps=10**6, clamp_start=1, lr=LR, weight_decay=WEIGHT_DECAY,
+                    held=((TARGET, 0.0, 0.0, 0.0),) * runs)
+        self.ensemble = Ensemble([cell], device, "auto", dtype, arithmetic)
+        self.dtype, self.p, self.runs, self.device, self.t = dtype, p, runs, device, 0
+        self.backend, self.arithmetic = self.ensemble.backend, arithmetic if device == "cuda" else "ieee"
+        if device == "cpu":
+            self.pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+        else:
+            from kernels.cuda import CudaKernels
+            e = self.ensemble
+            self.kernels = CudaKernels(e.layout, e.loss, dtype, arithmetic,
+                                       *(t.to(device) for t in (e.state.params, e.state.moment1, e.state.moment2, e.a, e.b, e.train_mask)))
+
+    def steps(self, k: int) -> None:
+        e, every = self.ensemble, np.arange(self.runs)
+        scalars = e.scalars(every, self.t + 1, self.t + k)
+        self.t += k
+        if self.device == "cuda":
+            self.kernels.steps(scalars)
+            torch.cuda.synchronize()
+            return
+        scalars = scalars.to(self.dtype)
+
+        def one(r: int) -> None:
+            with torch.no_grad():
+                for row in scalars[r]:
+                    e.kernels.step(e.state.params[r], e.state.moment1[r], e.state.moment2[r], e.a[r], e.b[r], row)
+        list(self.pool.map(one, every))
+
+    def weights(self, i: int) -> list[Tensor]:
+        row = self.kernels.params[i].cpu() if self.device == "cuda" else self.ensemble.state.params[i]
+        E, W1, W2, b1, b2 = self.ensemble.layout.views(row)
+        return [E, W1, W2[:, : self.p], b1, b2[: self.p]]
+
+
+def stacked(ours: Ours) -> list[Tensor]:
+    """`E (R, p, d)`, `W1`, `W2`, `b1 (R, 1, H)`, `b2 (R, 1, p)`: the common start, for the peers."""
+    rows = [ours.weights(i) for i in range(ours.runs)]
+    return [torch.stack([row[j] if j < 3 else row[j][None] for row in rows]).clone() for j in range(5)]
+
+
+def agreement(contenders: list, ours: Ours) -> float:
+    """Largest relative difference of any weight tensor after 3 steps. Adam's first steps divide by |g|, which amplifies rounding of tiny
+    gradients to the size of the learning rate for single elements; over a whole tensor 1e-3 of its norm is far above that and far below
+    any difference in the recipe (one missing decay step is 1e-3 on its own)."""
+    worst = 0.0
+    for contender in contenders:
+        for mine, theirs in zip(ours.weights(ours.runs - 1)[:3], contender.weights(ours.runs - 1)[:3], strict=True):
+            difference = float((mine.double() - theirs.double().cpu().reshape(mine.shape)).norm() / mine.double().norm())
+            if not difference < 2e-4:
+                raise SystemExit(f"{contender.name} disagrees with ours after 3 steps: {difference:.1e} of a tensor's norm; nothing is timed")
+            worst = max(worst, difference)
+    return worst
+
+
+def flops(p: int, d: int = 128, H: int = 256) -> float:
+    """Of one run-step with the separable first layer: three products over the n pairs, six over the p rows."""
+    return 6 * n_train(p, 0.40) * H * p + 12 * p * d * H
+
+
+def matmul_rate(device: str) -> float:
+    """FLOP/s of the best of several square float32 products, all cores: the ceiling of the roofline."""
+    best = 0.0
+    for size in (1024, 1536, 2048):
+        x = torch.randn(size, size, device=device)
+        for _ in range(4):
+            started = time.perf_counter()
+            x @ x
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def seconds(contender: object, k: int) -> float:
+    started = time.perf_counter()
+    contender.steps(k)
+    return time.perf_counter() - started
+
+
+def measure(p: int, runs: int, rounds: int, device: str, only: list[str] | None) -> list[dict]:
+    modes = [(torch.float32, "ieee"), (torch.float64, "ieee")] + ([(torch.float32, "tf32x3")] if device == "cuda" else [])
+    ours = [Ours(p, runs, dtype, device, arithmetic) for dtype, arithmetic in modes]
+    start, e = stacked(ours[0]), ours[0].ensemble
+    chosen = [peer for peer in peers() if only is None or peer.name in only]
+    rivals = [peer([w.to(device) for w in start], e.a.to(device), e.b.to(device), p, TARGET, LR, WEIGHT_DECAY) for peer in chosen]
+    for contender in [*ours, *rivals]:
+        contender.steps(3)
+    worst = agreement([*ours[1:], *rivals], ours[0])
+    print(f"p={p}: {len(rivals)} peers agree with ours after 3 steps to {worst:.1e} of a tensor's norm", flush=True)
+    taken: dict[int, list[float]] = {}
+    for contender in [*ours, *rivals]:   # enough steps for 0.3 s a visit, chosen once
+        one = min(seconds(contender, 1) for _ in range(2))
+        contender.per_visit = int(np.clip(0.3 / one, 1, 500))
+        contender.steps(contender.per_visit)
+    rates = []
+    for _ in range(rounds):
+        for contender in [*ours, *rivals]:
+            taken.setdefault(id(contender), []).append(1e6 * seconds(contender, contender.per_visit) / (contender.per_visit * runs))
+        rates.append(matmul_rate(device))
+    base = float(np.median(taken[id(ours[0])]))
+
+    def row(name: str, backend: str, arithmetic: str, dtype: str, samples: list[float]) -> dict:
+        middle = float(np.median(samples))
+        return {"name": name, "device": device, "backend": backend, "arithmetic": arithmetic, "dtype": dtype, "p": p, "runs": runs,
+                "us_per_run_step": round(middle, 3), "low": round(float(np.percentile(samples, 10)), 3),
+                "high": round(float(np.percentile(samples, 90)), 3), "ratio_to_ours": round(middle / base, 4)}
+    rows = [row("ours", o.backend, o.arithmetic, str(o.dtype).split(".")[1], taken[id(o)]) for o in ours]
+    rows += [row(r.name, "jax" if r.name == "jax_vmap" else "torch", "ieee", "float32", taken[id(r)]) for r in rivals]
+    rows.append(row("roofline", "matmul", "ieee", "float32", [1e6 * flops(p) / rate for rate in rates]))
+    return rows
+
+
+def figure(rows: list[dict], folder: Path) -> None:
+    ps = sorted({row["p"] for row in rows})
+    picture, axes = plt.subplots(1, len(ps), figsize=(5.5 * len(ps), 3.6), squeeze=False)
+    for axis, p in zip(axes[0], ps, strict=True):
+        mine = [row for row in rows if row["p"] == p][::-1]
+        modes = ["" if (row["dtype"], row["arithmetic"]) == ("float32", "ieee") else f" {row['dtype']} {row['arithmetic']}" for row in mine]
+        labels = [row["name"] + mode for row, mode in zip(mine, modes, strict=True)]
+        colors = ["C3" if row["name"] == "ours" else "0.75" if row["name"] == "roofline" else "C0" for row in mine]
+        axis.barh(labels, [row["us_per_run_step"] for row in mine], color=colors, edgecolor="black")
+        for i, row in enumerate(mine):
+            axis.text(row["us_per_run_step"], i, f" {row['us_per_run_step']:.0f} us, {row['ratio_to_ours']:.2g}x", va="center", fontsize=7)
+        axis.set(xscale="log", xlabel="microseconds per run-step", title=f"p={p}, {mine[0]['runs']} runs, {mine[0]['device']}")
+        axis.set_xlim(right=axis.get_xlim()[1] * 4)
+    lab.save_figure(picture, folder, "step")
+    plt.close(picture)
+
+
+def run(argv: list[str]) -> None:
+    parser = lab.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--p", type=int, nargs="+", default=[59, 97], help="moduli")
+    parser.add_argument("--runs", type=int, default=12, help="runs in the ensemble")
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved repeats")
+    parser.add_argument("--peers", nargs="+", default=None, help="only these peers; default: all that can be imported")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
+    parser.add_argument("--out", default=str(lab.ROOT / "results" / "bench"), help="folder for step.csv and figures")
+    options = parser.parse_args(argv)
+    if min(options.p) < 2 or options.runs < 1 or options.rounds < 1:
+        raise UsageError("--p must be >= 2, --runs and --rounds >= 1")
+    if unknown := set(options.peers or ()) - {peer.name for peer in peers()}:
+        raise UsageError(f"--peers {' '.join(unknown)}: not here; there are {' '.join(peer.name for peer in peers())}")
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
+    torch._dynamo.config.recompile_limit = 256
+    out, rows = Path(options.out), []
+    out.mkdir(parents=True, exist_ok=True)
+    for p in options.p:
+        rows += measure(p, options.runs, options.rounds, device, options.peers)
+        lab.write_csv(out / "step.csv", rows)
+        for row in rows[-sum(r["p"] == p for r in rows):]:
+            print(f"p={p} {row['name']:18s} {row['dtype']} {row['arithmetic']:6s} {row['us_per_run_step']:10.1f} us per run-step "
+                  f"[{row['low']:.1f}, {row['high']:.1f}]  {row['ratio_to_ours']:.2f}x ours", flush=True)
+    figure(rows, out / "figures")
+    print(f"results in {out}")
+
+
+if __name__ == "__main__":
+    lab.main(run)

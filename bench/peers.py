@@ -1,0 +1,147 @@
+"""The step as others write it: the same R runs, the same AdamW and clamp, on the concatenated input `[E[a]; E[b]]`.
+
+Each peer is a class with `steps(k)`, which advances all R runs by k steps, and `weights(i)`, run i's `E, W1, W2, b1, b2` for the agreement
+test. All hold the norm at `target` after every step, as the clamped cells do, and take the labels' cross-entropy at tau = 1.
+"""
+import importlib.util
+import math
+
+import torch
+import torch.nn.functional as F
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+class EagerAutograd:
+    """Batched leaf tensors, autograd, torch.optim.AdamW: how the released runners work."""
+    name = "eager_autograd"
+
+    def __init__(self, weights: list, a: torch.Tensor, b: torch.Tensor, p: int, target: float, lr: float, weight_decay: float):
+        self.parameters = [w.clone().requires_grad_() for w in weights]                  # E (R, p, d), W1, W2, b1 (R, 1, H), b2
+        self.a, self.b, self.labels, self.target = a, b, (a + b) % p, target             # (R, n)
+        self.run = torch.arange(len(a), device=a.device)[:, None]
+        self.optimizer = torch.optim.AdamW([{"params": self.parameters[:3], "weight_decay": weight_decay},
+                                            {"params": self.parameters[3:], "weight_decay": 0.0}], lr=lr, betas=BETAS, eps=EPS)
+
+    def loss(self) -> torch.Tensor:
+        E, W1, W2, b1, b2 = self.parameters
+        x = torch.cat([E[self.run, self.a], E[self.run, self.b]], dim=-1)                # (R, n, 2d)
+        z = F.gelu(torch.baddbmm(b1, x, W1)) @ W2 + b2                                   # (R, n, p)
+        return F.cross_entropy(z.flatten(0, 1), self.labels.flatten(), reduction="none").view(len(self.a), -1).mean(1).sum()
+
+    def steps(self, k: int) -> None:
+        for _ in range(k):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.loss().backward()
+            self.optimizer.step()
+            self.clamp()
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        squared = sum(w.flatten(1).square().sum(1) for w in self.parameters[:3])         # (R,)
+        for w in self.parameters[:3]:
+            w.mul_((self.target / squared.sqrt())[:, None, None])
+
+    def weights(self, i: int) -> list[torch.Tensor]:
+        return [w[i].detach() for w in self.parameters]
+
+
+class CompiledAutograd(EagerAutograd):
+    """The same under torch.compile: forward, backward, optimiser and clamp."""
+    name = "compiled_autograd"
+
+    def __init__(self, *args: object):
+        super().__init__(*args)
+        self.loss = torch.compile(self.loss, dynamic=False)
+        self.update = torch.compile(self.optimizer.step, dynamic=False)
+        self.clamp = torch.compile(self.clamp, dynamic=False)
+
+    def steps(self, k: int) -> None:
+        for _ in range(k):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.loss().backward()
+            self.update()
+            self.clamp()
+
+
+class Vmap:
+    """torch.func: one run's step written plainly, vmapped over runs."""
+    name = "vmap"
+
+    def __init__(self, weights: list, a: torch.Tensor, b: torch.Tensor, p: int, target: float, lr: float, weight_decay: float):
+        self.parameters = tuple(weights)
+        self.moments = tuple(torch.zeros_like(w) for w in weights), tuple(torch.zeros_like(w) for w in weights)
+        self.a, self.b, self.t = a, b, 0
+
+        def loss(parameters: tuple, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            E, W1, W2, b1, b2 = parameters
+            z = F.gelu(torch.cat([E[a], E[b]], dim=-1) @ W1 + b1) @ W2 + b2
+            return -(torch.log_softmax(z, -1) * F.one_hot((a + b) % p, p)).sum(-1).mean()
+
+        def step(parameters: tuple, m: tuple, v: tuple, a: torch.Tensor, b: torch.Tensor, bias1: float, bias2: float) -> tuple:
+            gradient = torch.func.grad(loss)(parameters, a, b)
+            m = tuple(x * BETAS[0] + g * (1 - BETAS[0]) for x, g in zip(m, gradient, strict=True))
+            v = tuple(x * BETAS[1] + g * g * (1 - BETAS[1]) for x, g in zip(v, gradient, strict=True))
+            decay = (1 - lr * weight_decay,) * 3 + (1.0,) * 2
+            new = [w * c - lr / bias1 * x / (y.sqrt() / math.sqrt(bias2) + EPS) for w, c, x, y in zip(parameters, decay, m, v, strict=True)]
+            scale = target / sum(w.square().sum() for w in new[:3]).sqrt()
+            return (*(w * scale for w in new[:3]), *new[3:]), m, v
+        self.step = torch.vmap(step, in_dims=(0, 0, 0, 0, 0, None, None))
+
+    def steps(self, k: int) -> None:
+        for _ in range(k):
+            self.t += 1
+            bias = 1 - BETAS[0] ** self.t, 1 - BETAS[1] ** self.t
+            self.parameters, *moments = self.step(self.parameters, *self.moments, self.a, self.b, *bias)
+            self.moments = tuple(moments)
+
+    def weights(self, i: int) -> list[torch.Tensor]:
+        return [w[i] for w in self.parameters]
+
+
+class JaxVmap:
+    """JAX: vmap over runs inside lax.scan over steps, float32 at highest precision, on this machine's default device."""
+    name = "jax_vmap"
+
+    def __init__(self, weights: list, a: torch.Tensor, b: torch.Tensor, p: int, target: float, lr: float, weight_decay: float):
+        import jax
+        import jax.numpy as jnp
+        jax.config.update("jax_default_matmul_precision", "highest")
+        self.jax, self.t = jax, 0
+        zeros = [jnp.zeros(w.shape, jnp.float32) for w in weights]
+        self.state = [jnp.asarray(w.cpu().numpy()) for w in weights], zeros, zeros
+        a, b = jnp.asarray(a.cpu().numpy()), jnp.asarray(b.cpu().numpy())
+
+        def loss(parameters: list, a: object, b: object) -> object:
+            E, W1, W2, b1, b2 = parameters
+            z = jax.nn.gelu(jnp.concatenate([E[a], E[b]], -1) @ W1 + b1, approximate=False) @ W2 + b2
+            return -jnp.take_along_axis(jax.nn.log_softmax(z), ((a + b) % p)[:, None], 1).mean()
+
+        def step(parameters: list, m: list, v: list, a: object, b: object, t: object) -> tuple:
+            gradient = jax.grad(loss)(parameters, a, b)
+            m = [x * BETAS[0] + g * (1 - BETAS[0]) for x, g in zip(m, gradient, strict=True)]
+            v = [x * BETAS[1] + g * g * (1 - BETAS[1]) for x, g in zip(v, gradient, strict=True)]
+            size, root = lr / (1 - BETAS[0] ** t), jnp.sqrt(1 - BETAS[1] ** t)
+            decay = (1 - lr * weight_decay,) * 3 + (1.0,) * 2
+            new = [w * c - size * x / (jnp.sqrt(y) / root + EPS) for w, c, x, y in zip(parameters, decay, m, v, strict=True)]
+            scale = target / jnp.sqrt(sum((w * w).sum() for w in new[:3]))
+            return [*(w * scale for w in new[:3]), *new[3:]], m, v
+
+        def many(state: tuple, times: object) -> tuple:
+            def one(state: tuple, t: object) -> tuple:
+                return jax.vmap(step, in_axes=(0, 0, 0, 0, 0, None))(*state, a, b, t), None
+            return jax.lax.scan(one, state, times)[0]
+        self.many = jax.jit(many)
+
+    def steps(self, k: int) -> None:
+        times = self.jax.numpy.arange(self.t + 1, self.t + k + 1, dtype=self.jax.numpy.float32)
+        self.state, self.t = self.jax.block_until_ready(self.many(self.state, times)), self.t + k
+
+    def weights(self, i: int) -> list[torch.Tensor]:
+        import numpy as np
+        return [torch.from_numpy(np.array(w[i])) for w in self.state[0]]
+
+
+def peers() -> list[type]:
+    """JAX is an optional extra: its row is there where it can be imported."""
+    return [EagerAutograd, CompiledAutograd, Vmap] + ([JaxVmap] if importlib.util.find_spec("jax") else [])

@@ -1,0 +1,170 @@
+"""Per-seed replay of released runs: the same cells from the same start, member by member, beside what the authors' GPU measured.
+
+Reads the `.npz` files released with paper B (arXiv 2606.18465) and trains what each describes: block size, modulus, train fraction, loss,
+temperature, learning rate, decay, clamp target and step, budget. Where a clamp was held at rho times a critical norm, the critical norm stored
+with the run is used, and an allocation's group norms are the stored ones, so that nothing is fitted. A file that is no such run is refused.
+
+    python exp_replay.py METRICS_DIR --match 'mediation/*p59*tau1.70*' --members 0 1 2
+
+replay.csv compares step by step; a run censored on one side only counts as grokked at the budget there. The last line sums it up.
+"""
+import fnmatch
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import lab
+import plots
+from common import EVAL_EVERY, Cell, Result, UsageError, n_train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(lab.Machine):
+    metrics_dir: str = field(metadata={"help": "folder with released .npz files, searched recursively", "kind": "positional"})
+    match: tuple[str, ...] = lab.option(("*",), "only files whose name, or path below METRICS_DIR, matches one of these patterns (.npz left out)")
+
+
+@dataclass(frozen=True)
+class Released:
+    """One released cell: what to train, and what came out (-1 = not within the budget)."""
+    cell: Cell
+    t_mem: np.ndarray        # (S,)
+    t_grok: np.ndarray       # (S,)
+    steps: np.ndarray        # logged steps
+    logit_scale: np.ndarray  # mean over members at those steps
+
+
+NEEDED = ("p", "alpha", "lam", "lr", "max_steps", "arm", "T_mem_per_seed", "T_grok_per_seed", "steps", "logit_scale")
+ARMS = {"none": "free", "clamp": "clamp", "alloc": "alloc"}
+
+
+def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
+    """The released cell in `path`. Raises UsageError, naming the file, if it cannot be read, is foreign, or is of a kind not replayed."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            data = {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise UsageError(f"{label}: not a readable .npz of plain arrays ({type(error).__name__}); expected a file as released with paper B") from None
+    if "t_fork" in data:
+        raise UsageError(f"{label}: a same-state fork file; forks are not replayed yet, leave it out with --match")
+    if missing := [key for key in NEEDED if key not in data]:
+        raise UsageError(f"{label}: not a released run, it lacks {', '.join(missing)}")
+    try:
+        return describe(data, label, members)
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
+        raise UsageError(f"{label}: a value in it cannot be used ({error}); expected a file as released with paper B") from None
+
+
+def describe(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) -> Released:
+    def number(key: str, default: float | None = None) -> float:
+        value = float(data[key].item()) if key in data else default
+        if value is None or not np.isfinite(value):
+            raise ValueError(f"{key} is {value}")
+        return value
+    if str(data.get("arch", "mlp")) != "mlp":
+        raise UsageError(f"{label}: a transformer run ({data['arch']}); transformers are not replayed yet, leave it out with --match")
+    arm, loss, S = str(data["arm"]), str(data.get("loss", "ce")), len(data["T_grok_per_seed"])
+    p, budget = int(number("p")), int(number("max_steps"))
+    if arm not in ARMS or loss not in ("ce", "mse"):
+        raise ValueError(f"arm {arm!r} with loss {loss!r}")
+    if not (2 <= p <= 1000 and 1 <= n_train(p, number("alpha")) < p * p and number("tau", 1) > 0 and number("lr") > 0 and number("lam") >= 0
+            and 1 <= S <= 1000 and EVAL_EVERY <= budget <= 10**8 and data["T_mem_per_seed"].shape == data["T_grok_per_seed"].shape == (S,)
+            and data["steps"].shape == data["logit_scale"].shape == (len(data["steps"]),)):
+        raise ValueError("a number is out of its range or an array has the wrong length")
+    chosen = members or tuple(range(S))
+    if max(chosen) >= S:
+        raise UsageError(f"--members {max(chosen)} is not in {label}, a block of {S} (0..{S - 1})")
+    rho, w_c = (number("rho"), number("wc_used")) if arm != "free" and arm != "none" else (None, None)
+    held = (0.0, 0.0, 0.0, 0.0)
+    if arm == "clamp":
+        held = (rho * w_c, 0.0, 0.0, 0.0)
+    elif arm == "alloc":
+        held = (0.0, *(float(data[key][-1]) for key in ("wn_E", "wn_W1", "wn_W2")))
+    if arm in ("clamp", "alloc") and not max(held) > 0:
+        raise ValueError("the held norm is not positive")
+    grokked = data["T_grok_per_seed"][list(chosen)]
+    expected = int(np.where(grokked < 0, budget, grokked).max())
+    cell = Cell(label, p=p, members=chosen, block=S, budget_steps=budget, arm=ARMS[arm], loss=loss, train_frac=number("alpha"), rho=rho,
+                tau=number("tau", 1), gamma=number("gamma") if arm == "alloc" else None, lr=number("lr"), weight_decay=number("lam"),
+                clamp_start=int(number("t_int", 500)), w_c=w_c, held=(held,) * len(chosen), expected_steps=expected)
+    return Released(cell, data["T_mem_per_seed"].astype(int), data["T_grok_per_seed"].astype(int), data["steps"].astype(int),
+                    data["logit_scale"].astype(float))
+
+
+def find(config: Config) -> list[Released]:
+    root = Path(config.metrics_dir)
+    if not root.is_dir():
+        raise UsageError(f"{root} is no folder; name the folder that holds the released .npz files")
+    paths = {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.npz"))}
+    wanted = [label for label in paths if any(fnmatch.fnmatch(text, m) for m in config.match for text in (label, Path(label).name))]
+    if not wanted:
+        raise UsageError(f"no .npz file below {root} matches {' or '.join(config.match)}; {len(paths)} are there")
+    return [read(paths[label], label, config.members) for label in wanted]
+
+
+def compare(released: list[Released], runs: list[dict]) -> list[dict]:
+    """One row per run: steps there and here, and the difference of T_grok, censored sides counted at the budget."""
+    rows = []
+    for item in released:
+        for run in (r for r in runs if r["cell"] == item.cell.name):
+            m = run["member"]
+            there = [None if s[m] < 0 else int(s[m]) for s in (item.t_mem, item.t_grok)]
+            end = run["budget_steps"]
+            difference = (run["t_grok_step"] or end) - (there[1] or end)
+            rows.append({"cell": item.cell.name, "member": m, "t_mem_released": there[0], "t_mem": run["t_mem_step"],
+                         "t_grok_released": there[1], "t_grok": run["t_grok_step"], "difference_steps": difference})
+    return rows
+
+
+def compare_scales(released: list[Released], trajectories: list[dict], rows: list[dict]) -> list[dict]:
+    """Per cell: effective logit scale, mean over the members that ran, at the released logged step nearest the released median T_grok."""
+    out = []
+    for item in released:
+        mine = [row for row in rows if row["cell"] == item.cell.name]
+        kept = item.t_grok[item.t_grok >= 0]
+        i = int(np.abs(item.steps - np.median(kept)).argmin()) if len(kept) else len(item.steps) - 1
+        here = [t["logit_scale"] for t in trajectories if t["cell"] == item.cell.name and t["step"] == item.steps[i]]
+        L = float(np.mean(here)) if len(here) == len(mine) else None
+        out.append({"cell": item.cell.name, "n": len(mine), "block": item.cell.block, "exact": sum(r["difference_steps"] == 0 for r in mine),
+                    "within_one_evaluation": sum(abs(r["difference_steps"]) <= EVAL_EVERY for r in mine),
+                    "t_mem_equal": sum(r["t_mem"] == r["t_mem_released"] for r in mine),
+                    "largest_relative": max(abs(r["difference_steps"]) / (r["t_grok_released"] or item.cell.budget_steps) for r in mine),
+                    "step": int(item.steps[i]), "logit_scale_released": float(item.logit_scale[i]), "logit_scale": L})
+    return out
+
+
+def run(argv: list[str]) -> None:
+    config, given = lab.parse(Config, {}, (), argv)
+    desk = lab.Lab("replay", config, given, {})
+    released = find(config)
+    cells = [item.cell for item in released]
+    if config.figures_only:
+        return plots.replay(lab.read_csv(desk.out / "replay.csv"), desk.out / "figures")
+    lab.announce(config, cells)
+    if config.dry_run:
+        return None
+    desk.open()
+    result: Result = desk.train("replay", cells)
+    rows = compare(released, result.runs)
+    scales = compare_scales(released, result.trajectories, rows)
+    lab.write_csv(desk.out / "replay.csv", rows)
+    lab.write_csv(desk.out / "cells.csv", scales)
+    lab.write_csv(desk.out / "runs.csv", [{"experiment": "replay", **r} for r in result.runs], lab.RUN_COLUMNS)
+    lab.write_json(desk.out / "provenance.json", lab.provenance(config, result, desk.backend))
+    plots.replay(rows, desk.out / "figures")
+    for s in scales:
+        L = f"{100 * (s['logit_scale'] / s['logit_scale_released'] - 1):+.2f}%" if s["logit_scale"] else "-"
+        print(f"{s['cell']}: {s['exact']}/{s['n']} exact, T_mem equal {s['t_mem_equal']}/{s['n']}, "
+              f"largest {100 * s['largest_relative']:.2f}%, L {L}" + ("" if s["n"] == s["block"] else " (not all members ran)"))
+    desk.finish()
+    differences = [abs(row["difference_steps"]) for row in rows]
+    print(f"results in {desk.out}")
+    print(f"replayed {len(rows)} runs: {differences.count(0)} exact, {sum(d <= EVAL_EVERY for d in differences)} within one evaluation, "
+          f"largest difference {max(differences)} steps")
+    return None
+
+
+if __name__ == "__main__":
+    lab.main(run)

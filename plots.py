@@ -1,0 +1,120 @@
+"""Figures that several experiments share: every member visible, censored runs as open triangles at their budget, published points beside ours."""
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+import lab
+import stats
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def dots(axis: plt.Axes, x: float, runs: list[dict], color: str, spread: float = 0.004) -> None:
+    """Every member of a cell: dots where it grokked, open triangles at the budget where it did not; a bar at the median."""
+    jitter = np.linspace(-spread, spread, len(runs)) if len(runs) > 1 else [0]
+    for offset, run in zip(jitter, runs, strict=True):
+        grok = run["t_grok_step"]
+        axis.plot(x + offset, grok or run["budget_steps"], marker="." if grok else "^", color=color, mfc=color if grok else "none", ms=5, alpha=0.7)
+    middle = float(stats.median(np.array([math.inf if r["t_grok_step"] is None else r["t_grok_step"] for r in runs])))
+    if math.isfinite(middle):
+        axis.plot([x - 2.2 * spread, x + 2.2 * spread], [middle, middle], color=color, lw=2)
+
+
+def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: dict, prefix: str, published: str) -> None:
+    """T_grok against rho on a log axis, one colour per modulus, fitted lines, published medians as open squares."""
+    mine = [r for r in runs if r["arm"] == arm and len({r["lr"]} & {runs[0]["lr"]})]
+    figure, axis = plt.subplots(figsize=(6, 4.2))
+    known = stats.published(lab.ROOT / "published.csv", "A.")
+    for i, p in enumerate(sorted({r["p"] for r in mine})):
+        color, rhos = f"C{i}", sorted({r["rho"] for r in mine if r["p"] == p})
+        for rho in rhos:
+            dots(axis, rho, [r for r in mine if (r["p"], r["rho"]) == (p, rho)], color)
+        fit = fits.get(f"{prefix}.p{p}")
+        if fit and arm == "clamp":
+            x = np.array([min(rhos), max(rhos)])
+            axis.plot(x, np.exp(fit["intercept"] + fit["alpha"][0] * x), color=color, lw=1,
+                      label=f"p={p}: alpha {fit['alpha'][0]:.2f} [{fit['alpha'][1]:.2f}, {fit['alpha'][2]:.2f}]")
+        points = [(known[k]["rho"], known[k]["value"]) for k in known if k.startswith(published.format(p=p))]
+        if points and arm == "clamp":
+            axis.plot([float(x) for x, _ in points], [y for _, y in points], "s", mfc="none", color="black", ms=7,
+                      label="published medians" if i == 0 else None)
+        free_runs = [r["t_grok_step"] for r in runs if r["arm"] == "free" and r["p"] == p and r["t_grok_step"] and r["block"] == mine[0]["block"]]
+        if free_runs:
+            axis.axhline(np.median(free_runs), color=color, ls=":", lw=1, label=f"p={p}: free control, median")
+    axis.set(yscale="log", xlabel="held norm / critical norm, rho" if arm == "clamp" else "norm after one rescale / critical norm, rho",
+             ylabel="T_grok (steps)", title=title)
+    axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
+    axis.legend(fontsize=7)
+    lab.save_figure(figure, folder, file)
+    plt.close(figure)
+
+
+def matrix(runs: list[dict], folder: Path) -> None:
+    figure, axis = plt.subplots(figsize=(6, 4.2))
+    known = stats.published(lab.ROOT / "published.csv", "A.matrix.")
+    for i, rho in enumerate(sorted({r["rho"] for r in runs if r["arm"] == "clamp"})):
+        mine = [r for r in runs if r["arm"] == "clamp" and r["rho"] == rho]
+        for lr in sorted({r["lr"] for r in mine}):
+            grok = np.array([math.inf if r["t_grok_step"] is None else r["t_grok_step"] for r in mine if r["lr"] == lr])
+            axis.plot([lr] * len(grok), np.where(np.isfinite(grok), grok, mine[0]["budget_steps"]), ".", color=f"C{i}", alpha=0.5)
+            axis.plot(lr, stats.median(grok), "_", color=f"C{i}", ms=16, mew=2, label=f"rho {rho:.2f}" if lr == mine[0]["lr"] else None)
+        points = [(float(k["lr"]), k["value"]) for k in known.values() if float(k["rho"]) == rho]
+        axis.plot(*zip(*points, strict=True), "s", mfc="none", color="black", ms=7) if points else None
+    axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="T_grok (steps)", title="Norm against learning rate (squares: published)")
+    axis.legend(fontsize=7)
+    lab.save_figure(figure, folder, "matrix")
+    plt.close(figure)
+
+
+def critical_norm(runs: list[dict], folder: Path) -> None:
+    """Norm at own T_grok of free runs: against p (with the published values) and cell by cell."""
+    mine = [r for r in runs if r["arm"] == "free" and r["norm_at_grok"] is not None]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    known = stats.published(lab.ROOT / "published.csv", "A.wc.p")
+    plain = [r for r in mine if r["weight_decay"] == 1 and r["train_frac"] == 0.40]
+    left.plot([r["p"] for r in plain], [r["norm_at_grok"] for r in plain], ".", alpha=0.5, label="ours, every member")
+    points = [(int(k["p"]), k["value"]) for key, k in known.items() if k["value"] and key in (f"A.wc.p{k['p']}", f"A.wc.pscan.p{k['p']}")]
+    left.plot(*zip(*points, strict=True), "s", mfc="none", color="black", label="published W_c")
+    left.set(xscale="log", yscale="log", xlabel="p", ylabel="norm at T_grok, free", title="Critical norm over p")
+    left.legend(fontsize=7)
+    names = list(dict.fromkeys(r["cell"] for r in mine))
+    for i, cell in enumerate(names):
+        values = [r["norm_at_grok"] for r in mine if r["cell"] == cell]
+        right.plot([i] * len(values), values, ".", alpha=0.5)
+        right.plot(i, np.median(values), "_", color="black", ms=14)
+    right.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    right.set(ylabel="norm at T_grok, free", title="Concentration")
+    lab.save_figure(figure, folder, "critical_norm")
+    plt.close(figure)
+
+
+def trajectories(trajectories: list[dict], folder: Path) -> None:
+    """Median over members of test accuracy, norm and effective logit scale against step, one line per cell."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    for i, cell in enumerate(list(dict.fromkeys(t["cell"] for t in trajectories))[:12]):
+        mine = [t for t in trajectories if t["cell"] == cell and t["step"] > 1]
+        steps = sorted({t["step"] for t in mine})
+        for axis, key in zip(axes, ("test_accuracy", "norm", "logit_scale"), strict=True):
+            axis.plot(steps, [np.median([t[key] for t in mine if t["step"] == s]) for s in steps], color=f"C{i % 10}", ls="-" if i < 10 else "--",
+                      label=cell)
+            axis.set(xscale="log", xlabel="step", title=key.replace("_", " "))
+    axes[0].legend(fontsize=6)
+    lab.save_figure(figure, folder, "trajectories")
+    plt.close(figure)
+
+
+def replay(rows: list[dict], folder: Path) -> None:
+    picture, axis = plt.subplots(figsize=(5.5, 5))
+    for cell in dict.fromkeys(row["cell"] for row in rows):
+        points = [(r["t_grok_released"], r["t_grok"]) for r in rows if r["cell"] == cell and r["t_grok_released"] and r["t_grok"]]
+        if points:
+            axis.plot(*zip(*points, strict=True), "o", mfc="none", ms=5, alpha=0.7, label=Path(cell).name)
+    low, high = axis.get_xlim()
+    axis.plot([low, high], [low, high], color="gray", lw=0.7, zorder=0)
+    axis.set(xscale="log", yscale="log", xlabel="T_grok as released (steps)", ylabel="T_grok here (steps)", title="Per-seed replay")
+    axis.legend(fontsize=5)
+    lab.save_figure(picture, folder, "replay")
+    plt.close(picture)
