@@ -178,7 +178,7 @@ class Ensemble:
         self.diverged = np.full(R, -1)                                   # step at which loss or norm was found not finite
         self.retire = self.end.copy()                                    # step at which the run's cell leaves
         self.log: list[tuple[int, int, list[float]]] = []                # (run, step, metrics and Fourier structure)
-        self.executed = 0
+        self.executed, self.quiescent = 0, True
         steps = int((self.end - self.start).max())
         if device == "cuda":
             self.backend, self.kernels, self.arithmetic, self.on_device = "triton", None, arithmetic, np.arange(R)
@@ -250,8 +250,8 @@ class Ensemble:
                 advance(tick, time.monotonic() + save_every)
                 if save and len(self.live()):
                     save(self.snapshot())
-        except (KeyboardInterrupt, SystemExit):                          # workers have finished their intervals
-            if save and self.step.max() > self.start:
+        except (KeyboardInterrupt, SystemExit):                          # from `tick`, where the state is whole
+            if save and self.quiescent and self.step.max() > self.start:
                 save(self.snapshot())
             raise
 
@@ -278,21 +278,39 @@ class Ensemble:
         ready = threading.Condition()
         idle = [(int(self.step[r]), int(r)) for r in self.live()]
         heapq.heapify(idle)
-        busy, stop, failures = 0, False, []
+        busy: dict[int, int] = {}                                        # run -> step it set out from
+        stop, failures, left = False, [], 0                              # left: workers that have not returned
+        ended = threading.Event()
+
+        def must_wait() -> bool:
+            """Nothing idle, or the next run is over an interval ahead of one of its cell that a worker still has: the cell may end there."""
+            if not idle:
+                return bool(busy)
+            step, run = idle[0]
+            return any(s < step - EVAL_EVERY and self.cell_of[r] == self.cell_of[run] for r, s in busy.items())
 
         def work() -> None:
-            nonlocal busy
+            nonlocal left
+            try:
+                walk()
+            finally:
+                with ready:
+                    left -= 1
+                    if not left:
+                        ended.set()
+
+        def walk() -> None:
             torch.set_num_threads(1)
             while True:
                 with ready:
-                    while not idle and busy and not stop:
+                    while must_wait() and not stop:
                         ready.wait()
                     if stop or not idle:
                         return
                     step, run = heapq.heappop(idle)
                     if step >= self.retire[run]:
                         continue
-                    busy += 1
+                    busy[run] = step
                 try:
                     until = self.next_stop(step)
                     rows = (t[run] for t in (self.state.params, self.state.moment1, self.state.moment2, self.a, self.b, self.train_mask))
@@ -309,24 +327,25 @@ class Ensemble:
                     return
                 finally:
                     with ready:
-                        busy -= 1
+                        del busy[run]
                         ready.notify_all()
 
         found = torch.get_num_threads()
         workers = [threading.Thread(target=work, daemon=True) for _ in range(min(found, max(len(idle), 1)))]
+        left, self.quiescent = len(workers), False
         try:
             for worker in workers:
                 worker.start()
-            while any(worker.is_alive() for worker in workers) and not failures and time.monotonic() < deadline:
-                workers[0].join(0.25) if workers[0].is_alive() else time.sleep(0.05)
+            # an Event, not join: a Ctrl-C inside Thread.join makes Python 3.11 believe that the thread has ended
+            while not ended.wait(0.25) and not failures and time.monotonic() < deadline:
                 tick(self)
         finally:
             with ready:
                 stop = True
                 ready.notify_all()
-            for worker in workers:
-                worker.join()
+            self.quiescent = ended.wait()
             torch.set_num_threads(found)
+        tick(self)
         if failures:
             raise failures[0]
 
@@ -338,6 +357,7 @@ class Ensemble:
                                                            self.train_mask)]
             self.kernels = CudaKernels(self.layout, self.loss, self.dtype, self.arithmetic, *rows)
         while len(live := self.live()) and time.monotonic() < deadline:
+            self.quiescent = False
             if len(live) <= len(self.on_device) * 7 / 8:                 # an eighth has retired: compact, capture anew
                 self._fetch()
                 self.kernels.keep(np.flatnonzero(np.isin(self.on_device, live)))
@@ -350,7 +370,12 @@ class Ensemble:
                 self.state.params[self.on_device] = self.kernels.params.cpu()   # for the Fourier structure of E
             training = np.isin(self.on_device, live)
             self.record(live, until, metrics[training])
-            tick(self)
+            self.quiescent = True
+            try:
+                tick(self)
+            except BaseException:
+                self._fetch()
+                raise
         self._fetch()
 
     def _fetch(self) -> None:

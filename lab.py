@@ -260,6 +260,8 @@ class Progress:
         self.bar = tqdm(total=expected, desc=stage, unit=" run-steps", unit_scale=True, disable=None, leave=False)
 
     def __call__(self, ensemble: Ensemble) -> None:
+        if Signals.caught is not None:
+            Signals.leave(Signals.caught)
         done, now = ensemble.executed, time.monotonic()
         if self.first is None:
             self.first = done
@@ -356,9 +358,11 @@ class Lab:
         runs = len(ensemble.step)
         progress = Progress(stage, runs, ensemble.steps_left())
         started, before = time.perf_counter(), ensemble.executed
+        Signals.waiting = True
         try:
             ensemble.train(progress, lambda snapshot: save_tensors(partial, snapshot))
         finally:
+            Signals.waiting = False
             progress.bar.close()
         seconds = time.perf_counter() - started
         save_tensors(done, ensemble.snapshot())
@@ -395,18 +399,37 @@ def load_tensors(path: Path) -> dict:
         raise UsageError(f"{path} is not a checkpoint that can be read ({type(error).__name__}); remove it to train that stage again") from None
 
 
-def terminate(*_: object) -> None:
-    raise SystemExit(143)
+class Signals:
+    """Ctrl-C and SIGTERM while training wait for the next tick, where the state is whole; a second one is not waited for."""
+    waiting = False
+    caught: int | None = None
+
+    @classmethod
+    def handle(cls, number: int, _: object) -> None:
+        if cls.waiting and cls.caught is None:
+            cls.caught = number
+        else:
+            cls.leave(number)
+
+    @classmethod
+    def leave(cls, number: int) -> None:
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(143)
 
 
 def main(run: callable) -> None:
     """Run an experiment's `run(argv)`: bad input ends in one line and code 2, Ctrl-C in 130, SIGTERM in 143."""
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, Signals.handle)
+    signal.signal(signal.SIGINT, Signals.handle)
+    code = 0
     try:
         run(sys.argv[1:])
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        code = 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues from here", file=sys.stderr)
-        raise SystemExit(130) from None
+        code = 130
+    except SystemExit as end:
+        code = end.code
+    if code in (130, 143):
+        print("stopped; the same command continues from here", file=sys.stderr)
+    sys.exit(code)

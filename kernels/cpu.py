@@ -5,9 +5,11 @@ two threads inside one operation do not. A run of 1 MB stays in the cache for a 
 """
 import functools
 import shutil
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from .layout import Layout
 from .step import evaluate_ref, train_step_ref
@@ -35,14 +37,20 @@ class CpuKernels:
         self.step = functools.partial(train_step_ref, layout=layout, loss=loss)
         self.evaluate = functools.partial(evaluate_ref, layout=layout, loss=loss)
         if compiled:
-            torch._dynamo.config.recompile_limit = 256   # one entry a shape: a sweep over p has more than the default 8
-            wrap = functools.partial(torch.compile, dynamic=False, options=COMPILE_OPTIONS)   # fullgraph=True counts frames across threads
-            self.step, self.evaluate = wrap(self.step), wrap(self.evaluate)
             rows = [torch.zeros(layout.n_params, dtype=dtype) for _ in range(3)]
             a, b = torch.zeros(2, n_train, dtype=torch.int64)
-            with single_thread(), torch.no_grad():
-                self.step(*rows, a, b, torch.ones(8, dtype=dtype))
-                self.evaluate(rows[0], torch.ones(layout.p**2, dtype=dtype), a, b, torch.ones((), dtype=dtype))
+            self.step = compile_for(self.step, *rows, a, b, torch.ones(8, dtype=dtype))
+            self.evaluate = compile_for(self.evaluate, rows[0], torch.ones(layout.p**2, dtype=dtype), a, b, torch.ones((), dtype=dtype))
+
+
+def compile_for(definition: Callable, *example: Tensor) -> Callable:
+    """`definition` through Inductor for arguments of exactly these shapes, called once here. The graph is traced without Dynamo, whose
+    guards cost 50 us a call and count calls in a variable that all threads share."""
+    with single_thread(), torch.no_grad():
+        graph = make_fx(lambda *args: () if (out := definition(*args)) is None else out, tracing_mode="fake")(*example)
+        compiled = torch._inductor.compile(graph, list(example), options=COMPILE_OPTIONS)
+        compiled(*example)
+    return compiled
 
 
 class single_thread:

@@ -1,0 +1,144 @@
+"""What a user types: bad input ends in one line and writes nothing; the smoke preset runs end to end, twice to the same bytes."""
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import exp_delay_law
+import lab
+import stats
+from common import UsageError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--p 1", "--p must be between 2 and 1000, got 1"),
+    ("--p 2 --train-fracs 0.1", "leaves no training pair"),
+    ("--p abc", "invalid int value"),
+    ("--p", "expected at least one argument"),
+    ("--rhos 0", "--rhos must be > 0, got 0"),
+    ("--rhos -1", "--rhos must be > 0"),
+    ("--rhos nan", "--rhos must be finite"),
+    ("--rhos 1 1", "lists a value twice"),
+    ("--lrs -1", "--lrs must be > 0, got -1"),
+    ("--weight-decays -0.1", "--weight-decays must be >= 0"),
+    ("--train-fracs 1.0", "below 1"),
+    ("--members 99", "--members must lie in the block 0..15"),
+    ("--members -1", "--members must lie in the block 0..15"),
+    ("--seeds 0", "--seeds must be between 1"),
+    ("--parts nothing", "--parts must be among dense"),
+    ("--preset huge", "--preset must be one of smoke, laptop, paper"),
+    ("--dtype float16", "--dtype must be one of float32, float64"),
+    ("--backend triton --device cpu", "does not run on --device cpu"),
+    ("--arithmetic tf32x3 --device cpu", "CUDA kernels"),
+    ("--after-grok 30", "--after-grok must be 0 or a multiple of 25"),
+    ("--resume", "no checkpoint in"),
+    ("--what", "unrecognized arguments: --what"),
+    pytest.param("--device cuda", "no CUDA device is visible", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")),
+])
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, flags: str, message: str) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError) as error:
+        exp_delay_law.run([*flags.split(), "--out", str(out)])
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not out.exists()
+
+
+def test_exit_code_and_stderr_of_a_bad_command(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "exp_delay_law.py", "--rhos", "0"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr == "error: --rhos must be > 0, got 0\n"
+
+
+def test_every_flag_has_help(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as done:
+        exp_delay_law.run(["--help"])
+    text = capsys.readouterr().out
+    assert done.value.code == 0 and all(flag in text for flag in ("--rhos", "--lrs", "--members", "--dry-run", "--figures-only"))
+
+
+def test_dry_run_lists_the_cells_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    exp_delay_law.run(["--dry-run", "--preset", "paper", "--device", "cpu", "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert "clamp_p59_b16_rho1.25" in text and "rescale_p59_b16_rho0.70" in text and "clamp_p41_b12_rho1.30" in text
+    assert "free_p59_b20_lr0.003_wd3_frac0.5" in text and not (tmp_path / "out").exists()
+
+
+def test_a_composite_modulus_is_allowed_and_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    exp_delay_law.run(["--dry-run", "--p", "60", "--out", str(tmp_path / "out")])
+    assert "p=60 is not prime" in capsys.readouterr().out
+
+
+TINY = ["--preset", "smoke", "--p", "13", "--members", "0", "1", "--backend", "eager"]   # p=13 memorises; whether it groks is not the matter
+
+
+@pytest.fixture
+def short_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exp_delay_law, "dense_budget", lambda rho: 300)
+    whole = exp_delay_law.free
+    monkeypatch.setattr(exp_delay_law, "free", lambda *a, **k: dataclasses.replace(whole(*a, **k), budget_steps=300))
+
+
+def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, short_budgets: None, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    exp_delay_law.run([*TINY, "--out", str(out)])
+    assert "no W_c" in capsys.readouterr().out
+    assert {p.name for p in out.iterdir()} >= {"runs.csv", "cells.csv", "trajectories.csv", "summary.json", "config.json"}
+    runs = lab.read_csv(out / "runs.csv")
+    assert len(runs) == 2 and all(run["censored"] == 1 and run["t_grok_step"] is None and run["budget_steps"] == 300 for run in runs)
+    with pytest.raises(UsageError, match="holds another configuration: members is"):
+        exp_delay_law.run([*TINY[:4], "--members", "0", "--backend", "eager", "--out", str(out)])
+    assert lab.read_csv(out / "runs.csv") == runs
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    with pytest.raises(UsageError, match="is no results folder"):
+        exp_delay_law.run([*TINY, "--out", str(tmp_path / "other")])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("runs.csv", "cells.csv", "trajectories.csv", "contraction.csv")}
+
+
+def start(out: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "exp_delay_law.py", "--preset", "smoke", "--out", str(out)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_smoke_preset_end_to_end_interrupted_and_not(tmp_path: Path) -> None:
+    """The same command twice gives the same bytes; so does one stopped by SIGINT half-way and started again."""
+    first = start(tmp_path / "a")
+    text, _ = first.communicate(timeout=400)
+    assert first.returncode == 0, text
+    second = start(tmp_path / "b")
+    while not list((tmp_path / "b").glob("checkpoint/control.done.pt")):
+        assert second.poll() is None, second.communicate()
+        time.sleep(0.05)
+    time.sleep(1.5)   # inside the clamped cells
+    second.send_signal(signal.SIGINT)
+    text, _ = second.communicate(timeout=60)
+    assert second.returncode == 130 and "the same command continues" in text and (tmp_path / "b" / "checkpoint").is_dir()
+    third = start(tmp_path / "b")
+    text, _ = third.communicate(timeout=400)
+    assert third.returncode == 0 and "continuing from" in text, text
+    assert files(tmp_path / "a") == files(tmp_path / "b") and not (tmp_path / "b" / "checkpoint").exists()
+
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    published = list(stats.published(ROOT / "published.csv", "A."))
+    assert [claim["id"] for claim in summary["claims"]] == published
+    assert summary["provenance"]["executed_over_needed"] <= 1.05
+    assert {"commit", "dirty", "command", "versions", "device", "backend", "dtype", "arithmetic", "run_steps"} <= set(summary["provenance"])
+    runs = lab.read_csv(tmp_path / "a" / "runs.csv")
+    assert all(run["t_grok_step"] is not None for run in runs) and {run["arm"] for run in runs} == {"free", "clamp"}
+    assert list(runs[0])[: len(lab.RUN_COLUMNS)] == list(lab.RUN_COLUMNS)
+    assert (tmp_path / "a" / "figures" / "dense.png").stat().st_size > 5000 and (tmp_path / "a" / "figures" / "dense.pdf").exists()
+
+    os.remove(tmp_path / "a" / "figures" / "dense.png")
+    exp_delay_law.run(["--preset", "smoke", "--out", str(tmp_path / "a"), "--figures-only"])
+    assert (tmp_path / "a" / "figures" / "dense.png").exists() and files(tmp_path / "a") == files(tmp_path / "b")

@@ -1,0 +1,139 @@
+"""The chain of proof, first links: float64 autograd proves the closed-form gradient, torch.optim.AdamW the optimiser, algebra the clamp."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import initial_rows, split
+from kernels.adamw import SCALARS, adamw_project_ref, group_norms_ref
+from kernels.layout import Layout, mlp_layout
+from kernels.loss import AUDIT, loss_gradient_ref, softmax_audit_ref
+from kernels.step import METRICS, evaluate_ref, gradient_ref, train_step_ref
+
+
+def start(p: int, d: int = 128, H: int = 256, dtype: torch.dtype = torch.float64, member: int = 0) -> tuple:
+    layout = mlp_layout(p, d, H, dtype)
+    row = initial_rows(layout, 2, 0, (member,), dtype)[0]
+    row[layout.n_weights: layout.n_weights + H] = 0.1 * torch.randn(H, generator=torch.Generator().manual_seed(5), dtype=dtype)
+    pairs = split(p, 0.40, member, 0)
+    return layout, row, pairs // p, pairs % p
+
+
+def concatenated_loss(row: torch.Tensor, a: torch.Tensor, b: torch.Tensor, tau: float, layout: Layout, loss: str) -> torch.Tensor:
+    """The papers' model as they print it: `gelu([E[a]; E[b]] W1 + b1) W2 + b2`, no tables."""
+    E, W1, W2, b1, b2 = layout.views(row)
+    z = F.gelu(torch.cat([E[a], E[b]], -1) @ W1 + b1) @ W2[:, : layout.p] + b2[: layout.p]
+    labels = (a + b) % layout.p
+    if loss == "ce":
+        return F.cross_entropy(z / tau, labels)
+    return (z / tau - F.one_hot(labels, layout.p)).square().sum(-1).mean()
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+@pytest.mark.parametrize("tau", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("p", [7, 16, 59])   # padding to 8; a power of two, no padding; the papers' size
+def test_gradient_is_autograds(p: int, tau: float, loss: str) -> None:
+    layout, row, a, b = start(p)
+    row.requires_grad_()
+    (expected,) = torch.autograd.grad(concatenated_loss(row, a, b, tau, layout, loss), row)
+    with torch.no_grad():
+        ours = gradient_ref(row, a, b, torch.tensor(tau, dtype=torch.float64), layout, loss)
+    for mine, theirs in zip(layout.views(ours), layout.views(expected), strict=True):
+        assert (mine - theirs).norm() <= 1e-12 * theirs.norm()
+
+
+def test_padding_gets_no_gradient() -> None:
+    layout, row, a, b = start(7)
+    for loss in ("ce", "mse"):
+        _, _, dW2, _, db2 = layout.views(gradient_ref(row, a, b, torch.tensor(1.0, dtype=torch.float64), layout, loss))
+        assert layout.p_pad == 8 and not dW2[:, 7:].any() and not db2[7:].any() and dW2[:, :7].all()
+
+
+def scalars(t: int, lr: float, weight_decay: float, targets: tuple = (0, 0, 0, 0), tau: float = 1.0) -> torch.Tensor:
+    return torch.tensor([tau, 1 - lr * weight_decay, lr / (1 - 0.9**t), math.sqrt(1 - 0.999**t), *targets], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float64, 1e-13),
+    (torch.float32, 1e-6),   # 20 steps of 4 roundings, eps 6e-8 each: 20 * 4 * 6e-8 = 5e-6 at worst, a fifth of it typically
+])
+def test_optimiser_is_torch_adamw(dtype: torch.dtype, tolerance: float) -> None:
+    layout, row, *_ = start(11, 8, 16, dtype)
+    n = layout.n_weights
+    weights, biases = row[:n].clone().requires_grad_(), row[n:].clone().requires_grad_()
+    reference = torch.optim.AdamW([{"params": [weights], "weight_decay": 0.7}, {"params": [biases], "weight_decay": 0.0}], lr=3e-3)
+    state = row, torch.zeros_like(row), torch.zeros_like(row)
+    generator = torch.Generator().manual_seed(1)
+    for t in range(1, 21):
+        gradient = torch.randn(layout.n_params, generator=generator, dtype=dtype)
+        weights.grad, biases.grad = gradient[:n].clone(), gradient[n:].clone()
+        reference.step()
+        state = adamw_project_ref(*state, gradient, scalars(t, 3e-3, 0.7).to(dtype), layout)
+    expected = torch.cat([weights, biases]).detach()
+    assert (state[0] - expected).norm() <= tolerance * expected.norm()
+
+
+def test_clamp_holds_total_and_groups_and_leaves_moments_and_biases() -> None:
+    layout, row, *_ = start(11, 8, 16, torch.float32)
+    gradient = torch.randn(layout.n_params, generator=torch.Generator().manual_seed(2))
+    zeros = torch.zeros_like(row)
+    free = adamw_project_ref(row, zeros, zeros, gradient, scalars(1, 1e-3, 1.0).float(), layout)
+    total = adamw_project_ref(row, zeros, zeros, gradient, scalars(1, 1e-3, 1.0, (12.5, 0, 0, 0)).float(), layout)
+    groups = adamw_project_ref(row, zeros, zeros, gradient, scalars(1, 1e-3, 1.0, (0, 3.0, 0, 7.0)).float(), layout)
+    eps = torch.finfo(torch.float32).eps   # the ratio and each product are rounded once: half an ulp each
+    assert abs(float(group_norms_ref(total[0], layout).square().sum().sqrt()) / 12.5 - 1) <= eps
+    E, W1, W2 = group_norms_ref(groups[0], layout).tolist()
+    assert abs(E / 3 - 1) <= eps and abs(W2 / 7 - 1) <= eps and group_norms_ref(free[0], layout)[1].item() == W1
+    for clamped in (total, groups):
+        assert torch.equal(clamped[0][layout.n_weights:], free[0][layout.n_weights:])
+        assert torch.equal(clamped[1], free[1]) and torch.equal(clamped[2], free[2])
+
+
+def test_loss_gradient_rows_sum_to_zero_and_ignore_a_shift() -> None:
+    z = torch.randn(20, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 30
+    labels = torch.arange(20) % 13
+    gradient = loss_gradient_ref(z, labels, torch.tensor(0.7, dtype=torch.float64), 13, "ce")
+    shifted = loss_gradient_ref(z + 1000, labels, torch.tensor(0.7, dtype=torch.float64), 13, "ce")
+    assert gradient.sum(1).abs().max() < 1e-15 and not gradient[:, 13:].any()
+    assert torch.allclose(gradient, shifted, rtol=1e-9, atol=1e-15)   # z + 1000 keeps 13 of 16 digits
+
+
+def audit(margin: float, tau: float = 1.0) -> dict[str, float]:
+    """The audit of four rows whose label leads every other class by `margin`."""
+    z = torch.zeros(4, 16)
+    z[:, 3] = margin
+    return dict(zip(AUDIT, softmax_audit_ref(z, torch.full((4,), 3), torch.tensor(tau), 13).tolist(), strict=True))
+
+
+def test_audit_sees_float32_collapse_that_float64_does_not_have() -> None:
+    # 12 e^-m falls under half an ulp of 1 at m > 19.1 in float32, at m > 39.2 in float64
+    assert audit(15.0)["collapse32"] == audit(15.0)["zero_gradient_rows"] == 0
+    collapsed = audit(25.0)
+    assert (collapsed["collapse32"], collapsed["collapse64"], collapsed["sum_exp_is_one"]) == (1, 0, 1)
+    assert 0 < collapsed["max_gradient_difference"] < 1e-9
+    # past e^-104 the float32 exponential itself is 0, and with it the whole gradient row; divided by tau it comes back
+    assert audit(110.0)["zero_gradient_rows"] == 1 and audit(110.0)["collapse64"] == 1
+    assert audit(110.0, tau=4.0)["collapse64"] == 0
+
+
+def test_evaluation_counts_what_a_plain_forward_counts() -> None:
+    layout, row, a, b = start(13, 16, 32)
+    p, tau = 13, 1.7
+    for _ in range(60):   # far enough that some pairs are right
+        m = torch.zeros_like(row)
+        train_step_ref(row, m, m.clone(), a, b, scalars(1, 1e-2, 0.0, tau=tau), layout, "ce")
+    train = torch.zeros(p * p, dtype=torch.float64).scatter_(0, a * p + b, 1)
+    got = dict(zip(METRICS, evaluate_ref(row, train, a, b, torch.tensor(tau, dtype=torch.float64), layout, "ce").tolist(), strict=True))
+    pair = torch.arange(p * p)
+    E, W1, W2, b1, b2 = layout.views(row)
+    z = F.gelu(torch.cat([E[pair // p], E[pair % p]], -1) @ W1 + b1) @ W2[:, :p] + b2[:p]
+    labels = (pair // p + pair % p) % p
+    right, test = z.argmax(1) == labels, train == 0
+    assert got["train_accuracy"] == right[~test].double().mean() and got["test_accuracy"] == right[test].double().mean()
+    assert got["train_accuracy"] > 0 and len(SCALARS) == 8
+    assert got["train_loss"] == pytest.approx(float(F.cross_entropy(z[~test] / tau, labels[~test])), rel=1e-12)
+    assert got["test_loss"] == pytest.approx(float(F.cross_entropy(z[test] / tau, labels[test])), rel=1e-12)
+    assert got["logit_scale"] == pytest.approx(float((z / tau).norm(dim=1).mean()), rel=1e-12)
+    assert got["saturated"] == (torch.softmax(z / tau, 1).amax(1) > 0.999).double().mean()
+    assert got["norm"] == pytest.approx(float(torch.cat([E.flatten(), W1.flatten(), W2.flatten()]).norm()), rel=1e-12)

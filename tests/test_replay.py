@@ -1,0 +1,95 @@
+"""Per-seed replay of released runs, and what replay does with files that are none."""
+import csv
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import exp_replay
+import lab
+from common import UsageError
+
+RELEASED = Path(os.environ.get("RELEASED", Path(__file__).parents[2] / "shared" / "released" / "logit-scale" / "metrics"))
+
+
+@pytest.mark.skipif(not RELEASED.is_dir(), reason=f"no released runs at {RELEASED.name} (set RELEASED): the per-seed replay is NOT tested here")
+def test_released_runs_come_out_seed_by_seed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    exp_replay.run([str(RELEASED), "--match", "mlp_ce_full_p59_clamp_rho0.85", "mlp_ce_full_p59_base_rho1.00_tau1.00",
+                    "mlp_mse_full_p59_base_rho1.00_tau1.00", "--members", "3", "10", "--out", str(tmp_path / "r")])
+    rows = list(csv.DictReader((tmp_path / "r" / "replay.csv").read_text().splitlines()))
+    assert len(rows) == 6 and list(rows[0]) == ["cell", "member", "t_mem_released", "t_mem", "t_grok_released", "t_grok", "difference_steps"]
+    assert all(row["t_mem"] == row["t_mem_released"] for row in rows)
+    assert all(abs(int(row["difference_steps"])) <= 25 for row in rows), rows
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("replayed 6 runs: ")
+
+
+def good() -> dict:
+    return dict(p=7, alpha=0.4, lam=1.0, lr=1e-3, max_steps=50, arm="clamp", rho=1.0, wc_used=9.0, t_int=10, tau=1.0, loss="ce",
+                T_mem_per_seed=np.array([25, -1]), T_grok_per_seed=np.array([-1, 50]), steps=np.array([1.0, 50.0]),
+                logit_scale=np.array([1.0, 2.0]))
+
+
+def test_a_file_of_ours_is_compared_with_censored_sides_at_the_budget(tmp_path: Path) -> None:
+    np.savez(tmp_path / "cell.npz", **good())
+    exp_replay.run([str(tmp_path), "--out", str(tmp_path / "r"), "--backend", "eager"])
+    rows = lab.read_csv(tmp_path / "r" / "replay.csv")
+    assert [row["t_grok_released"] for row in rows] == [None, 50] and [row["difference_steps"] for row in rows] == [0, 0]
+
+
+def pickled() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **{**good(), "arm": np.array([{"a": 1}], dtype=object)})
+    return buffer.getvalue()
+
+
+def packed(**changed: object) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **{k: v for k, v in {**good(), **changed}.items() if v is not None})
+    return buffer.getvalue()
+
+
+def zipped(name: str, content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"not a zip", "not a readable .npz"),
+    (packed()[:200], "not a readable .npz"),
+    (pickled(), "not a readable .npz of plain arrays"),
+    (zipped("p.npy", b"\x93NUMPY\x01\x00garbage"), "not a readable .npz"),
+    (zipped("notes.txt", b"hello"), "lacks p, alpha"),
+    (packed(p=None), "lacks p"),
+    (packed(p=np.nan), "p is nan"),
+    (packed(p=1), "out of its range"),
+    (packed(lr=-1.0), "out of its range"),
+    (packed(tau=0.0), "out of its range"),
+    (packed(max_steps=10**12), "out of its range"),
+    (packed(T_mem_per_seed=np.zeros((2, 2))), "wrong length"),
+    (packed(wc_used=0.0), "held norm is not positive"),
+    (packed(arm="sideways"), "'sideways'"),
+    (packed(arch="tfnoln"), "a transformer run"),
+    (packed(t_fork=800), "fork file"),
+])
+def test_foreign_files_are_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "bad.npz").write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        exp_replay.run([str(tmp_path / "in"), "--out", str(tmp_path / "out")])
+    assert "bad" in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_there_or_matches_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no folder"):
+        exp_replay.run([str(tmp_path / "none")])
+    with pytest.raises(UsageError, match=r"no \.npz file below"):
+        exp_replay.run([str(tmp_path), "--match", "x*"])
+    np.savez(tmp_path / "cell.npz", **good())
+    with pytest.raises(UsageError, match="--members 5"):
+        exp_replay.run([str(tmp_path), "--members", "5", "--out", str(tmp_path / "out")])
