@@ -320,15 +320,16 @@ class Ensemble:
                     with ready:
                         self.executed += until - step
                         self.record(np.array([run]), until, np.array([metrics]))
+                        del busy[run]
                         if until < self.retire[run] and self.diverged[run] < 0:
                             heapq.heappush(idle, (until, run))
-                except BaseException as error:  # reported by the main thread
-                    failures.append(error)
-                    return
-                finally:
-                    with ready:
-                        del busy[run]
                         ready.notify_all()
+                except BaseException as error:  # raised again by the main thread
+                    with ready:
+                        failures.append(error)
+                        busy.pop(run, None)
+                        ready.notify_all()
+                    return
 
         found = torch.get_num_threads()
         workers = [threading.Thread(target=work, daemon=True) for _ in range(min(found, max(len(idle), 1)))]
