@@ -8,13 +8,16 @@ READY := $(VENV)/.ready
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: delay_law replay bench test lint clean
+.PHONY: delay_law replay report bench test lint clean
 
 delay_law: $(READY)
 	$(PY) exp_delay_law.py $(ARGS)
 
 replay: $(READY)          # RELEASED=folder with the released .npz files
 	$(PY) exp_replay.py $(RELEASED) $(ARGS)
+
+report: $(READY)          # the README's table from results/*/*/summary.json
+	$(PY) report.py $(ARGS)
 
 bench: $(READY)
 	$(PY) bench/bench_step.py $(ARGS)

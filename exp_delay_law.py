@@ -330,19 +330,27 @@ def concentration(m: Measured, fits: dict, config: Config) -> None:
 
 
 def contraction(runs: list[dict], trajectories: list[dict]) -> list[dict]:
-    """Free runs: rate of ln ||W||^2 after memorisation against 2 lr wd, and the delay against ln(V_mem / V_grok), V = ||W||^2."""
+    """Free runs: slope of ln ||W||^2 after memorisation against 2 lr wd, and the delay against ln(V_mem / V_grok), V = ||W||^2.
+
+    The norm may go on growing after T_mem, so slope and ratio are given from its peak (largest logged norm between the two) as well.
+    """
     rows = []
     for run in runs:
         if run["arm"] != "free" or run["censored"] or run["t_mem_step"] is None:
             continue
         points = [(t["step"], 2 * math.log(t["norm"])) for t in trajectories if t["cell"] == run["cell"] and t["member"] == run["member"]
                   and run["t_mem_step"] <= t["step"] <= run["t_grok_step"]]
-        rate = -float(stats.line(*np.array(points).T)[0]) if len(points) >= 3 else math.nan
+        peak_step, ln_peak = max(points, key=lambda point: point[1], default=(run["t_mem_step"], 2 * math.log(run["norm_at_mem"])))
+        falling = [point for point in points if point[0] >= peak_step]
+        rate, rate_peak = (-float(stats.line(*np.array(part).T)[0]) if len(part) >= 3 else None for part in (points, falling))
         weak = 2 * run["lr"] * run["weight_decay"]
         v_mem, v_grok = run["norm_at_mem"] ** 2, run["norm_at_grok"] ** 2
-        rows.append({"cell": run["cell"], "member": run["member"], "v_mem": v_mem, "v_grok": v_grok,
-                     "delay_steps": run["t_grok_step"] - run["t_mem_step"], "ln_v_ratio": math.log(v_mem / v_grok),
-                     "rate_per_step": rate, "two_lr_wd": weak, "rate_over_two_lr_wd": rate / weak if weak else None})
+        rows.append({"cell": run["cell"], "member": run["member"], "v_mem": v_mem, "v_peak": math.exp(ln_peak), "v_grok": v_grok,
+                     "delay_steps": run["t_grok_step"] - run["t_mem_step"], "peak_step": peak_step,
+                     "ln_v_ratio": math.log(v_mem / v_grok), "ln_v_peak_ratio": ln_peak - math.log(v_grok),
+                     "rate_per_step": rate, "rate_from_peak": rate_peak, "two_lr_wd": weak,
+                     "rate_over_two_lr_wd": rate / weak if weak and rate is not None else None,
+                     "rate_from_peak_over_two_lr_wd": rate_peak / weak if weak and rate_peak is not None else None})
     return rows
 
 
@@ -360,12 +368,14 @@ def findings(runs: list[dict], fits: dict, contracted: list[dict]) -> list[dict]
     for key, fit in fits.items():
         if isinstance(fit, dict) and "lack_of_fit_p" in fit:
             out.append({"id": f"lack_of_fit.{key}", "quantity": "p-value: ln T_grok is a straight line in rho, against seed noise",
-                        "ours": fit["lack_of_fit_p"], "lo": None, "hi": None, "n": len(fit["rhos"])})
+                        "ours": stats.finite(fit["lack_of_fit_p"]), "lo": None, "hi": None, "n": len(fit["rhos"])})
     for cell in dict.fromkeys(row["cell"] for row in contracted):
-        mine = [row for row in contracted if row["cell"] == cell]
-        shares = [row["rate_over_two_lr_wd"] for row in mine if row["rate_over_two_lr_wd"] is not None]
-        out.append({"id": f"contraction.{cell}", "quantity": "rate of ln ||W||^2 from T_mem to T_grok over 2 lr wd, median of members",
-                    "ours": stats.finite(np.median(shares)) if shares else None, "lo": None, "hi": None, "n": len(mine)})
+        for key, text in (("ln_v_ratio", "ln(V_mem / V_grok)"), ("ln_v_peak_ratio", "ln(V_peak / V_grok)"),
+                          ("rate_from_peak_over_two_lr_wd", "rate of ln ||W||^2 from its peak to T_grok over 2 lr wd")):
+            values = [row[key] for row in contracted if row["cell"] == cell and row[key] is not None]
+            out.append({"id": f"contraction.{key}.{cell}", "quantity": f"{text}, median of members", "n": len(values),
+                        "ours": stats.finite(np.median(values)) if values else None, "lo": stats.finite(min(values, default=None)),
+                        "hi": stats.finite(max(values, default=None))})
     return out
 
 
@@ -378,15 +388,17 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
         lab.write_csv(out / "runs.csv", runs, lab.RUN_COLUMNS)
         lab.write_csv(out / "trajectories.csv", result.trajectories)
         lab.write_json(out / "provenance.json", lab.provenance(config, result, desk.backend))
-    runs, trajectories = lab.read_csv(out / "runs.csv"), lab.read_csv(out / "trajectories.csv")   # so that both ways see the same digits
-    contracted = contraction(runs, trajectories)
+    runs, trajectories = lab.read_csv(out / "runs.csv"), []              # read back, so that both ways see the same digits
+    if (out / "trajectories.csv").exists():
+        trajectories = lab.read_csv(out / "trajectories.csv")
+        lab.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
+        lab.write_csv(out / "contraction.csv", contraction(runs, trajectories))
+    contracted = lab.read_csv(out / "contraction.csv")                    # a run of record may come without its long trajectories
     claims, fits = measure(runs, config)
     known = stats.published(lab.ROOT / "published.csv", "A.")
     answered = [claims.get(key) or stats.claim(row, None) for key, row in known.items()]
-    lab.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
-    lab.write_csv(out / "contraction.csv", contracted)
-    lab.write_json(out / "summary.json", {"claims": answered, "findings": findings(runs, fits, contracted),
-                                          "provenance": lab.read_json(out / "provenance.json")})
+    found = findings(runs, fits, contracted)
+    lab.write_json(out / "summary.json", {"claims": answered, "findings": found, "provenance": lab.read_json(out / "provenance.json")})
     figures = out / "figures"
     blocks = {config.seeds: ("dense", "A.dense.rho"), config.moduli_seeds: ("moduli", "A.pscan.p{p}.rho")}
     for block, (prefix, published) in blocks.items():
@@ -399,9 +411,13 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
         plots.matrix(runs, figures)
     if any(r["norm_at_grok"] is not None for r in runs if r["arm"] == "free"):
         plots.critical_norm(runs, figures)
+    if contracted:
+        plots.contraction(contracted, figures)
     if trajectories:
         plots.trajectories(trajectories, figures)
     print(stats.table(answered))
+    for finding in found:
+        print(f"{finding['id']}: {finding['ours']} ({finding['lo']} to {finding['hi']}; n {finding['n']}) {finding['quantity']}")
     for key, fit in fits.items():
         if isinstance(fit, dict):
             e, lo, hi = fit["alpha"]

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from common import EVAL_EVERY, Cell, Ensemble, Result, State, UsageError, n_train
+from kernels.cpu import has_compiler
 
 ROOT = Path(__file__).resolve().parent
 RUN_COLUMNS = ("experiment", "cell", "model", "loss", "p", "train_frac", "n_train", "block", "seed0", "member", "arm", "rho", "tau", "gamma",
@@ -110,11 +111,6 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
     if presets:
         check_grid(config, parts)
     return config, given
-
-
-def has_compiler() -> bool:
-    from kernels.cpu import has_compiler as found
-    return found()
 
 
 def check(config: Machine) -> None:
@@ -309,7 +305,7 @@ class Lab:
         folder = re.sub(r"[^A-Za-z0-9.+_-]+", "-", "_".join([preset, *changed]))[:120]
         self.out = Path(config.out) if config.out else ROOT / "results" / experiment / folder
         self.checkpoint = self.out / "checkpoint"
-        self.backend = "none"
+        self.backend, self.said = "none", set()
         wanted = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE}))
         self.settings = {"experiment": experiment, **wanted}
         try:
@@ -326,6 +322,12 @@ class Lab:
                                      f"{self.settings.get(key)}; choose another --out")
         if config.resume and not self.checkpoint.is_dir():
             raise UsageError(f"--resume: no checkpoint in {self.out}; run without --resume to start")
+
+    def say(self, text: str) -> None:
+        """Print `text` unless it has been said."""
+        if text not in self.said:
+            self.said.add(text)
+            print(text, flush=True)
 
     def open(self) -> None:
         """Create the folder. A checkpoint found in it is announced."""
@@ -349,6 +351,9 @@ class Lab:
     def _train_group(self, stage: str, cells: list[Cell], start: State | None, keep_state: bool) -> Result:
         done, partial = self.checkpoint / f"{stage}.done.pt", self.checkpoint / f"{stage}.pt"
         c = self.config
+        if c.device == "cpu" and c.backend == "auto":
+            self.say("the step is compiled on first use, up to a minute per modulus" if has_compiler() else
+                     "no C++ compiler on the PATH: the step runs eagerly, about 3 times slower")
         ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, c.dtype), c.arithmetic, start)
         self.backend = ensemble.backend
         for path in (done, partial):

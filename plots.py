@@ -91,11 +91,25 @@ def critical_norm(runs: list[dict], folder: Path) -> None:
     plt.close(figure)
 
 
+def contraction(rows: list[dict], folder: Path) -> None:
+    """Delay of free runs against the logarithm that the squared norm V fell through, from T_mem and from its peak."""
+    figure, axis = plt.subplots(figsize=(5.5, 4.2))
+    for i, cell in enumerate(dict.fromkeys(row["cell"] for row in rows)):
+        mine = [row for row in rows if row["cell"] == cell]
+        delay = [row["delay_steps"] for row in mine]
+        axis.plot([row["ln_v_peak_ratio"] for row in mine], delay, "o", color=f"C{i % 10}", label=f"{cell}, from the peak")
+        axis.plot([row["ln_v_ratio"] for row in mine], delay, "x", color=f"C{i % 10}", label=f"{cell}, from T_mem")
+    axis.set(xlabel="ln(V / V_grok), V = squared norm", ylabel="T_grok - T_mem (steps)", title="Free contraction")
+    axis.legend(fontsize=6)
+    lab.save_figure(figure, folder, "contraction")
+    plt.close(figure)
+
+
 def trajectories(trajectories: list[dict], folder: Path) -> None:
     """Median over members of test accuracy, norm and effective logit scale against step, one line per cell."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4))
     for i, cell in enumerate(list(dict.fromkeys(t["cell"] for t in trajectories))[:12]):
-        mine = [t for t in trajectories if t["cell"] == cell and t["step"] > 1]
+        mine = [t for t in trajectories if t["cell"] == cell and t["step"] > 1 and t["norm"] is not None]   # None: the run diverged
         steps = sorted({t["step"] for t in mine})
         for axis, key in zip(axes, ("test_accuracy", "norm", "logit_scale"), strict=True):
             axis.plot(steps, [np.median([t[key] for t in mine if t["step"] == s]) for s in steps], color=f"C{i % 10}", ls="-" if i < 10 else "--",

@@ -1,0 +1,43 @@
+"""The README says what the summaries say, and its example runs."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import report
+from common import UsageError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_table_of_claims_is_that_of_the_summaries(capsys) -> None:
+    assert report.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"^make ([a-z_-]+)", (ROOT / "README.md").read_text(), re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_figures_of_the_readme_exist() -> None:
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / path).is_file(), path
+
+
+def test_report_refuses_other_flags() -> None:
+    try:
+        report.main(["--force"])
+    except UsageError as error:
+        assert "--force" in str(error)
+    else:
+        raise AssertionError("--force was taken")
+
+
+def test_the_example_experiment_runs(tmp_path: Path) -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    (tmp_path / "exp_temperature.py").write_text(code.replace("budget_steps=8000", "budget_steps=50"))
+    done = subprocess.run([sys.executable, tmp_path / "exp_temperature.py", "--preset", "laptop", "--backend", "eager", "--out", tmp_path / "out"],
+                          env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "out" / "runs.csv").read_text().splitlines()) == 1 + 3 * 2
