@@ -4,6 +4,8 @@ Elsewhere (macOS, Windows) the kernels are still defined, so that everything tha
 """
 from types import SimpleNamespace
 
+BK = 16     # inner dimension of a block product: the least a dot takes on a GPU; 32 unrolls twice the code and 30-60 registers more
+
 try:
     import triton
     import triton.language as tl

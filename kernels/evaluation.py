@@ -9,7 +9,7 @@ tables and W2 through the cache, the mask of training pairs, and 88 bytes a tile
 from torch import Tensor
 
 from .adamw import group_squares, load_squares, partial_blocks
-from .dialect import divide, divisor_block, power_of_two, square_root, tl, triton
+from .dialect import BK, divide, power_of_two, square_root, tl, triton
 from .hidden import logits_tile
 from .layout import Layout
 from .loss import audit_rows, loss_rows, softmax_rows
@@ -93,7 +93,7 @@ def evaluate(params: Tensor, tables: Tensor, train: Tensor, scalars: Tensor, par
     """
     runs, tiles, blocks, P = params.shape[0], evaluation_tiles(layout), partial_blocks(layout), power_of_two(layout.p_pad)
     group_squares(params, squares, layout)
-    _evaluate_kernel[(tiles, runs)](params, tables, train, scalars, partials, *layout, layout.n_params, P, divisor_block(layout.H, 32),
-                                    loss, arithmetic, num_warps=8)
+    _evaluate_kernel[(tiles, runs)](params, tables, train, scalars, partials, *layout, layout.n_params, P, BK, loss,
+                                    arithmetic, num_warps=8)
     _metrics_kernel[(runs,)](partials, squares, metrics, n_train, layout.p**2, tiles, power_of_two(tiles), blocks,
                              power_of_two(blocks), num_warps=4)

@@ -8,7 +8,7 @@ in ascending order. Traffic per run and call: E and W1 once or twice through the
 import torch
 from torch import Tensor
 
-from .dialect import divisor_block, dot, power_of_two, tl, triton
+from .dialect import BK, divisor_block, dot, power_of_two, tl, triton
 from .layout import Layout
 
 
@@ -55,7 +55,7 @@ def tables(params: Tensor, out: Tensor, layout: Layout, arithmetic: str) -> None
     p, d, H, _ = layout
     BH, BM = divisor_block(H, 64), min(64, power_of_two(max(p, 16)))
     grid = (-(-p // BM) * 2 * (H // BH), params.shape[0])
-    _tables_kernel[grid](params, out, *layout, layout.n_params, BM, BH, divisor_block(d, 32), arithmetic, num_warps=4)
+    _tables_kernel[grid](params, out, *layout, layout.n_params, BM, BH, BK, arithmetic, num_warps=4)
 
 
 @triton.jit
@@ -105,5 +105,5 @@ def tables_backward(params: Tensor, dtables: Tensor, gradient: Tensor, layout: L
     p, d, H, _ = layout
     BD, BH, BP = divisor_block(d, 64), divisor_block(H, 64), min(64, power_of_two(max(p, 16)))
     grid = (2 * (d // BD) * (H // BH) + -(-p // BP) * (d // BD), params.shape[0])
-    _tables_backward_kernel[grid](params, dtables, gradient, *layout, layout.n_params, BP, BD, BH, divisor_block(H, 32), arithmetic,
+    _tables_backward_kernel[grid](params, dtables, gradient, *layout, layout.n_params, BP, BD, BH, BK, arithmetic,
                                   num_warps=4)

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .dialect import divisor_block, dot, power_of_two, tl, triton
+from .dialect import BK, divisor_block, dot, power_of_two, tl, triton
 from .layout import Layout
 from .pairs import tile_rows
 
@@ -106,9 +106,9 @@ def _hidden_backward_kernel(params, tables, dz, slots, dtables, gradient, n_slot
 def hidden_backward(params: Tensor, tables: Tensor, dz: Tensor, slots: Tensor, dtables: Tensor, gradient: Tensor, layout: Layout,
                     arithmetic: str) -> None:
     """`dz (R, slots, p_pad)` -> `dtables (R, 2, p, H)` and the parts dW2, db2 of the rows `gradient (R, n_params)`."""
-    BH = divisor_block(layout.H, 32)
+    BH = divisor_block(layout.H, 128 // params.itemsize)        # float64 takes twice the registers
     grid = (layout.H // BH, params.shape[0])
     # One stage: a load moved ahead of the tile before it would miss the rows that this tile is still adding.
     _hidden_backward_kernel[grid](params, tables, dz, slots, dtables, gradient, slots.shape[1], *layout, layout.n_params,
-                                  power_of_two(layout.p_pad), tile_rows(layout.p), BH, max(16, divisor_block(layout.p_pad, 32)),
-                                  arithmetic, num_warps=4, num_stages=1)
+                                  power_of_two(layout.p_pad), tile_rows(layout.p), BH, BK, arithmetic,
+                                  num_warps=4, num_stages=1)

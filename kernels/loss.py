@@ -12,7 +12,7 @@ Softmax collapse after arXiv 2501.04697: float32 rounds the correct class's prob
 import torch
 from torch import Tensor
 
-from .dialect import divide, divisor_block, power_of_two, tl, triton
+from .dialect import BK, divide, power_of_two, tl, triton
 from .hidden import logits_tile
 from .layout import Layout
 
@@ -147,5 +147,5 @@ def loss_gradient(params: Tensor, tables: Tensor, slots: Tensor, scalars: Tensor
     """`slots (R, slots)`, `scalars (R, 8)` -> `dz (R, slots, p_pad)`, the gradient of the mean loss over a run's `n_train` pairs."""
     BN, P = 64, power_of_two(layout.p_pad)
     grid = (-(-slots.shape[1] // BN), params.shape[0])
-    _loss_gradient_kernel[grid](params, tables, slots, scalars, dz, slots.shape[1], n_train, *layout, layout.n_params, P, BN,
-                                divisor_block(layout.H, 32), loss, arithmetic, num_warps=BN * P // 1024)
+    _loss_gradient_kernel[grid](params, tables, slots, scalars, dz, slots.shape[1], n_train, *layout, layout.n_params, P, BN, BK, loss,
+                                arithmetic, num_warps=BN * P // 1024)

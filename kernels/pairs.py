@@ -11,8 +11,8 @@ from torch import Tensor
 
 def tile_rows(p: int) -> int:
     """Pairs in a tile, from `p` alone so that a run's sums do not depend on its neighbours. At most p / 1.5: a random split then has
-    more tiles than its largest degree, and all are full. At least 16, the shortest inner dimension of a dot."""
-    return 16 if p < 48 else 32 if p < 96 else 64
+    more tiles than its largest degree, and all are full. At least 16, the shortest inner dimension of a dot; 64 would spill at p = 97."""
+    return 16 if p < 48 else 32
 
 
 def matching_tiles(a: Tensor, b: Tensor, p: int) -> Tensor:
