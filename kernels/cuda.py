@@ -84,7 +84,8 @@ class CudaKernels:
         _check(layout, loss, dtype, arithmetic, params, moment1, moment2, a, b, train)
         self.layout, self.loss, self.dtype, self.arithmetic, self.n_train = layout, loss, dtype, arithmetic, a.shape[1]
         self.device = params.device
-        self.state = State(params, moment1, moment2, slots_of(a, b, layout.p).to(self.device), train.to(self.device, torch.uint8))
+        self.state = State(params, moment1, moment2, slots_of(a, b, layout.p).to(self.device),
+                           train.to(self.device, torch.uint8).contiguous())
         self._allocate()
 
     def _allocate(self) -> None:
