@@ -73,6 +73,14 @@ def chunk_runs(layout: Layout, n_slots: int, dtype: torch.dtype, runs: int) -> i
     return -(-runs // -(-runs // most))                         # equal chunks
 
 
+def aligned_rows(tensor: Tensor) -> Tensor:
+    """A copy of `tensor (R, n)` whose rows start at multiples of 16 elements: Triton compiles an unaligned start as another kernel, which
+    must not happen when the second chunk is captured, and equal alignment means equal bits at any row."""
+    rows, size = tensor.shape
+    padded = tensor.new_empty(rows, -(-size // 16) * 16)[:, :size]
+    return padded.copy_(tensor)
+
+
 class CudaKernels:
     """Trains the runs given by `params, moment1, moment2 (R, n_params)` on the pairs `a, b (R, n)`; `train (R, p*p)` is 1 on them.
 
@@ -85,7 +93,7 @@ class CudaKernels:
         self.layout, self.loss, self.dtype, self.arithmetic, self.n_train = layout, loss, dtype, arithmetic, a.shape[1]
         self.device = params.device
         self.state = State(params, moment1, moment2, slots_of(a, b, layout.p).to(self.device),
-                           train.to(self.device, torch.uint8).contiguous())
+                           aligned_rows(train.to(self.device, torch.uint8)))
         self._allocate()
 
     def _allocate(self) -> None:
@@ -94,13 +102,14 @@ class CudaKernels:
         dtypes = [self.dtype] * 4 + [torch.float64] * 2
         self.workspace = Workspace(*(torch.empty(self.chunk, *shape, dtype=dtype, device=self.device) for shape, dtype in
                                      zip(workspace_shapes(self.layout, n_slots), dtypes, strict=True)))
-        self.metrics = torch.empty(runs, len(METRICS), dtype=torch.float64, device=self.device)
+        self.metrics = aligned_rows(torch.empty(runs, len(METRICS), dtype=torch.float64, device=self.device))
         self.graphs: dict[int, tuple[Tensor, object]] = {}      # steps in an interval -> its buffer of scalars, its graph
 
     def keep(self, indices: Tensor) -> None:
         """Keeps the runs `indices (K,)`, in that order; everything else of them stays bit for bit."""
         self.graphs.clear()                                     # they hold the old addresses
-        self.state = State(*(tensor[indices.to(self.device)].contiguous() for tensor in self.state))
+        *rows, train = (tensor[indices.to(self.device)].contiguous() for tensor in self.state)
+        self.state = State(*rows, aligned_rows(train))
         self._allocate()
 
     def interval(self, scalars: Tensor) -> Tensor:
@@ -122,8 +131,8 @@ class CudaKernels:
     def _capture(self, by_step: Tensor) -> tuple[Tensor, object]:
         """A graph of one interval. Kernels compile on a copy of one run first: nothing may compile inside a capture."""
         buffer = by_step.to(self.device)
-        one = State(*(tensor[:1].clone() for tensor in self.state))
-        self._launch(one, buffer[:1, :1].contiguous(), torch.empty_like(self.metrics[:1]))
+        *rows, train = (tensor[:1].clone() for tensor in self.state)
+        self._launch(State(*rows, aligned_rows(train)), buffer[:1, :1].contiguous(), aligned_rows(self.metrics[:1]))
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -20,7 +20,7 @@ _BN, _N_PARTIAL = tl.constexpr(BN), tl.constexpr(N_PARTIAL)
 
 
 @triton.jit
-def _evaluate_kernel(params, tables, train, scalars, partials, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr,
+def _evaluate_kernel(params, tables, train, scalars, partials, train_row, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr,
                      ROW: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, LOSS: tl.constexpr, PRECISION: tl.constexpr):
     """A program: one run, BN consecutive pairs."""
     run = tl.program_id(1).to(tl.int64)
@@ -30,7 +30,7 @@ def _evaluate_kernel(params, tables, train, scalars, partials, p: tl.constexpr, 
     labels = (a + b) % p
     logits = logits_tile(params + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)    # (BN, P)
     tau = tl.load(scalars + run * 8)
-    on_train = tl.load(train + run * (p * p) + pair, mask=inside, other=0).to(tl.float64)
+    on_train = tl.load(train + run * train_row + pair, mask=inside, other=0).to(tl.float64)
     on_test = tl.where(inside, 1 - on_train, 0.0)
 
     column = tl.arange(0, P)[None, :]
@@ -61,14 +61,15 @@ def _evaluate_kernel(params, tables, train, scalars, partials, p: tl.constexpr, 
 
 
 @triton.jit
-def _metrics_kernel(partials, squares, metrics, n_train, n_pairs, TILES: tl.constexpr, BT: tl.constexpr, BLOCKS: tl.constexpr,
-                    BB: tl.constexpr):
+def _metrics_kernel(partials, squares, metrics, metrics_row, n_train, n_pairs, TILES: tl.constexpr, BT: tl.constexpr,
+                    BLOCKS: tl.constexpr, BB: tl.constexpr):
     """A program: one run. Divides by n_train, n_test or p*p, in the order of `step.METRICS`."""
     run = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BT)
     at = partials + run * (_N_PARTIAL * TILES) + j
-    out = metrics + run * 15
-    n_train, n_test, n_pairs = n_train.to(tl.float64), (n_pairs - n_train).to(tl.float64), n_pairs.to(tl.float64)
+    out = metrics + run * metrics_row
+    n_pairs, n_train = tl.full([], n_pairs, tl.float64), tl.full([], n_train, tl.float64)
+    n_test = n_pairs - n_train
     for k in tl.static_range(0, 10):
         count = n_pairs if k == 4 or k == 5 else n_test if k == 1 or k == 3 else n_train
         mean = tl.sum(tl.load(at + k * TILES, mask=j < TILES, other=0.0), axis=0) / count
@@ -87,13 +88,14 @@ def evaluation_tiles(layout: Layout) -> int:
 
 def evaluate(params: Tensor, tables: Tensor, train: Tensor, scalars: Tensor, partials: Tensor, squares: Tensor, metrics: Tensor,
              n_train: int, layout: Layout, loss: str, arithmetic: str) -> None:
-    """`train (R, p*p)` of 0 and 1, `tables` of these `params` -> `metrics (R, 15)` float64, named by `step.METRICS`.
+    """`train (R, p*p)` of 0 and 1, `tables` of these `params` -> `metrics (R, 15)` float64, named by `step.METRICS`; rows of these two
+    may lie further apart than they are long.
 
     Scratch, float64: `partials (R, 11, tiles)`, `squares (R, 3, blocks)`.
     """
     runs, tiles, blocks, P = params.shape[0], evaluation_tiles(layout), partial_blocks(layout), power_of_two(layout.p_pad)
     group_squares(params, squares, layout)
-    _evaluate_kernel[(tiles, runs)](params, tables, train, scalars, partials, *layout, layout.n_params, P, BK, loss,
+    _evaluate_kernel[(tiles, runs)](params, tables, train, scalars, partials, train.stride(0), *layout, layout.n_params, P, BK, loss,
                                     arithmetic, num_warps=8)
-    _metrics_kernel[(runs,)](partials, squares, metrics, n_train, layout.p**2, tiles, power_of_two(tiles), blocks,
+    _metrics_kernel[(runs,)](partials, squares, metrics, metrics.stride(0), n_train, layout.p**2, tiles, power_of_two(tiles), blocks,
                              power_of_two(blocks), num_warps=4)

@@ -24,11 +24,12 @@ def engine(case: Case, arithmetic: str = "ieee") -> CudaKernels:
     return made
 
 
-def schedule(case: Case, steps: int, lr: float = 1e-3, first: int = 1, targets: tuple[float, ...] = (0, 0, 0, 0)) -> Tensor:
-    """`(R, steps, 8)` float64 scalars of steps `first, first + 1, ...` with weight decay 1; run 0 holds the targets, the others do not."""
-    step = torch.arange(first, first + steps, dtype=torch.float64)
+def schedule(case: Case, steps: int, lr: float = 1e-3, targets: tuple[float, ...] = (0, 0, 0, 0)) -> Tensor:
+    """`(R, steps, 8)` float64 scalars of the first steps, weight decay 1; run 0 holds the targets, the others do not. Beside its case's
+    value tau grows with run and step, so that an index gone wrong shows."""
+    step = torch.arange(1, steps + 1, dtype=torch.float64)
     out = torch.zeros(case.runs, steps, 8, dtype=torch.float64)
-    out[..., 0] = case.scalars[:, :1].double()
+    out[..., 0] = case.scalars[:, :1] + 0.1 * torch.arange(case.runs)[:, None] + 0.01 * step
     out[..., 1], out[..., 2], out[..., 3] = 1 - lr, lr / (1 - BETA1**step), (1 - BETA2**step).sqrt()
     out[0, :, 4:] = torch.tensor(targets, dtype=torch.float64)
     return out
@@ -115,6 +116,13 @@ def test_bits_depend_on_nothing_else(dtype: torch.dtype, arithmetic: str, monkey
     compared.append((train(case, scalars), [0, 1]))
     for outputs, rows in compared:
         assert all(torch.equal(output, reference[rows]) for output, reference in zip(outputs, whole, strict=True))
+
+
+def test_every_row_starts_aligned() -> None:
+    """A chunk that starts elsewhere must launch the kernels compiled for the first, for nothing may compile inside a capture."""
+    made = engine(make_case(13, runs=2))
+    for tensor in (*made.state, made.metrics):
+        assert tensor[1:].data_ptr() % 16 == tensor.data_ptr() % 16 == 0
 
 
 def test_three_passes_are_not_one() -> None:
