@@ -161,7 +161,8 @@ def test_agrees_at_blocks_of_the_experiments(kernel: str, p: int) -> None:
                          ids=["saturated", "tiny", "hot", "cold"])
 @pytest.mark.parametrize("loss", ["ce", "mse"])
 def test_loss_gradient_at_extremes(loss: str, scale: float, tau: float, dtype: torch.dtype) -> None:
-    agree("loss_gradient", make_case(13, dtype=dtype, loss=loss, tau=tau, scale=scale))
+    """1123 pairs: where most rows saturate, the largest error of a few pairs is a matter of luck (10 to 90% of the budget at p=13)."""
+    agree("loss_gradient", make_case(53, runs=1, dtype=dtype, loss=loss, tau=tau, scale=scale))
 
 
 @pytest.mark.parametrize(("loss", "scale", "tau"), [("mse", 1, 1), ("ce", 1e-4, 1), ("mse", 1, 7.3), ("ce", 1, 0.2)])
