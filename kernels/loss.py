@@ -5,10 +5,16 @@
     MSE:           mean_n sum_c (s_c - onehot(y)_c)^2   ds = 2 (s - onehot(y)) / n         dz = ds / tau
 
 Rows of the cross-entropy gradient sum to 0; shifting a row of logits changes nothing. Columns past `p` are padding and get zero.
+On a GPU one program takes a tile of pairs from the tables to the logit gradient; the logits never leave the chip. Traffic per run: the
+tables and W2 through the cache, and the (n, p_pad) gradient written once.
 Softmax collapse after arXiv 2501.04697: float32 rounds the correct class's probability to 1, and its gradient row to exactly 0.
 """
 import torch
 from torch import Tensor
+
+from .dialect import BK, divide, power_of_two, tl, triton
+from .hidden import logits_tile
+from .layout import Layout
 
 
 def columns(logits: Tensor, p: int) -> Tensor:
@@ -69,3 +75,77 @@ def softmax_audit_ref(logits: Tensor, labels: Tensor, tau: Tensor, p: int) -> Te
         (gradient32.abs().amax(-1) == 0).double().mean(),
         (gradient32.double() - gradient64).abs().amax(),
     ])
+
+
+@triton.jit
+def softmax_rows(scaled, valid):
+    """Exponentials shifted by the maximum, their sums, the maxima: `(rows, P)`, `(rows,)`, `(rows,)`. Float32 or float64."""
+    masked = tl.where(valid, scaled, -float("inf"))
+    top = tl.max(masked, axis=1)
+    exponentials = tl.exp(masked - top[:, None])
+    return exponentials, tl.sum(exponentials, axis=1), top
+
+
+@triton.jit
+def loss_rows(scaled, labels, p: tl.constexpr, LOSS: tl.constexpr):
+    """Loss of every row of `scaled (rows, P)`, float64. The logarithm is taken in float64: float32's is off by 2e-7 near a loss of 0."""
+    column = tl.arange(0, scaled.shape[1])[None, :]
+    is_label = column == labels[:, None]
+    if LOSS == "ce":
+        _, total, top = softmax_rows(scaled, column < p)
+        at_label = tl.sum(tl.where(is_label, scaled, 0.0), axis=1)
+        loss = tl.log(total.to(tl.float64)) + (top.to(tl.float64) - at_label.to(tl.float64))
+    else:
+        residual = tl.where(column < p, scaled - tl.where(is_label, 1.0, 0.0), 0.0)
+        loss = tl.sum(residual * residual, axis=1).to(tl.float64)
+    return loss
+
+
+@triton.jit
+def audit_rows(logits, tau, labels, p: tl.constexpr):
+    """`softmax_audit_ref` of every row: four 0/1 vectors in float64 and the largest difference of the row."""
+    column = tl.arange(0, logits.shape[1])[None, :]
+    is_label = column == labels[:, None]
+    exp32, sum32, _ = softmax_rows(divide(logits.to(tl.float32), tau.to(tl.float32)), column < p)
+    gradient32 = divide(exp32, sum32[:, None]) - tl.where(is_label, 1.0, 0.0)
+    exp64, sum64, _ = softmax_rows(logits.to(tl.float64) / tau.to(tl.float64), column < p)
+    gradient64 = exp64 / sum64[:, None] - tl.where(is_label, 1.0, 0.0)
+    collapsed32 = tl.max(tl.where(is_label, gradient32, -1.0), axis=1) >= 0
+    collapsed64 = tl.max(tl.where(is_label, gradient64, -1.0), axis=1) >= 0
+    zero = tl.max(tl.abs(gradient32), axis=1) == 0
+    difference = tl.max(tl.abs(gradient32.to(tl.float64) - gradient64), axis=1)
+    return collapsed32.to(tl.float64), collapsed64.to(tl.float64), (sum32 == 1).to(tl.float64), zero.to(tl.float64), difference
+
+
+@triton.jit
+def _loss_gradient_kernel(params, tables, slots, scalars, dz, n_slots, n_train, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr,
+                          p_pad: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                          LOSS: tl.constexpr, PRECISION: tl.constexpr):
+    """A program: one run, BN slots."""
+    run = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * BN + tl.arange(0, BN)
+    column = tl.arange(0, P)[None, :]
+    pair = tl.load(slots + run * n_slots + slot, mask=slot < n_slots, other=-1)
+    live = pair >= 0
+    a, b = tl.where(live, pair // p, 0), tl.where(live, pair % p, 0)
+    logits = logits_tile(params + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)
+    tau = tl.load(scalars + run * 8)
+    scaled = logits * divide(tl.full([], 1.0, tau.dtype), tau)
+    onehot = tl.where(column == ((a + b) % p)[:, None], 1.0, 0.0)
+    if LOSS == "ce":
+        exponentials, total, _ = softmax_rows(scaled, column < p)
+        ds = exponentials * divide(tl.full([BN], 1.0, tau.dtype), total)[:, None] - onehot
+    else:
+        ds = 2 * tl.where(column < p, scaled - onehot, 0.0)
+    ds *= divide(tl.full([], 1.0, tau.dtype), tau * n_train)
+    at = dz + run * n_slots * p_pad + slot[:, None] * p_pad + column
+    tl.store(at, tl.where(live[:, None], ds, 0.0), mask=(slot[:, None] < n_slots) & (column < p_pad))
+
+
+def loss_gradient(params: Tensor, tables: Tensor, slots: Tensor, scalars: Tensor, dz: Tensor, n_train: int, layout: Layout, loss: str,
+                  arithmetic: str) -> None:
+    """`slots (R, slots)`, `scalars (R, 8)` -> `dz (R, slots, p_pad)`, the gradient of the mean loss over a run's `n_train` pairs."""
+    BN, P = 64, power_of_two(layout.p_pad)
+    grid = (-(-slots.shape[1] // BN), params.shape[0])
+    _loss_gradient_kernel[grid](params, tables, slots, scalars, dz, slots.shape[1], n_train, *layout, layout.n_params, P, BN, BK, loss,
+                                arithmetic, num_warps=BN * P // 1024)

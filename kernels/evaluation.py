@@ -1,0 +1,101 @@
+"""Everything measured at one step, on a GPU: one pass over all p*p pairs. The definition is `step.evaluate_ref`.
+
+    tiles of pairs -> 11 partial sums each (counts are whole numbers in float64, so exact) -> the 15 values of `step.METRICS`
+
+Partial sums of a tile, in this order: correct on train and on test, loss on train and on test, ||z / tau||, saturated pairs, the four
+counts of the audit and its largest difference. A second kernel, one program a run, adds the tiles in one order. Traffic per run: the
+tables and W2 through the cache, the mask of training pairs, and 88 bytes a tile.
+"""
+from torch import Tensor
+
+from .adamw import group_squares, load_squares, partial_blocks
+from .dialect import BK, divide, power_of_two, square_root, tl, triton
+from .hidden import logits_tile
+from .layout import Layout
+from .loss import audit_rows, loss_rows, softmax_rows
+
+N_PARTIAL = 11
+BN = 32            # pairs in a tile: the audit holds a tile of logits in float64 as well
+_BN, _N_PARTIAL = tl.constexpr(BN), tl.constexpr(N_PARTIAL)
+
+
+@triton.jit
+def _evaluate_kernel(params, tables, train, scalars, partials, train_row, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr,
+                     ROW: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, LOSS: tl.constexpr, PRECISION: tl.constexpr):
+    """A program: one run, BN consecutive pairs."""
+    run = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(0) * _BN + tl.arange(0, _BN)
+    inside = pair < p * p
+    a, b = tl.where(inside, pair // p, 0), tl.where(inside, pair % p, 0)
+    labels = (a + b) % p
+    logits = logits_tile(params + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)    # (BN, P)
+    tau = tl.load(scalars + run * 8)
+    on_train = tl.load(train + run * train_row + pair, mask=inside, other=0).to(tl.float64)
+    on_test = tl.where(inside, 1 - on_train, 0.0)
+
+    column = tl.arange(0, P)[None, :]
+    is_label = column == labels[:, None]
+    at_label = tl.sum(tl.where(is_label, logits, 0.0), axis=1)
+    rival = tl.max(tl.where(is_label | (column >= p), -float("inf"), logits), axis=1)
+    correct = (at_label > rival).to(tl.float64)
+    scaled = divide(logits, tau)
+    loss = loss_rows(scaled, labels, p, LOSS)
+    within = tl.where(column < p, scaled, 0.0)
+    scale = square_root(tl.sum(within * within, axis=1)).to(tl.float64)
+    _, total, _ = softmax_rows(scaled, column < p)
+    saturated = divide(tl.full([_BN], 1.0, total.dtype), total) > 0.999
+    collapsed32, collapsed64, sum_is_one, zero, difference = audit_rows(logits, tau, labels, p)
+
+    at, tiles = partials + run * (_N_PARTIAL * tl.num_programs(0)) + tl.program_id(0), tl.num_programs(0)
+    tl.store(at, tl.sum(correct * on_train, axis=0))
+    tl.store(at + tiles, tl.sum(correct * on_test, axis=0))
+    tl.store(at + 2 * tiles, tl.sum(loss * on_train, axis=0))
+    tl.store(at + 3 * tiles, tl.sum(loss * on_test, axis=0))
+    tl.store(at + 4 * tiles, tl.sum(tl.where(inside, scale, 0.0), axis=0))
+    tl.store(at + 5 * tiles, tl.sum(tl.where(inside & saturated, 1.0, 0.0).to(tl.float64), axis=0))
+    tl.store(at + 6 * tiles, tl.sum(collapsed32 * on_train, axis=0))
+    tl.store(at + 7 * tiles, tl.sum(collapsed64 * on_train, axis=0))
+    tl.store(at + 8 * tiles, tl.sum(sum_is_one * on_train, axis=0))
+    tl.store(at + 9 * tiles, tl.sum(zero * on_train, axis=0))
+    tl.store(at + 10 * tiles, tl.max(difference * on_train, axis=0))
+
+
+@triton.jit
+def _metrics_kernel(partials, squares, metrics, metrics_row, n_train, n_pairs, TILES: tl.constexpr, BT: tl.constexpr,
+                    BLOCKS: tl.constexpr, BB: tl.constexpr):
+    """A program: one run. Divides by n_train, n_test or p*p, in the order of `step.METRICS`."""
+    run = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BT)
+    at = partials + run * (_N_PARTIAL * TILES) + j
+    out = metrics + run * metrics_row
+    n_pairs, n_train = tl.full([], n_pairs, tl.float64), tl.full([], n_train, tl.float64)
+    n_test = n_pairs - n_train
+    for k in tl.static_range(0, 10):
+        count = n_pairs if k == 4 or k == 5 else n_test if k == 1 or k == 3 else n_train
+        mean = tl.sum(tl.load(at + k * TILES, mask=j < TILES, other=0.0), axis=0) / count
+        tl.store(out + (k if k < 6 else k + 4), mean)
+    tl.store(out + 14, tl.max(tl.load(at + 10 * TILES, mask=j < TILES, other=0.0), axis=0))
+    E, W1, W2 = load_squares(squares + run * 3 * BLOCKS, BLOCKS, BB)
+    tl.store(out + 6, tl.sqrt(E + W1 + W2))
+    tl.store(out + 7, tl.sqrt(E))
+    tl.store(out + 8, tl.sqrt(W1))
+    tl.store(out + 9, tl.sqrt(W2))
+
+
+def evaluation_tiles(layout: Layout) -> int:
+    return -(-layout.p**2 // BN)
+
+
+def evaluate(params: Tensor, tables: Tensor, train: Tensor, scalars: Tensor, partials: Tensor, squares: Tensor, metrics: Tensor,
+             n_train: int, layout: Layout, loss: str, arithmetic: str) -> None:
+    """`train (R, p*p)` of 0 and 1, `tables` of these `params` -> `metrics (R, 15)` float64, named by `step.METRICS`; rows of these two
+    may lie further apart than they are long.
+
+    Scratch, float64: `partials (R, 11, tiles)`, `squares (R, 3, blocks)`.
+    """
+    runs, tiles, blocks, P = params.shape[0], evaluation_tiles(layout), partial_blocks(layout), power_of_two(layout.p_pad)
+    group_squares(params, squares, layout)
+    _evaluate_kernel[(tiles, runs)](params, tables, train, scalars, partials, train.stride(0), *layout, layout.n_params, P, BK, loss,
+                                    arithmetic, num_warps=8)
+    _metrics_kernel[(runs,)](partials, squares, metrics, metrics.stride(0), n_train, layout.p**2, tiles, power_of_two(tiles), blocks,
+                             power_of_two(blocks), num_warps=4)

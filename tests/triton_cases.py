@@ -1,0 +1,91 @@
+"""Small ensembles for the tests of the Triton kernels, and the definitions walked over their runs."""
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.layout import Layout, mlp_layout
+from kernels.pairs import slots_of
+
+ON_GPU = os.environ.get("GROKKING_TEST_GPU") == "1"
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs on the CPU, drawn in float32 so that both dtypes start from equal numbers."""
+    layout: Layout
+    loss: str
+    params: Tensor      # (R, n_params)
+    a: Tensor           # (R, n)
+    b: Tensor
+    train: Tensor       # (R, p*p)
+    slots: Tensor       # (R, slots)
+    scalars: Tensor     # (R, 8)
+
+    @property
+    def runs(self) -> int:
+        return len(self.params)
+
+    @property
+    def n(self) -> int:
+        return self.a.shape[1]
+
+    def alone(self, run: int) -> "Case":
+        """The same run in an ensemble of its own."""
+        rows = (tensor[run: run + 1].clone() for tensor in (self.params, self.a, self.b, self.train, self.slots, self.scalars))
+        return Case(self.layout, self.loss, *rows)
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """The same numbers for a definition in another dtype, same layout."""
+        return Case(self.layout, self.loss, self.params.to(dtype), self.a, self.b, self.train.to(dtype), self.slots,
+                    self.scalars.to(dtype))
+
+
+def make_case(p: int = 13, runs: int = 2, dtype: torch.dtype = torch.float32, loss: str = "ce", tau: float = 1.0, scale: float = 1.0,
+              seed: int = 0) -> Case:
+    """d=16, H=32; `scale` multiplies W2 and b2, hence the logits."""
+    layout = mlp_layout(p, 16, 32, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    params = torch.zeros(runs, layout.n_params)
+    for row in params:
+        E, W1, W2, b1, b2 = layout.views(row)
+        for part, size in ((E, 1.0), (W1, 32**-0.5), (W2[:, :p], scale * 32**-0.5), (b1, 0.1), (b2[:p], 0.1 * scale)):
+            part.copy_(size * torch.randn(part.shape, generator=generator))
+    pairs = torch.stack([torch.randperm(p * p, generator=generator)[: int(0.4 * p * p)] for _ in range(runs)])      # (R, n)
+    train = torch.zeros(runs, p * p).scatter_(1, pairs, 1.0)
+    scalars = torch.tensor([tau, 0.999, 0.01, 0.0316, 0, 0, 0, 0]).repeat(runs, 1)      # step 1 of AdamW at lr = 0.001, no target
+    return Case(layout, loss, params.to(dtype), pairs // p, pairs % p, train, slots_of(pairs // p, pairs % p, p), scalars.to(dtype))
+
+
+def nan(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An output: what a kernel fails to write stays NaN and fails the test."""
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def to_slots(rows: Tensor, case: Case) -> Tensor:
+    """`rows (R, n, p_pad)` in the order of the pairs -> `(R, slots, p_pad)`, 0 in empty slots."""
+    pairs = case.a * case.layout.p + case.b
+    out = torch.zeros(*case.slots.shape, rows.shape[2], dtype=rows.dtype)
+    for r in range(case.runs):
+        live = case.slots[r] >= 0
+        position = torch.zeros(case.layout.p**2, dtype=torch.int64).scatter_(0, pairs[r], torch.arange(case.n))
+        out[r, live] = rows[r, position[case.slots[r, live].long()]]
+    return out
+
+
+def from_slots(rows: Tensor, case: Case) -> Tensor:
+    """Inverse of `to_slots`."""
+    pairs = case.a * case.layout.p + case.b
+    out = []
+    for r in range(case.runs):
+        slot = torch.zeros(case.layout.p**2, dtype=torch.int64)
+        live = case.slots[r] >= 0
+        slot[case.slots[r, live].long()] = live.nonzero()[:, 0]
+        out.append(rows[r, slot[pairs[r]]])
+    return torch.stack(out)
