@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: delay_law replay report bench test lint clean
+.PHONY: delay_law replay report bench test test-gpu gpu-evidence lint clean
 
 delay_law: $(READY)
 	$(PY) exp_delay_law.py $(ARGS)
@@ -24,6 +24,12 @@ bench: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest -q $(ARGS)
+
+test-gpu: $(READY)        # the kernels' tests natively; fails without a GPU
+	GROKKING_TEST_GPU=1 $(PY) -m pytest -q -rs tests/test_triton.py $(ARGS)
+
+gpu-evidence: $(READY)    # all that only a GPU can show, in stages of at most ten minutes: call again until it says complete
+	$(PY) bench/gpu_evidence.py --released $(RELEASED) $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

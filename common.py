@@ -361,14 +361,14 @@ class Ensemble:
             self.quiescent = False
             if len(live) <= len(self.on_device) * 7 / 8:                 # an eighth has retired: compact, capture anew
                 self._fetch()
-                self.kernels.keep(np.flatnonzero(np.isin(self.on_device, live)))
+                self.kernels.keep(torch.from_numpy(np.flatnonzero(np.isin(self.on_device, live))))
                 self.on_device = live
             step = int(self.step[live[0]])
             until = self.next_stop(step)
             metrics = self.kernels.interval(self.scalars(self.on_device, step + 1, until)).numpy()
             self.executed += len(self.on_device) * (until - step)
             if until % LOG_EVERY == 0 or step == self.start:
-                self.state.params[self.on_device] = self.kernels.params.cpu()   # for the Fourier structure of E
+                self.state.params[self.on_device] = self.kernels.state.params.cpu()   # for the Fourier structure of E
             training = np.isin(self.on_device, live)
             self.record(live, until, metrics[training])
             self.quiescent = True
@@ -382,7 +382,7 @@ class Ensemble:
     def _fetch(self) -> None:
         """Copy the device's rows into `state`."""
         for name in ("params", "moment1", "moment2"):
-            getattr(self.state, name)[self.on_device] = getattr(self.kernels, name).cpu()
+            getattr(self.state, name)[self.on_device] = getattr(self.kernels.state, name).cpu()
 
     def result(self) -> Result:
         """Rows for runs.csv and trajectories.csv. What a run did past its cell's retirement is dropped."""

@@ -52,7 +52,6 @@ class Ours:
         self.t += k
         if self.device == "cuda":
             self.kernels.steps(scalars)
-            torch.cuda.synchronize()
             return
         scalars = scalars.to(self.dtype)
 
@@ -63,7 +62,7 @@ class Ours:
         list(self.pool.map(one, every))
 
     def weights(self, i: int) -> list[Tensor]:
-        row = self.kernels.params[i].cpu() if self.device == "cuda" else self.ensemble.state.params[i]
+        row = self.kernels.state.params[i].cpu() if self.device == "cuda" else self.ensemble.state.params[i]
         E, W1, W2, b1, b2 = self.ensemble.layout.views(row)
         return [E, W1, W2[:, : self.p], b1, b2[: self.p]]
 
@@ -107,9 +106,11 @@ def matmul_rate(device: str) -> float:
     return best
 
 
-def seconds(contender: object, k: int) -> float:
+def seconds(contender: object, k: int, device: str) -> float:
     started = time.perf_counter()
     contender.steps(k)
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
@@ -125,13 +126,13 @@ def measure(p: int, runs: int, rounds: int, device: str, only: list[str] | None)
     print(f"p={p}: {len(rivals)} peers agree with ours after 3 steps to {worst:.1e} of a tensor's norm", flush=True)
     taken: dict[int, list[float]] = {}
     for contender in [*ours, *rivals]:   # enough steps for 0.3 s a visit, chosen once
-        one = min(seconds(contender, 1) for _ in range(2))
+        one = min(seconds(contender, 1, device) for _ in range(2))
         contender.per_visit = int(np.clip(0.3 / one, 1, 500))
         contender.steps(contender.per_visit)
     rates = []
     for _ in range(rounds):
         for contender in [*ours, *rivals]:
-            taken.setdefault(id(contender), []).append(1e6 * seconds(contender, contender.per_visit) / (contender.per_visit * runs))
+            taken.setdefault(id(contender), []).append(1e6 * seconds(contender, contender.per_visit, device) / (contender.per_visit * runs))
         rates.append(matmul_rate(device))
     base = float(np.median(taken[id(ours[0])]))
 
@@ -144,6 +145,25 @@ def measure(p: int, runs: int, rounds: int, device: str, only: list[str] | None)
     rows += [row(r.name, "jax" if r.name == "jax_vmap" else "torch", "ieee", "float32", taken[id(r)]) for r in rivals]
     rows.append(row("roofline", "matmul", "ieee", "float32", [1e6 * flops(p) / rate for rate in rates]))
     return rows
+
+
+def sweep(out: Path, device: str, counts: list[int], ps: list[int], rounds: int) -> None:
+    """Our step alone over R at the first p and over p at the largest R that fits: sweep.csv, with bytes of state and workspace per run."""
+    rows = []
+    for p, runs in [(ps[0], runs) for runs in counts] + [(p, min(160, counts[-1])) for p in ps[1:]]:
+        ours = Ours(p, runs, torch.float32, device, "ieee")
+        ours.steps(25)
+        samples = [1e6 * seconds(ours, 25, device) / (25 * runs) for _ in range(rounds)]
+        middle, n = float(np.median(samples)), n_train(p, 0.40)
+        memory = {"state_bytes_per_run": 3 * ours.ensemble.state.params[0].nbytes}
+        if device == "cuda":
+            work = sum(tensor.nbytes for tensor in ours.kernels.workspace)
+            memory["workspace_bytes_per_run"] = work // runs
+        rows.append({"p": p, "runs": runs, "device": device, "us_per_run_step": round(middle, 3), "low": round(float(np.percentile(samples, 10)), 3),
+                     "high": round(float(np.percentile(samples, 90)), 3), "us_per_step": round(middle * runs, 1),
+                     "ps_per_n_H_p": round(1e6 * middle / (n * 256 * p), 4), **memory})
+        lab.write_csv(out / "sweep.csv", rows)
+        print(f"p={p} R={runs}: {middle:.2f} us per run-step, {rows[-1]['ps_per_n_H_p']:.2f} ps per n H p", flush=True)
 
 
 def figure(rows: list[dict], folder: Path) -> None:
@@ -170,6 +190,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="interleaved repeats")
     parser.add_argument("--peers", nargs="+", default=None, help="only these peers; default: all that can be imported")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
+    parser.add_argument("--sweep", action="store_true", help="instead: our step alone over R and over p, with memory per run, to sweep.csv")
     parser.add_argument("--out", default=str(lab.ROOT / "results" / "bench"), help="folder for step.csv and figures")
     options = parser.parse_args(argv)
     if min(options.p) < 2 or options.runs < 1 or options.rounds < 1:
@@ -182,6 +203,9 @@ def run(argv: list[str]) -> None:
     torch._dynamo.config.recompile_limit = 256
     out, rows = Path(options.out), []
     out.mkdir(parents=True, exist_ok=True)
+    if options.sweep:
+        counts = [1, 4, 16, 64, 160, 640, 4096] if device == "cuda" else [1, 2, 4, 12, 48]
+        return sweep(out, device, counts, [59, 29, 43, 67, 97, 113], options.rounds)
     for p in options.p:
         rows += measure(p, options.runs, options.rounds, device, options.peers)
         lab.write_csv(out / "step.csv", rows)
@@ -190,6 +214,7 @@ def run(argv: list[str]) -> None:
                   f"[{row['low']:.1f}, {row['high']:.1f}]  {row['ratio_to_ours']:.2f}x ours", flush=True)
     figure(rows, out / "figures")
     print(f"results in {out}")
+    return None
 
 
 if __name__ == "__main__":

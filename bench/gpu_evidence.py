@@ -20,13 +20,15 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
+REPLAYED = ["mediation/*", "dose/*", "collapse/*", "alloc/*"]
 STAGES = {      # name -> command; {out} and {released} are filled in
     "tests": [PYTHON, "-m", "pytest", "-q", "-rs", "tests/test_triton.py", "tests/test_triton_compile.py"],
     "measurements": [PYTHON, "bench/gpu_measurements.py", "--out", "{out}"],
     "bench": [PYTHON, "bench/bench_step.py", "--p", "59", "97", "--runs", "160", "--out", "{out}"],
-    "replay_ieee": [PYTHON, "exp_replay.py", "{released}", "--arithmetic", "ieee", "--out", "results/replay/ieee"],
-    "replay_tf32x3": [PYTHON, "exp_replay.py", "{released}", "--arithmetic", "tf32x3", "--out", "results/replay/tf32x3"],
-    "dense_sweep": [PYTHON, "exp_delay_law.py", "--preset", "paper", "--parts", "dense"],
+    "bench_sweep": [PYTHON, "bench/bench_step.py", "--sweep", "--out", "{out}"],
+    "replay_ieee": [PYTHON, "exp_replay.py", "{released}", "--match", *REPLAYED, "--arithmetic", "ieee", "--out", "results/replay/ieee"],
+    "replay_tf32x3": [PYTHON, "exp_replay.py", "{released}", "--match", *REPLAYED, "--arithmetic", "tf32x3", "--out", "results/replay/tf32x3"],
+    "dense_sweep": [PYTHON, "exp_delay_law.py", "--preset", "paper", "--parts", "dense", "--out", "results/delay_law/paper"],
 }
 COLUMNS = ("stage", "outcome", "seconds", "commit", "device", "command")
 GRACE = 20      # seconds between asking a stage to stop and ending it

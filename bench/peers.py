@@ -115,6 +115,73 @@ class Vmap:
         return [w[i] for w in self.parameters]
 
 
+class GraphSeparable:
+    """The strongest hand-batched code: our algebra (separable first layer, closed-form gradient, one flat row per run) in batched torch
+    operations; on CUDA all k steps are one CUDA graph, on a CPU they run eagerly."""
+    name = "graph_separable"
+
+    def __init__(self, weights: list, a: torch.Tensor, b: torch.Tensor, p: int, target: float, lr: float, weight_decay: float):
+        R, _, d = weights[0].shape
+        self.p, self.target, self.lr, self.weight_decay, self.t = p, target, lr, weight_decay, 0
+        self.row = torch.cat([w.flatten(1) for w in weights], 1)                         # (R, N)
+        self.m, self.v = torch.zeros_like(self.row), torch.zeros_like(self.row)
+        self.shapes, self.sizes = [w.shape[1:] for w in weights], [w[0].numel() for w in weights]
+        first = p * torch.arange(R, device=a.device)[:, None]
+        self.U_row, self.V_row, self.d = (first + a).flatten(), (first + b).flatten(), d  # (R n): rows of the stacked tables
+        self.onehot = F.one_hot((a + b) % p, p).to(self.row.dtype)
+        self.scalars, self.graph = torch.zeros(0, 2, device=a.device), None
+
+    def step(self, size: torch.Tensor, root: torch.Tensor) -> None:
+        R, p, n = len(self.row), self.p, self.onehot.shape[1]
+        E, W1, W2, b1, b2 = (x.view(R, *s) for x, s in zip(self.row.split(self.sizes, 1), self.shapes, strict=True))
+        Wa, Wb = W1[:, : self.d], W1[:, self.d:]
+        U, V = torch.baddbmm(b1, E, Wa).flatten(0, 1), (E @ Wb).flatten(0, 1)            # (R p, H)
+        x = (U[self.U_row] + V[self.V_row]).view(R, n, -1)
+        Phi = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        h = x * Phi
+        dz = (torch.softmax(torch.baddbmm(b2, h, W2), -1) - self.onehot) / n
+        dx = (dz @ W2.mT) * (Phi + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi))
+        dU, dV = (torch.zeros_like(U).index_add_(0, i, dx.flatten(0, 1)).view(R, p, -1) for i in (self.U_row, self.V_row))
+        dW1 = torch.cat([E.mT @ dU, E.mT @ dV], 1)
+        parts = (torch.baddbmm(dU @ Wa.mT, dV, Wb.mT), dW1, h.mT @ dz, dU.sum(1), dz.sum(1))
+        g = torch.cat([part.flatten(1) for part in parts], 1)
+        self.m.lerp_(g, 1 - BETAS[0])
+        self.v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
+        held = self.row[:, : sum(self.sizes[:3])]
+        held.mul_(1 - self.lr * self.weight_decay)
+        self.row.sub_(size * self.m / (self.v.sqrt() / root + EPS))
+        held.mul_(self.target / held.norm(dim=1, keepdim=True))
+
+    def steps(self, k: int) -> None:
+        t = torch.arange(self.t + 1, self.t + k + 1, dtype=torch.float64)
+        scalars = torch.stack([self.lr / (1 - BETAS[0] ** t), (1 - BETAS[1] ** t).sqrt()], 1).to(self.row.dtype)
+        self.t += k
+        if self.row.device.type != "cuda":
+            for size, root in scalars:
+                self.step(size, root)
+            return
+        if len(self.scalars) != k:                                                       # warm up, then capture k steps
+            self.scalars = scalars.to(self.row.device)
+            kept = [x.clone() for x in (self.row, self.m, self.v)]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.step(*self.scalars[0])
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                for size, root in self.scalars:
+                    self.step(size, root)
+            for x, before in zip((self.row, self.m, self.v), kept, strict=True):
+                x.copy_(before)
+        self.scalars.copy_(scalars)
+        self.graph.replay()
+        torch.cuda.synchronize()
+
+    def weights(self, i: int) -> list[torch.Tensor]:
+        return [x.view(s) for x, s in zip(self.row[i].split(self.sizes), self.shapes, strict=True)]
+
+
 class JaxVmap:
     """JAX: vmap over runs inside lax.scan over steps, float32 at highest precision, on this machine's default device."""
     name = "jax_vmap"
@@ -160,4 +227,4 @@ class JaxVmap:
 
 def peers() -> list[type]:
     """JAX is an optional extra: its row is there where it can be imported."""
-    return [EagerAutograd, EagerTrainPairs, CompiledAutograd, Vmap] + ([JaxVmap] if importlib.util.find_spec("jax") else [])
+    return [EagerAutograd, EagerTrainPairs, CompiledAutograd, Vmap, GraphSeparable] + ([JaxVmap] if importlib.util.find_spec("jax") else [])

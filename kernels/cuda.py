@@ -103,7 +103,7 @@ class CudaKernels:
         self.workspace = Workspace(*(torch.empty(self.chunk, *shape, dtype=dtype, device=self.device) for shape, dtype in
                                      zip(workspace_shapes(self.layout, n_slots), dtypes, strict=True)))
         self.metrics = aligned_rows(torch.empty(runs, len(METRICS), dtype=torch.float64, device=self.device))
-        self.graphs: dict[int, tuple[Tensor, object]] = {}      # steps in an interval -> its buffer of scalars, its graph
+        self.graphs: dict[tuple, tuple[Tensor, object]] = {}    # (steps, evaluated) of an interval -> its buffer of scalars, its graph
 
     def keep(self, indices: Tensor) -> None:
         """Keeps the runs `indices (K,)`, in that order; everything else of them stays bit for bit."""
@@ -114,39 +114,45 @@ class CudaKernels:
 
     def interval(self, scalars: Tensor) -> Tensor:
         """`scalars (R, k, 8)` float64, named by `adamw.SCALARS` -> k steps of every run, then its metrics `(R, 15)` float64 on the CPU."""
+        self.steps(scalars, evaluated=True)
+        return self.metrics.to("cpu", copy=True)
+
+    def steps(self, scalars: Tensor, evaluated: bool = False) -> None:
+        """The k steps alone, or with the evaluation after them; returns before the device has finished."""
         runs, steps = self.state.params.shape[0], scalars.shape[1]
         if scalars.shape != (runs, steps, len(SCALARS)) or steps < 1:
             raise ValueError(f"scalars: expected ({runs}, k, {len(SCALARS)}) with k >= 1, got {tuple(scalars.shape)}")
         by_step = scalars.transpose(0, 1).to(self.dtype).contiguous()                   # (k, R, 8), rounded once
         if self.device.type != "cuda":
-            self._launch(self.state, by_step, self.metrics)
-            return self.metrics.clone()
-        if steps not in self.graphs:
-            self.graphs[steps] = self._capture(by_step)
-        buffer, graph = self.graphs[steps]
+            self._launch(self.state, by_step, self.metrics, evaluated)
+            return
+        if (steps, evaluated) not in self.graphs:
+            self.graphs[steps, evaluated] = self._capture(by_step, evaluated)
+        buffer, graph = self.graphs[steps, evaluated]
         buffer.copy_(by_step)
         graph.replay()
-        return self.metrics.cpu()
 
-    def _capture(self, by_step: Tensor) -> tuple[Tensor, object]:
+    def _capture(self, by_step: Tensor, evaluated: bool) -> tuple[Tensor, object]:
         """A graph of one interval. Kernels compile on a copy of one run first: nothing may compile inside a capture."""
         buffer = by_step.to(self.device)
         *rows, train = (tensor[:1].clone() for tensor in self.state)
-        self._launch(State(*rows, aligned_rows(train)), buffer[:1, :1].contiguous(), aligned_rows(self.metrics[:1]))
+        self._launch(State(*rows, aligned_rows(train)), buffer[:1, :1].contiguous(), aligned_rows(self.metrics[:1]), True)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._launch(self.state, buffer, self.metrics)
+            self._launch(self.state, buffer, self.metrics, evaluated)
         return buffer, graph
 
-    def _launch(self, state: State, by_step: Tensor, metrics: Tensor) -> None:
-        """All steps of a chunk, its evaluation, then the next chunk."""
+    def _launch(self, state: State, by_step: Tensor, metrics: Tensor, evaluated: bool) -> None:
+        """All steps of a chunk, its evaluation if wanted, then the next chunk."""
         for start in range(0, state.params.shape[0], self.chunk):
             chunk = slice(start, start + self.chunk)
             part = state.runs(chunk)
             work = self.workspace.runs(part.params.shape[0])
             for scalars in by_step:
                 self._step(part, work, scalars[chunk])
+            if not evaluated:
+                continue
             tables(part.params, work.tables, self.layout, self.arithmetic)
             evaluate(part.params, work.tables, part.train, by_step[-1, chunk], work.partials, work.squares, metrics[chunk],
                      self.n_train, self.layout, self.loss, self.arithmetic)

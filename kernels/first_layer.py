@@ -52,7 +52,7 @@ def _tables_kernel(params, tables, p: tl.constexpr, d: tl.constexpr, H: tl.const
 
 def tables(params: Tensor, out: Tensor, layout: Layout, arithmetic: str) -> None:
     """Rows `params (R, n_params)` -> `out (R, 2, p, H)`."""
-    p, d, H, _ = layout
+    p, _, H, _ = layout
     BH, BM = divisor_block(H, 64), min(64, power_of_two(max(p, 16)))
     grid = (-(-p // BM) * 2 * (H // BH), params.shape[0])
     _tables_kernel[grid](params, out, *layout, layout.n_params, BM, BH, BK, arithmetic, num_warps=4)

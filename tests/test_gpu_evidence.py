@@ -7,7 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-import gpu_evidence  # noqa: E402
+import gpu_evidence
 
 
 def call(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str, **codes: str) -> tuple[int, dict[str, str]]:

@@ -203,8 +203,10 @@ def test_held_norms_equal_their_targets(targets: tuple[float, ...], dtype: torch
 @pytest.mark.parametrize(("shift", "tau", "expected"), [(30, 1, (1, 0, 1, 0)), (60, 2, (1, 0, 1, 0)), (100, 1, (1, 1, 1, 0)),
                                                         (200, 1, (1, 1, 1, 1)), (8, 1, (0, 0, 0, 0))])
 def test_audit_counts(shift: float, tau: float, expected: tuple[int, ...]) -> None:
-    """Class 0 leads by `shift`; all others are at -50, below the padding's 0, which must not count. 12 exp(-30) is lost beside 1 in float32, not in float64; 12 exp(-100) in both;
-    exp(-200) is itself 0 in float32, so the row of a pair of class 0 is 0; 12 exp(-8) = 0.004 is lost nowhere."""
+    """Class 0 leads by `shift`; all others are at -50, below the padding's 0, which must not count.
+
+    12 exp(-30) is lost beside 1 in float32, not in float64; 12 exp(-100) in both; exp(-200) is itself 0 in float32, so the
+    row of a pair of class 0 is 0; 12 exp(-8) = 0.004 is lost nowhere."""
     case = make_case(13, runs=1, tau=tau)
     _, _, W2, _, b2 = case.layout.views(case.params[0])
     W2.zero_(), b2.zero_()
