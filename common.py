@@ -87,10 +87,11 @@ class Cell:
     w_c: float | None = None          # critical norm that rho refers to
     held: tuple[tuple[float, float, float, float], ...] = ()
     expected_steps: int = 0           # to grok, for the estimate of time only; 0 = budget
+    decay_last: bool = False          # weight decay after the Adam update instead of before it
     after_grok: int = 0               # steps to train on after the last member has grokked
 
     def ensemble_key(self) -> tuple:
-        return self.p, self.model, self.loss, n_train(self.p, self.train_frac)
+        return self.p, self.model, self.loss, n_train(self.p, self.train_frac), self.decay_last
 
 
 @dataclass
@@ -145,7 +146,7 @@ class Ensemble:
         self.cells, first = cells, cells[0]
         self.layout = mlp_layout(first.p, dtype=dtype)
         self.n = n_train(first.p, first.train_frac)
-        self.dtype, self.loss = dtype, first.loss
+        self.dtype, self.loss, self.decay_last = dtype, first.loss, first.decay_last
         runs = [(c, m) for c, cell in enumerate(cells) for m in cell.members]
         self.cell_of = np.array([c for c, _ in runs])
         self.member = np.array([m for _, m in runs])
@@ -185,7 +186,7 @@ class Ensemble:
         else:
             compiled = backend == "compiled" or (backend == "auto" and cpu.has_compiler() and cpu.compiling_pays(self.layout, self.n, steps))
             self.backend = "compiled" if compiled else "eager"
-            self.kernels = cpu.CpuKernels(self.layout, self.n, self.loss, dtype, compiled)
+            self.kernels = cpu.CpuKernels(self.layout, self.n, self.loss, dtype, compiled, self.decay_last)
 
     # -- one interval
 
@@ -356,7 +357,7 @@ class Ensemble:
             self.on_device = self.live()
             rows = [t[self.on_device].to("cuda") for t in (self.state.params, self.state.moment1, self.state.moment2, self.a, self.b,
                                                            self.train_mask)]
-            self.kernels = CudaKernels(self.layout, self.loss, self.dtype, self.arithmetic, *rows)
+            self.kernels = CudaKernels(self.layout, self.loss, self.dtype, self.arithmetic, *rows, self.decay_last)
         while len(live := self.live()) and time.monotonic() < deadline:
             self.quiescent = False
             if len(live) <= len(self.on_device) * 7 / 8:                 # an eighth has retired: compact, capture anew

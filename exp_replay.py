@@ -1,8 +1,9 @@
 """Per-seed replay of released runs: the same cells from the same start, member by member, beside what the authors' GPU measured.
 
 Reads the `.npz` files released with paper B (arXiv 2606.18465) and trains what each describes: block size, modulus, train fraction, loss,
-temperature, learning rate, decay, clamp target and step, budget. Where a clamp was held at rho times a critical norm, the critical norm stored
-with the run is used, and an allocation's group norms are the stored ones, so that nothing is fitted. A file that is no such run is refused.
+temperature, learning rate, decay, clamp target and step, budget. Nothing is fitted: a clamp at rho times a critical norm takes the critical
+norm stored with the run, an allocation the stored group norms, and weight decay follows the Adam update, as in the released runs.
+A file that is no such run is refused.
 
     python exp_replay.py METRICS_DIR --match 'mediation/*p59*tau1.70*' --members 0 1 2
 
@@ -88,7 +89,7 @@ def describe(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) 
     expected = int(np.where(grokked < 0, budget, grokked).max())
     cell = Cell(label, p=p, members=chosen, block=S, budget_steps=budget, arm=ARMS[arm], loss=loss, train_frac=number("alpha"), rho=rho,
                 tau=number("tau", 1), gamma=number("gamma") if arm == "alloc" else None, lr=number("lr"), weight_decay=number("lam"),
-                clamp_start=int(number("t_int", 500)), w_c=w_c, held=(held,) * len(chosen), expected_steps=expected)
+                clamp_start=int(number("t_int", 500)), w_c=w_c, held=(held,) * len(chosen), expected_steps=expected, decay_last=True)
     return Released(cell, data["T_mem_per_seed"].astype(int), data["T_grok_per_seed"].astype(int), data["steps"].astype(int),
                     data["logit_scale"].astype(float))
 

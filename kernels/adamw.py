@@ -5,7 +5,8 @@
     w <- w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     w <- w * target / ||w||                 each held set of weight matrices, if any: the clamp; moments are left alone
 
-as torch.optim.AdamW orders it (arXiv 1711.05101). Scalars that depend on the step come from the host in float64, rounded once.
+as torch.optim.AdamW orders it (arXiv 1711.05101); with `decay_last` the decay comes after the update, `w <- (1 - lr wd)(w - ...)`, as the
+released runs of paper B have it. Scalars that depend on the step come from the host in float64, rounded once.
 Sums of squares accumulate in float64, so a held norm is exact to the rounding of the float32 weights.
 
 On a GPU two kernels, because no program may scale before all have summed: the update, which leaves a sum of squares per block and group,
@@ -31,14 +32,15 @@ def group_norms_ref(weights: Tensor, layout: Layout) -> Tensor:
 
 
 def adamw_project_ref(params: Tensor, moment1: Tensor, moment2: Tensor, gradient: Tensor, scalars: Tensor,
-                      layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+                      layout: Layout, decay_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """New `params, moment1, moment2`, each `(n_params,)`, from the gradient row and `scalars (8,)` named by `SCALARS`."""
     _, decay, step_size, bias2_sqrt = scalars[:4]
     n = layout.n_weights
     moment1 = moment1 + (1 - BETA1) * (gradient - moment1)
     moment2 = moment2 * BETA2 + (1 - BETA2) * gradient * gradient
     update = step_size * moment1 / (moment2.sqrt() / bias2_sqrt + EPS)
-    weights, biases = params[:n] * decay - update[:n], params[n:] - update[n:]
+    weights = (params[:n] - update[:n]) * decay if decay_last else params[:n] * decay - update[:n]
+    biases = params[n:] - update[n:]
     norms = group_norms_ref(weights, layout)
     held = torch.cat([norms.square().sum().sqrt()[None], norms]).clamp_min(torch.finfo(torch.float64).tiny)
     targets = scalars[4:].double()
@@ -69,7 +71,7 @@ def load_squares(partials, BLOCKS: tl.constexpr, BB: tl.constexpr):
 
 @triton.jit
 def _adamw_kernel(params, moment1, moment2, gradient, scalars, partials, E_END: tl.constexpr, W1_END: tl.constexpr,
-                  W2_END: tl.constexpr, SIZE: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr):
+                  W2_END: tl.constexpr, SIZE: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, DECAY_LAST: tl.constexpr):
     """A program: one run, BLOCK elements. The row's tail past SIZE is left alone."""
     run = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -83,7 +85,12 @@ def _adamw_kernel(params, moment1, moment2, gradient, scalars, partials, E_END: 
     weights = tl.load(params + at, mask=live, other=0.0)
     m += (1 - _BETA1) * (g - m)
     v = v * _BETA2 + (1 - _BETA2) * g * g
-    weights = tl.where(i < W2_END, weights * decay, weights) - divide(step_size * m, divide(square_root(v), bias2_sqrt) + _EPS)
+    update = divide(step_size * m, divide(square_root(v), bias2_sqrt) + _EPS)
+    if DECAY_LAST:
+        weights -= update
+        weights = tl.where(i < W2_END, weights * decay, weights)
+    else:
+        weights = tl.where(i < W2_END, weights * decay, weights) - update
     tl.store(moment1 + at, m, mask=live)
     tl.store(moment2 + at, v, mask=live)
     tl.store(params + at, weights, mask=live)
@@ -132,11 +139,12 @@ def partial_blocks(layout: Layout) -> int:
 
 
 def adamw_project(params: Tensor, moment1: Tensor, moment2: Tensor, gradient: Tensor, scalars: Tensor, partials: Tensor,
-                  layout: Layout) -> None:
+                  layout: Layout, decay_last: bool = False) -> None:
     """One update in place on the rows `(R, n_params)`; `scalars (R, 8)`. `partials (R, 3, blocks)` float64 is scratch."""
     blocks, ends, row = partial_blocks(layout), group_ends(layout), layout.n_params
     grid = (blocks, params.shape[0])
-    _adamw_kernel[grid](params, moment1, moment2, gradient, scalars, partials, *ends, sum(layout.sizes), row, BLOCK, num_warps=4)
+    _adamw_kernel[grid](params, moment1, moment2, gradient, scalars, partials, *ends, sum(layout.sizes), row, BLOCK, decay_last,
+                        num_warps=4)
     _project_kernel[grid](params, scalars, partials, *ends, row, BLOCK, blocks, power_of_two(blocks), num_warps=4)
 
 

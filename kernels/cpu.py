@@ -33,8 +33,8 @@ def compiling_pays(layout: Layout, n_train: int, steps: int) -> bool:
 class CpuKernels:
     """`step` and `evaluate` for runs of one shape, after one warm-up call each so that nothing compiles inside a worker."""
 
-    def __init__(self, layout: Layout, n_train: int, loss: str, dtype: torch.dtype, compiled: bool):
-        self.step = functools.partial(train_step_ref, layout=layout, loss=loss)
+    def __init__(self, layout: Layout, n_train: int, loss: str, dtype: torch.dtype, compiled: bool, decay_last: bool = False):
+        self.step = functools.partial(train_step_ref, layout=layout, loss=loss, decay_last=decay_last)
         self.evaluate = functools.partial(evaluate_ref, layout=layout, loss=loss)
         if compiled:
             rows = [torch.zeros(layout.n_params, dtype=dtype) for _ in range(3)]

@@ -88,10 +88,10 @@ class CudaKernels:
     """
 
     def __init__(self, layout: Layout, loss: str, dtype: torch.dtype, arithmetic: str, params: Tensor, moment1: Tensor,
-                 moment2: Tensor, a: Tensor, b: Tensor, train: Tensor):
+                 moment2: Tensor, a: Tensor, b: Tensor, train: Tensor, decay_last: bool = False):
         _check(layout, loss, dtype, arithmetic, params, moment1, moment2, a, b, train)
         self.layout, self.loss, self.dtype, self.arithmetic, self.n_train = layout, loss, dtype, arithmetic, a.shape[1]
-        self.device = params.device
+        self.device, self.decay_last = params.device, decay_last
         self.state = State(params, moment1, moment2, slots_of(a, b, layout.p).to(self.device),
                            aligned_rows(train.to(self.device, torch.uint8)))
         self._allocate()
@@ -163,7 +163,8 @@ class CudaKernels:
         loss_gradient(state.params, work.tables, state.slots, scalars, work.dz, self.n_train, layout, self.loss, arithmetic)
         hidden_backward(state.params, work.tables, work.dz, state.slots, work.dtables, work.gradient, layout, arithmetic)
         tables_backward(state.params, work.dtables, work.gradient, layout, arithmetic)
-        adamw_project(state.params, state.moment1, state.moment2, work.gradient, scalars, work.squares, layout)
+        adamw_project(state.params, state.moment1, state.moment2, work.gradient, scalars, work.squares, layout,
+                      self.decay_last)
 
 
 def _check(layout: Layout, loss: str, dtype: torch.dtype, arithmetic: str, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor,

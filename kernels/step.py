@@ -30,10 +30,10 @@ def gradient_ref(params: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: Layo
 
 
 def train_step_ref(params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor,
-                   layout: Layout, loss: str) -> None:
+                   layout: Layout, loss: str, decay_last: bool = False) -> None:
     """One step in place on the rows `(n_params,)`; `scalars (8,)` as `adamw.SCALARS` names them."""
     gradient = gradient_ref(params, a, b, scalars[0], layout, loss)
-    new = adamw_project_ref(params, moment1, moment2, gradient, scalars, layout)
+    new = adamw_project_ref(params, moment1, moment2, gradient, scalars, layout, decay_last)
     for row, value in zip((params, moment1, moment2), new, strict=True):
         row.copy_(value)
 

@@ -74,6 +74,14 @@ def test_optimiser_is_torch_adamw(dtype: torch.dtype, tolerance: float) -> None:
     assert (state[0] - expected).norm() <= tolerance * expected.norm()
 
 
+def test_decay_last_is_the_same_update_decayed_with_the_weights() -> None:
+    layout, row, *_ = start(11, 8, 16)
+    gradient, zeros, n = torch.randn_like(row), torch.zeros_like(row), layout.n_weights
+    undecayed = adamw_project_ref(row, zeros, zeros, gradient, scalars(1, 1e-2, 0.0), layout)[0]
+    last = adamw_project_ref(row, zeros, zeros, gradient, scalars(1, 1e-2, 0.7), layout, decay_last=True)[0]
+    assert torch.allclose(last[:n], undecayed[:n] * (1 - 0.7e-2), rtol=1e-14) and torch.equal(last[n:], undecayed[n:])
+
+
 def test_clamp_holds_total_and_groups_and_leaves_moments_and_biases() -> None:
     layout, row, *_ = start(11, 8, 16, torch.float32)
     gradient = torch.randn(layout.n_params, generator=torch.Generator().manual_seed(2))
