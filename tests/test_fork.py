@@ -117,7 +117,7 @@ def test_a_fork_after_grokking_is_refused_and_a_folder_of_the_user_stays(tmp_pat
     assert tmp_path.exists() and not list(tmp_path.iterdir())
 
 
-def test_two_fork_steps_end_to_end_and_a_float64_twin(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_two_fork_steps_end_to_end_and_a_float64_twin(tmp_path: Path, trunk: State, capsys: pytest.CaptureFixture) -> None:
     """None groks within this budget: every row is there, censored, with what it crossed before its fork."""
     out, wide = tmp_path / "a", tmp_path / "b"
     flags = [*TINY, "--fork-steps", "150", "100", "--rho", "1.15", "1.05"]
@@ -130,6 +130,10 @@ def test_two_fork_steps_end_to_end_and_a_float64_twin(tmp_path: Path, capsys: py
         factor = {"free": None, "same": 1.0}.get(r["arm"], r["rho"] if r["arm"] == "raised" else 1 / (r["rho"] or 1))
         assert r["held_norm"] == (factor and pytest.approx(factor * r["norm_at_fork"], rel=1e-8))   # 9 digits in the file
         assert r["clamp_start"] == (factor and r["fork_step"] + 1)
+    cell = arms(trunk)["raised"]   # the weights were scaled before the first step, not only held after it: the loss there tells
+    logged = {(r["cell"], r["member"], r["step"]): r["test_loss"] for r in lab.read_csv(out / "trajectories.csv")}
+    for r in train([cell], trunk.fork([cell])).result().trajectories:
+        assert r["member"] == 2 or logged[cell.name, r["member"], r["step"]] == pytest.approx(r["test_loss"], rel=1e-8)
     summary = json.loads((out / "summary.json").read_text())
     assert [c["id"] for c in summary["claims"]] == list(stats.published(lab.ROOT / "published.csv", "B.fork."))
     assert {c["verdict"] for c in summary["claims"]} == {"NOT RUN"} and not (out / "checkpoint").exists()
@@ -165,7 +169,9 @@ def test_stopped_inside_the_arms_and_continued_gives_the_same_bytes(tmp_path: Pa
 
 def test_smoke_preset_groks_in_every_arm_later_at_a_higher_norm(tmp_path: Path) -> None:
     exp_fork.run(["--preset", "smoke", "--device", "cpu", "--out", str(tmp_path / "s")])
-    delays = {(r["arm"], r["member"]): r["delay_steps"] for r in lab.read_csv(tmp_path / "s" / "runs.csv")}
+    runs = lab.read_csv(tmp_path / "s" / "runs.csv")
+    delays = {(r["arm"], r["member"]): r["delay_steps"] for r in runs}
+    assert all(r["delay_steps"] == r["t_grok_step"] - r["fork_step"] > 0 for r in runs)
     assert len(delays) == 8 and all(delays["lowered", m] < delays["same", m] < delays["raised", m] for m in (0, 1))
 
 
