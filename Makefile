@@ -8,10 +8,13 @@ READY := $(VENV)/.ready
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: delay_law replay report bench test test-gpu gpu-evidence lint clean
+.PHONY: delay_law fork replay report bench test test-gpu gpu-evidence lint clean
 
 delay_law: $(READY)
 	$(PY) exp_delay_law.py $(ARGS)
+
+fork: $(READY)
+	$(PY) exp_fork.py $(ARGS)
 
 replay: $(READY)          # RELEASED=folder with the released .npz files
 	$(PY) exp_replay.py $(RELEASED) $(ARGS)

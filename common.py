@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
-from kernels.adamw import BETA1, BETA2
+from kernels.adamw import BETA1, BETA2, group_norms_ref
 from kernels.layout import Layout, mlp_layout
 from kernels.step import METRICS
 
@@ -89,6 +89,7 @@ class Cell:
     expected_steps: int = 0           # to grok, for the estimate of time only; 0 = budget
     decay_last: bool = False          # weight decay after the Adam update instead of before it
     after_grok: int = 0               # steps to train on after the last member has grokked
+    stop_step: int = 0                # step to stop at short of the budget, to fork from; 0 = none
 
     def ensemble_key(self) -> tuple:
         return self.p, self.model, self.loss, n_train(self.p, self.train_frac), self.decay_last
@@ -105,6 +106,21 @@ class State:
     def pick(self, rows: list[int]) -> "State":
         return State(self.params[rows].clone(), self.moment1[rows].clone(), self.moment2[rows].clone(), self.step)
 
+    def norms(self, layout: Layout) -> list[float]:
+        """Total norm of every row's weight matrices, summed in float64."""
+        return [float(group_norms_ref(row, layout).square().sum().sqrt()) for row in self.params]
+
+    def fork(self, cells: list[Cell]) -> "State":
+        """A copy of all rows, one per member, for each of `cells`: weights scaled at once to the cell's held norm, if it has one.
+        Biases, moments and step stay as they are (arXiv 2606.18465, same-state comparison)."""
+        layout = mlp_layout(cells[0].p, dtype=self.params.dtype)
+        copy = self.pick([*range(len(self.params))] * len(cells))
+        targets = [held[0] for cell in cells for held in (cell.held or ((0.0,),) * len(cell.members))]
+        for row, norm, target in zip(copy.params, copy.norms(layout), targets, strict=True):
+            if target > 0:
+                row[: layout.n_weights] *= target / norm
+        return copy
+
 
 @dataclass
 class Result:
@@ -119,6 +135,13 @@ class Result:
     def __add__(self, other: "Result") -> "Result":
         return Result(self.runs + other.runs, self.trajectories + other.trajectories, None, self.executed + other.executed,
                       self.needed + other.needed, self.seconds + other.seconds)
+
+
+def inherit(runs: list[dict], before: list[dict]) -> None:
+    """Rows of runs that continue from a fork keep what their member crossed before it."""
+    earlier = {run["member"]: run for run in before}
+    for run in runs:
+        run.update({k: v for k in ("t_mem_step", "norm_at_mem", "t_80_step") if (v := earlier[run["member"]][k]) is not None})
 
 
 # ---------------------------------------------------------------- the ensemble
@@ -157,7 +180,8 @@ class Ensemble:
         self.held = np.array([h for cell in cells for h in (cell.held or ((0, 0, 0, 0),) * len(cell.members))], dtype=float)
         self.start = start.step if start else 0
         # evaluations, and so every decision, fall on multiples of EVAL_EVERY
-        self.end = over_runs("budget_steps") // EVAL_EVERY * EVAL_EVERY
+        stop = np.array([cells[c].stop_step or cells[c].budget_steps for c in self.cell_of])
+        self.end = np.minimum(over_runs("budget_steps"), stop) // EVAL_EVERY * EVAL_EVERY
         indices = torch.stack([split(first.p, first.train_frac, m, cells[c].seed0) for c, m in runs])   # (R, n)
         self.a, self.b = indices // first.p, indices % first.p
         self.train_mask = torch.zeros(len(runs), first.p**2, dtype=dtype).scatter_(1, indices, 1)
@@ -180,7 +204,7 @@ class Ensemble:
         self.retire = self.end.copy()                                    # step at which the run's cell leaves
         self.log: list[tuple[int, int, list[float]]] = []                # (run, step, metrics and Fourier structure)
         self.executed, self.quiescent = 0, True
-        steps = int((self.end - self.start).max())
+        steps = max(c.budget_steps for c in cells)                       # not what is left: both sides of a fork take the same kernels
         if device == "cuda":
             self.backend, self.kernels, self.arithmetic, self.on_device = "triton", None, arithmetic, np.arange(R)
         else:

@@ -3,13 +3,16 @@
 Reads the `.npz` files released with paper B (arXiv 2606.18465) and trains what each describes: block size, modulus, train fraction, loss,
 temperature, learning rate, decay, clamp target and step, budget. Nothing is fitted: a clamp at rho times a critical norm takes the critical
 norm stored with the run, an allocation the stored group norms, and weight decay follows the Adam update, as in the released runs.
-A file that is no such run is refused.
+A fork file (same-state comparison) is trained freely to its fork step, once for all its arms, and continued at the stored target of each
+member. A file that is no such run is refused.
 
     python exp_replay.py METRICS_DIR --match 'mediation/*p59*tau1.70*' --members 0 1 2
 
 replay.csv compares step by step; a run censored on one side only counts as grokked at the budget there. The last line sums it up.
 """
+import dataclasses
 import fnmatch
+import functools
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +21,7 @@ import numpy as np
 
 import lab
 import plots
-from common import EVAL_EVERY, Cell, Result, UsageError, n_train
+from common import EVAL_EVERY, Cell, Result, UsageError, inherit, n_train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +38,14 @@ class Released:
     t_grok: np.ndarray       # (S,)
     steps: np.ndarray        # logged steps
     logit_scale: np.ndarray  # mean over members at those steps
+    fork_step: int = 0       # step at which it left the free run of its block; 0 = never
 
 
 NEEDED = ("p", "alpha", "lam", "lr", "max_steps", "arm", "T_mem_per_seed", "T_grok_per_seed", "steps", "logit_scale")
+FORK_NEEDED = ("p", "alpha", "lam", "lr", "arm", "t_fork", "n_seed", "N0", "target", "T_mem_per_seed", "T_grok_per_seed", "steps", "logit_scale")
 ARMS = {"none": "free", "clamp": "clamp", "alloc": "alloc"}
+FORK_ARMS = {"free": "free", "clamp_same": "same", "clamp_raised": "raised", "clamp_lowered": "lowered"}
+FORK_BUDGET = 60_000   # steps; fork files store none, the paper has it in its methods
 
 
 def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
@@ -48,22 +55,31 @@ def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
             data = {key: archive[key] for key in archive.files}
     except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError) as error:
         raise UsageError(f"{label}: not a readable .npz of plain arrays ({type(error).__name__}); expected a file as released with paper B") from None
-    if "t_fork" in data:
-        raise UsageError(f"{label}: a same-state fork file; forks are not replayed yet, leave it out with --match")
-    if missing := [key for key in NEEDED if key not in data]:
+    forked = "t_fork" in data
+    if missing := [key for key in (FORK_NEEDED if forked else NEEDED) if key not in data]:
         raise UsageError(f"{label}: not a released run, it lacks {', '.join(missing)}")
     try:
-        return describe(data, label, members)
+        return describe_fork(data, label, members) if forked else describe(data, label, members)
     except (TypeError, ValueError, IndexError, OverflowError) as error:
         raise UsageError(f"{label}: a value in it cannot be used ({error}); expected a file as released with paper B") from None
 
 
+def scalar(data: dict[str, np.ndarray], key: str, default: float | None = None) -> float:
+    value = float(data[key].item()) if key in data else default
+    if value is None or not np.isfinite(value):
+        raise ValueError(f"{key} is {value}")
+    return value
+
+
+def choose(members: tuple[int, ...], S: int, label: str) -> tuple[int, ...]:
+    chosen = members or tuple(range(S))
+    if max(chosen) >= S:
+        raise UsageError(f"--members {max(chosen)} is not in {label}, a block of {S} (0..{S - 1})")
+    return chosen
+
+
 def describe(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) -> Released:
-    def number(key: str, default: float | None = None) -> float:
-        value = float(data[key].item()) if key in data else default
-        if value is None or not np.isfinite(value):
-            raise ValueError(f"{key} is {value}")
-        return value
+    number = functools.partial(scalar, data)
     if str(data.get("arch", "mlp")) != "mlp":
         raise UsageError(f"{label}: a transformer run ({data['arch']}); transformers are not replayed yet, leave it out with --match")
     arm, loss, S = str(data["arm"]), str(data.get("loss", "ce")), len(data["T_grok_per_seed"])
@@ -74,9 +90,7 @@ def describe(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) 
             and 1 <= S <= 1000 and EVAL_EVERY <= budget <= 10**8 and data["T_mem_per_seed"].shape == data["T_grok_per_seed"].shape == (S,)
             and data["steps"].shape == data["logit_scale"].shape == (len(data["steps"]),)):
         raise ValueError("a number is out of its range or an array has the wrong length")
-    chosen = members or tuple(range(S))
-    if max(chosen) >= S:
-        raise UsageError(f"--members {max(chosen)} is not in {label}, a block of {S} (0..{S - 1})")
+    chosen = choose(members, S, label)
     rho, w_c = (number("rho"), number("wc_used")) if arm != "free" and arm != "none" else (None, None)
     held = (0.0, 0.0, 0.0, 0.0)
     if arm == "clamp":
@@ -94,6 +108,32 @@ def describe(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) 
                     data["logit_scale"].astype(float))
 
 
+def describe_fork(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) -> Released:
+    number = functools.partial(scalar, data)
+    arm, S, step, p = str(data["arm"]), int(number("n_seed")), int(number("t_fork")), int(number("p"))
+    per_seed = ("T_mem_per_seed", "T_grok_per_seed", "N0", "target")
+    if arm not in FORK_ARMS:
+        raise ValueError(f"fork arm {arm!r}")
+    if not (2 <= p <= 1000 and 1 <= n_train(p, number("alpha")) < p * p and number("lr") > 0 and number("lam") >= 0 and 1 <= S <= 1000
+            and EVAL_EVERY <= step < FORK_BUDGET and step % EVAL_EVERY == 0 and all(data[key].shape == (S,) for key in per_seed)
+            and data["steps"].shape == data["logit_scale"].shape == (len(data["steps"]),)):
+        raise ValueError("a number is out of its range or an array has the wrong length")
+    t_mem, t_grok = data["T_mem_per_seed"], data["T_grok_per_seed"]
+    if not ((t_mem > 0) & (t_mem <= step) & ((t_grok < 0) | (t_grok > step))).all():
+        raise ValueError("a member had not memorised, or had grokked, at the fork")
+    chosen = choose(members, S, label)
+    targets = data["target"][list(chosen)].astype(float)
+    if arm != "free" and not (np.isfinite(targets) & (targets > 0)).all():
+        raise ValueError("the held norm is not positive")
+    grokked = t_grok[list(chosen)]
+    expected = int(np.where(grokked < 0, FORK_BUDGET, grokked).max())
+    cell = Cell(label, p=p, members=chosen, block=S, budget_steps=FORK_BUDGET, arm=FORK_ARMS[arm], train_frac=number("alpha"), lr=number("lr"),
+                rho=number("rho", 1.0) if arm in ("clamp_raised", "clamp_lowered") else None, weight_decay=number("lam"), clamp_start=step + 1,
+                held=() if arm == "free" else tuple((target, 0.0, 0.0, 0.0) for target in targets), expected_steps=expected,
+                decay_last=True)
+    return Released(cell, t_mem.astype(int), t_grok.astype(int), data["steps"].astype(int), data["logit_scale"].astype(float), step)
+
+
 def find(config: Config) -> list[Released]:
     root = Path(config.metrics_dir)
     if not root.is_dir():
@@ -103,6 +143,29 @@ def find(config: Config) -> list[Released]:
     if not wanted:
         raise UsageError(f"no .npz file below {root} matches {' or '.join(config.match)}; {len(paths)} are there")
     return [read(paths[label], label, config.members) for label in wanted]
+
+
+def trunk(item: Released) -> Cell:
+    """The free run that a fork left; the same for all arms of one block and fork step."""
+    return dataclasses.replace(item.cell, name=f"trunk_p{item.cell.p}_b{item.cell.block}_to{item.fork_step}", arm="free", rho=None, held=(),
+                               clamp_start=0, stop_step=item.fork_step, expected_steps=item.fork_step)
+
+
+def train(desk: lab.Lab, released: list[Released]) -> Result:
+    """Whole runs in one stage; then, fork by fork, the free phase once and all its arms from there."""
+    result = Result()
+    if whole := [item.cell for item in released if not item.fork_step]:
+        result += desk.train("replay", whole)
+    forks: dict[Cell, list[Cell]] = {}
+    for item in released:
+        if item.fork_step:
+            forks.setdefault(trunk(item), []).append(item.cell)
+    for i, (before, arms) in enumerate(forks.items()):
+        free = desk.train(f"trunk{i}", [before], keep_state=True)
+        part = desk.train(f"fork{i}", arms, free.state.fork(arms))
+        inherit(part.runs, free.runs)
+        result += dataclasses.replace(free, runs=[], trajectories=[]) + part
+    return result
 
 
 def compare(released: list[Released], runs: list[dict]) -> list[dict]:
@@ -147,7 +210,7 @@ def run(argv: list[str]) -> None:
     if config.dry_run:
         return None
     desk.open()
-    result: Result = desk.train("replay", cells)
+    result = train(desk, released)
     rows = compare(released, result.runs)
     scales = compare_scales(released, result.trajectories, rows)
     lab.write_csv(desk.out / "replay.csv", rows)

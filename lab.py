@@ -65,10 +65,10 @@ class Config(Machine):
     after_grok: int = option(0, "steps to train a cell on past its last member's grokking")
 
 
-NOT_SCIENCE = ("out", "resume", "dry_run", "figures_only", "metrics_dir")   # settings that change no number
+NOT_SCIENCE = ("out", "resume", "dry_run", "figures_only", "metrics_dir", "twin_of")   # settings that change no number
 CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "eager", "triton"), "dtype": ("float32", "float64"),
            "arithmetic": ("ieee", "tf32x3"), "model": ("mlp",)}
-POSITIVE = ("rhos", "lrs", "taus", "rho", "fork_steps", "train_fracs")
+POSITIVE = ("rhos", "lrs", "lr", "taus", "rho", "fork_steps", "budget", "train_fracs")
 
 
 class Parser(argparse.ArgumentParser):
@@ -278,7 +278,8 @@ def announce(config: Machine, cells: list[Cell]) -> None:
     runs = sum(len(cell.members) for cell in cells)
     steps = sum(min(cell.expected_steps or cell.budget_steps, cell.budget_steps) * len(cell.members) for cell in cells)
     per_step = 5e-6 if config.device == "cuda" else 3.5e-3 / max(torch.get_num_threads(), 1) * (3 if config.dtype == "float64" else 1)
-    seconds = sum(min(c.expected_steps or c.budget_steps, c.budget_steps) * len(c.members) * per_step * (c.p / 59) ** 2 for c in cells)
+    growth = 2 if config.device == "cuda" else 2.75   # of a step's time with p; on a CPU p=113 was seen to cost 6 times p=59: it leaves the cache
+    seconds = sum(min(c.expected_steps or c.budget_steps, c.budget_steps) * len(c.members) * per_step * (c.p / 59) ** growth for c in cells)
     if config.dry_run:
         for c in cells:
             print(f"{c.name}: {len(c.members)} members of a block of {c.block}, budget {c.budget_steps} steps, expected {c.expected_steps}")
@@ -306,6 +307,7 @@ class Lab:
         self.out = Path(config.out) if config.out else ROOT / "results" / experiment / folder
         self.checkpoint = self.out / "checkpoint"
         self.backend, self.said = "none", set()
+        self.created: list[Path] = []     # folders that `open` had to make, innermost first
         wanted = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE}))
         self.settings = {"experiment": experiment, **wanted}
         try:
@@ -331,6 +333,7 @@ class Lab:
 
     def open(self) -> None:
         """Create the folder. A checkpoint found in it is announced."""
+        self.created = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
         try:
             self.checkpoint.mkdir(parents=True, exist_ok=True)
             write_json(self.out / "config.json", self.settings)
@@ -376,13 +379,21 @@ class Lab:
         result.seconds, result.executed = seconds, ensemble.executed - before
         if not keep_state:
             result.state = None
-        n_censored = sum(run["censored"] for run in result.runs)
-        print(f"{stage}: {runs} runs, {runs - n_censored} grokked, {n_censored} censored, {result.executed} run-steps in {duration(seconds)}"
+        n_censored, rest = sum(run["censored"] for run in result.runs), "not yet" if cells[0].stop_step else "censored"
+        print(f"{stage}: {runs} runs, {runs - n_censored} grokked, {n_censored} {rest}, {result.executed} run-steps in {duration(seconds)}"
               + (f" ({1e3 * seconds / result.executed:.2f} ms each)" if result.executed else " (from the checkpoint)"), flush=True)
         for run in result.runs:
             if run["diverged"]:
                 print(f"{stage}: member {run['member']} of {run['cell']} diverged (loss or norm not finite); its row says so")
         return result
+
+    def discard(self) -> None:
+        """Input that proved bad only in training: what this command created goes; results of an earlier one stay."""
+        self.finish()
+        if not (self.out / "runs.csv").exists():
+            (self.out / "config.json").unlink()
+        for folder in self.created:
+            folder.rmdir()
 
     def finish(self) -> None:
         """All results are written: the checkpoint has served."""

@@ -132,3 +132,68 @@ def replay(rows: list[dict], folder: Path) -> None:
     axis.legend(fontsize=5)
     lab.save_figure(picture, folder, "replay")
     plt.close(picture)
+
+
+ARM_COLORS = {"lowered": "C2", "free": "C0", "same": "C1", "raised": "C3"}
+
+
+def fork_arms(arms: dict[str, list[dict]], published: dict[str, float], folder: Path, file: str) -> None:
+    """Delay from the fork, log axis, one column per arm; a line joins each member's arms, so that order shows member by member."""
+    figure, axis = plt.subplots(figsize=(5.5, 4.2))
+    shown = {arm: [r["delay_steps"] or r["budget_steps"] - r["fork_step"] for r in runs] for arm, runs in arms.items()}
+    first = next(iter(arms.values()))[0]
+    for member in zip(*shown.values(), strict=True):
+        axis.plot(range(len(arms)), member, color="gray", lw=0.6, alpha=0.6, zorder=0)
+    for x, (arm, runs) in enumerate(arms.items()):
+        for run, delay in zip(runs, shown[arm], strict=True):
+            grokked = run["delay_steps"] is not None
+            axis.plot(x, delay, marker="." if grokked else "^", color=ARM_COLORS[arm], mfc=ARM_COLORS[arm] if grokked else "none", ms=7)
+        middle = float(stats.median(np.array([math.inf if r["delay_steps"] is None else r["delay_steps"] for r in runs])))
+        if math.isfinite(middle):
+            axis.plot([x - 0.15, x + 0.15], [middle, middle], color=ARM_COLORS[arm], lw=2)
+    squares = [(x, published[arm]) for x, arm in enumerate(arms) if arm in published]
+    if squares:
+        axis.plot(*zip(*squares, strict=True), "s", mfc="none", color="black", ms=9, label="published medians")
+    axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
+    rho = next((runs[0]["rho"] for runs in arms.values() if runs[0]["rho"]), None)
+    axis.set_xticks(range(len(arms)), arms)
+    axis.set(yscale="log", ylabel="T_grok - fork step (steps)",
+             title=f"Same state, p={first['p']}, fork at step {first['fork_step']}" + (f", rho {rho:g}" if rho else ""))
+    axis.legend(fontsize=7)
+    lab.save_figure(figure, folder, file)
+    plt.close(figure)
+
+
+def fork_trajectories(trajectories: list[dict], trunk: str, arms: dict[str, list[dict]], folder: Path, file: str) -> None:
+    """Norm and test accuracy of every member: the common free run in black up to the fork, then the arms."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    fork_step = next(iter(arms.values()))[0]["fork_step"]
+    for axis, key in zip(axes, ("norm", "test_accuracy"), strict=True):
+        for color, cell, label in [("black", trunk, "before the fork"), *((ARM_COLORS[arm], runs[0]["cell"], arm) for arm, runs in arms.items())]:
+            mine = [t for t in trajectories if t["cell"] == cell and fork_step / 8 <= t["step"] and (cell != trunk or t["step"] <= fork_step)]
+            for i, member in enumerate(dict.fromkeys(t["member"] for t in mine)):
+                points = [(t["step"], t[key]) for t in mine if t["member"] == member]
+                axis.plot(*zip(*points, strict=True), color=color, lw=1, alpha=0.7, label=None if i else label)
+        axis.axvline(fork_step, color="gray", ls=":", lw=1)
+        axis.set(xscale="log", xlabel="step", title=key.replace("_", " "))
+    axes[0].legend(fontsize=7)
+    lab.save_figure(figure, folder, file)
+    plt.close(figure)
+
+
+def fork_ratio(ratios: list[dict], over: str, other: str, folder: Path, file: str) -> None:
+    """Median delay of the raised over the same arm with its interval, against `over`; a line per modulus and value of `other`."""
+    figure, axis = plt.subplots(figsize=(5.5, 4.2))
+    groups = list(dict.fromkeys((r["p"], r[other]) for r in ratios))
+    for i, (p, value) in enumerate(groups):
+        mine = sorted((r for r in ratios if (r["p"], r[other]) == (p, value) and r["ours"] is not None), key=lambda r: r[over])
+        y = np.array([r["ours"] for r in mine])
+        ends = np.array([[r["ours"] if r[end] is None else r[end] for r in mine] for end in ("lo", "hi")])
+        axis.errorbar([r[over] for r in mine], y, np.maximum([y - ends[0], ends[1] - y], 0), fmt="o-", ms=4, lw=1, capsize=3,
+                      color=f"C{i % 10}", label=f"p={p}, {other.replace('_', ' ')} {value:g}")
+    censored = sum(r["ours"] is None for r in ratios)
+    axis.set(xlabel=over.replace("_", " "), ylabel="median delay, raised / same", yscale="log",
+             title="Raised over same" + (f" ({censored} censored, not shown)" if censored else ""))
+    axis.legend(fontsize=7)
+    lab.save_figure(figure, folder, file)
+    plt.close(figure)

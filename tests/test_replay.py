@@ -74,7 +74,7 @@ def zipped(name: str, content: bytes) -> bytes:
     (packed(wc_used=0.0), "held norm is not positive"),
     (packed(arm="sideways"), "'sideways'"),
     (packed(arch="tfnoln"), "a transformer run"),
-    (packed(t_fork=800), "fork file"),
+    (packed(t_fork=800), "lacks n_seed, N0, target"),
 ])
 def test_foreign_files_are_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "in").mkdir()
