@@ -192,7 +192,7 @@ def fork_ratio(ratios: list[dict], over: str, other: str, folder: Path, file: st
         axis.errorbar([r[over] for r in mine], y, np.maximum([y - ends[0], ends[1] - y], 0), fmt="o-", ms=4, lw=1, capsize=3,
                       color=f"C{i % 10}", label=f"p={p}, {other.replace('_', ' ')} {value:g}")
     censored = sum(r["ours"] is None for r in ratios)
-    axis.set(xlabel=over.replace("_", " "), ylabel="median delay, raised / same", yscale="log",
+    axis.set(xlabel=over.replace("_", " "), ylabel="median delay, raised / same",
              title="Raised over same" + (f" ({censored} censored, not shown)" if censored else ""))
     axis.legend(fontsize=7)
     lab.save_figure(figure, folder, file)
