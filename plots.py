@@ -129,7 +129,8 @@ def replay(rows: list[dict], folder: Path) -> None:
     low, high = axis.get_xlim()
     axis.plot([low, high], [low, high], color="gray", lw=0.7, zorder=0)
     axis.set(xscale="log", yscale="log", xlabel="T_grok as released (steps)", ylabel="T_grok here (steps)", title="Per-seed replay")
-    axis.legend(fontsize=5)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=5)
     lab.save_figure(picture, folder, "replay")
     plt.close(picture)
 
