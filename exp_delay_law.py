@@ -387,7 +387,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     if trained:
         lab.write_csv(out / "runs.csv", runs, lab.RUN_COLUMNS)
         lab.write_csv(out / "trajectories.csv", result.trajectories)
-        lab.write_json(out / "provenance.json", lab.provenance(config, result, desk.backend))
+        lab.write_json(out / "provenance.json", lab.provenance(desk, result))
     runs, trajectories = lab.read_csv(out / "runs.csv"), []              # read back, so that both ways see the same digits
     if (out / "trajectories.csv").exists():
         trajectories = lab.read_csv(out / "trajectories.csv")

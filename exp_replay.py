@@ -216,7 +216,7 @@ def run(argv: list[str]) -> None:
     lab.write_csv(desk.out / "replay.csv", rows)
     lab.write_csv(desk.out / "cells.csv", scales)
     lab.write_csv(desk.out / "runs.csv", [{"experiment": "replay", **r} for r in result.runs], lab.RUN_COLUMNS)
-    lab.write_json(desk.out / "provenance.json", lab.provenance(config, result, desk.backend))
+    lab.write_json(desk.out / "provenance.json", lab.provenance(desk, result))
     plots.replay(rows, desk.out / "figures")
     for s in scales:
         L = f"{100 * (s['logit_scale'] / s['logit_scale_released'] - 1):+.2f}%" if s["logit_scale"] else "-"

@@ -209,19 +209,23 @@ def write_json(path: Path, content: object) -> None:
     write_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def provenance(config: Machine, result: Result, backend: str) -> dict:
-    def git(*words: str) -> str:
-        try:
-            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
+def git(*words: str) -> str:
+    try:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def provenance(desk: "Lab", result: Result) -> dict:
+    """Where the numbers come from. The commit is that of the start: the tree may move on while a long command runs."""
+    config = desk.config
     flags = sorted(w for w in _cpu_flags() if w.startswith(("avx2", "avx512f", "amx")))
     return {
-        "commit": git("rev-parse", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": desk.commit, "dirty": desk.dirty,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *(Path(w).name if os.sep in w else w for w in sys.argv[1:])]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
         "device": torch.cuda.get_device_name() if config.device == "cuda" else f"cpu, {torch.get_num_threads()} threads, {' '.join(flags)}",
-        "backend": backend, "dtype": config.dtype, "arithmetic": config.arithmetic if config.device == "cuda" else "ieee",
+        "backend": desk.backend, "dtype": config.dtype, "arithmetic": config.arithmetic if config.device == "cuda" else "ieee",
         "training_seconds": round(result.seconds, 1), "run_steps": result.executed, "run_steps_needed": result.needed,
         "executed_over_needed": round(result.executed / max(result.needed, 1), 4),
         "run_steps_per_second": round(result.executed / max(result.seconds, 1e-9), 1),
@@ -307,6 +311,7 @@ class Lab:
         self.out = Path(config.out) if config.out else ROOT / "results" / experiment / folder
         self.checkpoint = self.out / "checkpoint"
         self.backend, self.said = "none", set()
+        self.commit, self.dirty = git("rev-parse", "HEAD") or "unknown", bool(git("status", "--porcelain", "--untracked-files=no"))
         self.created: list[Path] = []     # folders that `open` had to make, innermost first
         wanted = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE}))
         self.settings = {"experiment": experiment, **wanted}
