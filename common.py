@@ -4,6 +4,7 @@ Every experiment describes its runs as `Cell`s and hands them to `train`. Everyt
 starts from the same bits on every device. Source: arXiv 2606.13753 and 2606.18465, methods sections.
 """
 import dataclasses
+import hashlib
 import heapq
 import math
 import threading
@@ -203,12 +204,13 @@ class Ensemble:
         self.diverged = np.full(R, -1)                                   # step at which loss or norm was found not finite
         self.retire = self.end.copy()                                    # step at which the run's cell leaves
         self.log: list[tuple[int, int, list[float]]] = []                # (run, step, metrics and Fourier structure)
-        self.executed, self.quiescent = 0, True
-        steps = max(c.budget_steps for c in cells)                       # not what is left: both sides of a fork take the same kernels
+        self.executed, self.seconds, self.quiescent = 0, 0.0, True
+        digest = hashlib.sha256(repr((cells, str(dtype), arithmetic, self.start)).encode()).digest()
+        self.identity = torch.tensor(list(digest), dtype=torch.uint8)    # a snapshot of other runs must not be taken up
         if device == "cuda":
             self.backend, self.kernels, self.arithmetic, self.on_device = "triton", None, arithmetic, np.arange(R)
         else:
-            compiled = backend == "compiled" or (backend == "auto" and cpu.has_compiler() and cpu.compiling_pays(self.layout, self.n, steps))
+            compiled = backend == "compiled" or (backend == "auto" and cpu.has_compiler())   # of nothing else: bits depend on it
             self.backend = "compiled" if compiled else "eager"
             self.kernels = cpu.CpuKernels(self.layout, self.n, self.loss, dtype, compiled, self.decay_last)
 
@@ -272,7 +274,11 @@ class Ensemble:
         advance = self._train_lockstep if self.backend == "triton" else self._train_workers
         try:
             while len(self.live()):
-                advance(tick, time.monotonic() + save_every)
+                started = time.monotonic()
+                try:
+                    advance(tick, started + save_every)
+                finally:
+                    self.seconds += time.monotonic() - started
                 if save and len(self.live()):
                     save(self.snapshot())
         except (KeyboardInterrupt, SystemExit):                          # from `tick`, where the state is whole
@@ -285,19 +291,19 @@ class Ensemble:
         arrays = {name: torch.from_numpy(getattr(self, name)) for name in self.PROGRESS}
         log = torch.tensor([[run, step, *values] for run, step, values in self.log], dtype=torch.float64)
         return {"params": self.state.params, "moment1": self.state.moment1, "moment2": self.state.moment2, **arrays, "log": log,
-                "executed": torch.tensor(self.executed)}
+                "executed": torch.tensor(self.executed), "seconds": torch.tensor(self.seconds), "identity": self.identity}
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
         """Continue from `snapshot`. Raises UsageError if it is not of this ensemble."""
         mine = self.snapshot()
         if set(snapshot) != set(mine) or any(snapshot[k].shape != mine[k].shape or snapshot[k].dtype != mine[k].dtype
-                                             for k in mine if k not in ("log",)):
+                                             for k in mine if k != "log") or not torch.equal(snapshot["identity"], self.identity):
             raise UsageError("checkpoint holds another ensemble; remove it or choose another --out")
         for name in self.PROGRESS:
             setattr(self, name, snapshot[name].numpy().copy())
         self.state = State(snapshot["params"], snapshot["moment1"], snapshot["moment2"], self.start)
         self.log = [(int(run), int(step), values) for run, step, *values in snapshot["log"].tolist()]
-        self.executed = int(snapshot["executed"])
+        self.executed, self.seconds = int(snapshot["executed"]), float(snapshot["seconds"])
 
     def _train_workers(self, tick: Callable[["Ensemble"], None], deadline: float) -> None:
         ready = threading.Condition()
@@ -411,7 +417,7 @@ class Ensemble:
 
     def result(self) -> Result:
         """Rows for runs.csv and trajectories.csv. What a run did past its cell's retirement is dropped."""
-        out = Result(executed=self.executed, state=dataclasses.replace(self.state, step=int(self.step.max())))
+        out = Result(executed=self.executed, seconds=self.seconds, state=dataclasses.replace(self.state, step=int(self.step.max())))
         for r, (c, member) in enumerate(zip(self.cell_of, self.member, strict=True)):
             cell, last = self.cells[c], int(self.retire[r])
             within = lambda step: int(step) if 0 <= step <= last else None  # noqa: B023, E731

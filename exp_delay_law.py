@@ -14,6 +14,7 @@ W_c is the median, over the members that grok, of the norm at their own T_grok i
     python exp_delay_law.py --preset paper     all tables of the paper; meant for a GPU
     python exp_delay_law.py --parts dense --rhos 0.9 1.1 --members 0 1 2 --out results/mine
 """
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ import numpy as np
 import lab
 import plots
 import stats
-from common import CLAMP_START, Cell, Result
+from common import CLAMP_START, Cell, Result, UsageError
 
 PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")
 
@@ -33,7 +34,9 @@ class Config(lab.Config):
     lrs: tuple[float, ...] = lab.option((1e-3, 2e-3, 4e-3, 8e-3), "learning rates of the matrix; the first is everybody else's")
     train_fracs: tuple[float, ...] = lab.option((), "train fractions of the concentration part; default .30 .35 .40 .50 .65", float)
     weight_decays: tuple[float, ...] = lab.option((), "weight decays of the concentration part; default .3 1 3", float)
+    moduli: tuple[int, ...] = lab.option((31, 41, 53, 59, 71), "moduli of the moduli part; --p replaces them")
     moduli_seeds: int = lab.option(12, "block size of the moduli part")
+    free_moduli: tuple[int, ...] = lab.option((29, 41, 59, 79, 97), "moduli of the concentration part; --p replaces them")
     free_seeds: int = lab.option(20, "block size of the concentration part")
 
 
@@ -45,6 +48,7 @@ PRESETS = {
 DENSE_RHOS = (0.85, 0.90, 0.95, 1.00, 1.05, 1.10, 1.15, 1.20, 1.25, 1.30)
 PAPER_LR = 1e-3             # published numbers are answered only by runs whose first learning rate is the paper's
 PAPER_SEEDS = {"A.wc.power": 20, "A.wc.cv": 20, "A.wc.power.pscan": 12, "A.alpha.shared.r2": 12, "A.saturation.p41": 12}   # elsewhere 16
+MODULI_RHOS = (0.85, 1.00, 1.15)
 FIT_DENSE = (0.85, 1.25)    # range of rho of A.alpha.dense
 FIT_MODULI = (0.85, 1.15)   # range of rho of A.alpha.pNN
 
@@ -56,25 +60,43 @@ def expected(p: int, rho: float = 1.04, lr: float = 1e-3) -> int:
     return int(4050 * (59 / p) ** 2.3 * math.exp(7.5 * (min(rho, 1.25) - 1)) * (1e-3 / lr) ** 0.4)
 
 
+def narrowed(config: Config, given: dict) -> Config:
+    """`--p` narrows every part. Raises UsageError if a part has no member to train."""
+    if "p" in given:
+        config = dataclasses.replace(config, moduli=given.get("moduli", config.p), free_moduli=given.get("free_moduli", config.p))
+    blocks = {"moduli": config.moduli_seeds, "concentration": config.free_seeds}
+    for part in config.parts:
+        for m in config.members:
+            if m >= blocks.get(part, config.seeds):
+                raise UsageError(f"--members {m} is not in the block of the {part} part, 0..{blocks.get(part, config.seeds) - 1}; name others, "
+                                 "or other --parts")
+    return config
+
+
 def common_fields(config: Config, p: int, block: int, lr: float, weight_decay: float = 1.0, train_frac: float = 0.40) -> dict:
-    members = tuple(m for m in config.members or range(block) if m < block)
+    members = config.members or tuple(range(block))
     return dict(p=p, block=block, members=members, model=config.model, seed0=config.seed0, lr=lr, weight_decay=weight_decay,
                 train_frac=train_frac, after_grok=config.after_grok)
 
 
+def exactly(x: float, short: str) -> str:
+    """`x` in format `short` where that says it exactly, else in full: two conditions never share a name."""
+    return format(x, short) if float(format(x, short)) == x else repr(x)
+
+
 def name(arm: str, p: int, block: int, lr: float, base_lr: float, rho: float | None = None, wd: float = 1.0, frac: float = 0.40) -> str:
     parts = [arm, f"p{p}", f"b{block}"]
-    parts += [f"rho{rho:.2f}"] if rho is not None else []
-    parts += [f"lr{lr:g}"] if lr != base_lr else []
-    parts += [f"wd{wd:g}"] if wd != 1 else []
-    parts += [f"frac{frac:g}"] if frac != 0.40 else []
+    parts += ["rho" + exactly(rho, ".2f")] if rho is not None else []
+    parts += ["lr" + exactly(lr, "g")] if lr != base_lr else []
+    parts += ["wd" + exactly(wd, "g")] if wd != 1 else []
+    parts += ["frac" + exactly(frac, "g")] if frac != 0.40 else []
     return "_".join(parts)
 
 
 def free(config: Config, p: int, block: int, lr: float | None = None, wd: float = 1.0, frac: float = 0.40) -> Cell:
     lr = lr or config.lrs[0]
     return Cell(name("free", p, block, lr, config.lrs[0], None, wd, frac), budget_steps=60_000 if p >= 59 else 120_000,
-                expected_steps=int(1.3 * expected(p, 1, lr) / wd), **common_fields(config, p, block, lr, wd, frac))
+                expected_steps=int(1.3 * expected(p, 1, lr) / max(wd, 0.1)), **common_fields(config, p, block, lr, wd, frac))
 
 
 def clamp(config: Config, p: int, block: int, rho: float, w_c: float, budget: int, lr: float | None = None, arm: str = "clamp") -> Cell:
@@ -87,7 +109,7 @@ def clamp(config: Config, p: int, block: int, rho: float, w_c: float, budget: in
 
 def dense_budget(rho: float) -> int:
     """8000 steps at rho 0.85, 66000 from 1.25 on."""
-    return int(np.clip(8000 * math.exp(7.5 * (rho - 0.85)), 8000, 66_000)) // 1000 * 1000
+    return int(np.clip(8000 * math.exp(7.5 * (min(rho, 2) - 0.85)), 8000, 66_000)) // 1000 * 1000
 
 
 def control_cells(config: Config) -> list[Cell]:
@@ -97,18 +119,14 @@ def control_cells(config: Config) -> list[Cell]:
     if "matrix" in config.parts:
         cells += [free(config, p, config.seeds, lr) for p in config.p for lr in config.lrs[1:]]
     if "moduli" in config.parts:
-        cells += [free(config, p, config.moduli_seeds) for p in moduli(config)]
+        cells += [free(config, p, config.moduli_seeds) for p in config.moduli]
     if "concentration" in config.parts:
         block, p0 = config.free_seeds, config.p[0]
-        cells += [free(config, p, block) for p in (config.p if config.p != (59,) else (29, 41, 59, 79, 97))]
+        cells += [free(config, p, block) for p in config.free_moduli]
         cells += [free(config, p0, block, frac=frac) for frac in config.train_fracs or (0.30, 0.35, 0.40, 0.50, 0.65)]
         cells += [free(config, p0, block, wd=wd, frac=0.50) for wd in config.weight_decays or (0.3, 1.0, 3.0)]
         cells += [free(config, p0, block, lr=lr, wd=3.0, frac=0.50) for lr in (3e-4, 1e-3, 3e-3)]
     return unique(cells)
-
-
-def moduli(config: Config) -> tuple[int, ...]:
-    return config.p if config.p != (59,) else (31, 41, 53, 59, 71)
 
 
 def clamp_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
@@ -125,9 +143,9 @@ def clamp_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
                 rhos = config.rhos or (0.70, 0.85, 1.00, 1.15, 1.30)
                 cells += [clamp(config, p, config.seeds, rho, wc, 15_000, arm="rescale") for rho in rhos]
     if "moduli" in config.parts:
-        for p in moduli(config):
+        for p in config.moduli:
             if (wc := w_c.get(name("free", p, config.moduli_seeds, 0, 0))) is not None:
-                rhos = config.rhos or ((0.85, 1.00, 1.15, 1.30) if p in (41, 59) else (0.85, 1.00, 1.15))
+                rhos = config.rhos or ((*MODULI_RHOS, 1.30) if p in (41, 59) else MODULI_RHOS)
                 cells += [clamp(config, p, config.moduli_seeds, rho, wc, 60_000 if rho <= 1.0 else 160_000) for rho in rhos]
     return unique(cells)
 
@@ -172,8 +190,10 @@ class Measured:
         """`T_grok (cells, members)`; infinite = censored."""
         return np.array([list(stats.times(self.runs, c["cell"]).values()) for c in cells])
 
-    def claim(self, key: str, cells: list[dict], statistic: callable, table: np.ndarray | None = None, why: str = "") -> tuple | None:
-        """Answer published row `key`, if there is one, by `statistic` of the `(cells, members)` table of T_grok (or `table`)."""
+    def claim(self, key: str, cells: list[dict], statistic: callable, table: np.ndarray | None = None,
+              missing: str = "") -> tuple | None:
+        """Answer published row `key`, if there is one, by `statistic` of the `(cells, members)` table of T_grok (or `table`).
+        `missing` says what part of the published cells is not there: the answer is then inconclusive."""
         if not cells:
             return None
         grok = self.table(cells)
@@ -181,7 +201,8 @@ class Measured:
         if key in self.known and self.base_lr == PAPER_LR:
             censored = ~np.isfinite(grok)
             row = {**self.known[key], "n_seeds": self.known[key]["n_seeds"] or PAPER_SEEDS.get(key, 16)}
-            self.claims[key] = stats.claim(row, ours, grok.shape[1], int(censored.sum()), why, float(censored.mean(1).max()))
+            self.claims[key] = stats.claim(row, ours, grok.shape[1], int(censored.sum()), missing,
+                                           1.0 if missing else float(censored.mean(1).max()))
         return ours
 
 
@@ -213,8 +234,9 @@ def delay_law(m: Measured, fits: dict, config: Config) -> None:
         if len(fitted) >= 2:
             rho = np.array([c["rho"] for c in fitted])
             key = "A.alpha.dense" if p == 59 else f"alpha.p{p}"
-            alpha = m.claim(key, fitted, lambda t, rho=rho: stats.line(rho, log_median(t))[0])
-            m.claim(key + ".r2", fitted, lambda t, rho=rho: stats.line(rho, log_median(t))[2])
+            missing = lacking(rho, DENSE_RHOS[:-1])
+            alpha = m.claim(key, fitted, lambda t, rho=rho: stats.line(rho, log_median(t))[0], missing=missing)
+            m.claim(key + ".r2", fitted, lambda t, rho=rho: stats.line(rho, log_median(t))[2], missing=missing)
             _, intercept, r2 = stats.line(rho, log_median(m.table(fitted)))
             fits[f"dense.p{p}"] = {"alpha": alpha, "intercept": float(intercept), "r2": float(r2), "rhos": rho.tolist()}
             counts = np.isfinite(m.table(fitted)).all()
@@ -222,13 +244,21 @@ def delay_law(m: Measured, fits: dict, config: Config) -> None:
                 fits[f"dense.p{p}"]["lack_of_fit_p"] = stats.lack_of_fit(rho, np.log(m.table(fitted)))
             top = [c for c in cells if abs(c["rho"] - 1.30) < 1e-9]
             if top and p == 59:
-                m.claim("A.saturation.p59", [*fitted, *top], saturation(rho))
+                m.claim("A.saturation.p59", [*fitted, *top], saturation(rho), missing=missing)
         if p == 59:
             for c in cells:
                 m.claim(f"A.dense.rho{c['rho']:.2f}", [c], only)
             ends = [c for c in cells if c["rho"] in (0.90, 1.15)]
             if len(ends) == 2:
                 m.claim("A.sustained.spread", ends, lambda t: stats.median(t).max(-1) / stats.median(t).min(-1))
+
+
+def lacking(ours: np.ndarray, published: tuple[float, ...]) -> str:
+    """What our doses lack of the published fit: both of its ends, and at least half of its doses, must be there."""
+    have = {round(float(rho), 6) for rho in ours} & set(published)
+    enough = {published[0], published[-1]} <= have and 2 * len(have) >= len(published)
+    ran, wanted = f"{len(ours)} doses {min(ours):g}..{max(ours):g}", f"{len(published)} of {published[0]}..{published[-1]}"
+    return "" if enough else f"fitted to {ran}, the paper to {wanted}"
 
 
 def saturation(rho: np.ndarray) -> callable:
@@ -258,19 +288,20 @@ def matrix(m: Measured, config: Config) -> None:
 def moduli_law(m: Measured, fits: dict, config: Config) -> None:
     """Section 6: alpha and W_c per modulus, the shared exponent over four of them, saturation at p=41."""
     block, groups = config.moduli_seeds, {}
-    for p in moduli(config) if "moduli" in config.parts else ():
+    for p in config.moduli if "moduli" in config.parts else ():
         cells = m.pick("clamp", p, block)
         for c in cells:
             m.claim(f"A.pscan.p{p}.rho{c['rho']:.2f}", [c], only)
         fitted = [c for c in cells if c["rho"] <= FIT_MODULI[1] + 1e-9]
         if len(fitted) >= 2:
             rho = np.array([c["rho"] for c in fitted])
-            alpha = m.claim(f"A.alpha.p{p}", fitted, lambda t, rho=rho: stats.line(rho, log_median(t))[0])
+            missing = lacking(rho, MODULI_RHOS)
+            alpha = m.claim(f"A.alpha.p{p}", fitted, lambda t, rho=rho: stats.line(rho, log_median(t))[0], missing=missing)
             _, intercept, r2 = stats.line(rho, log_median(m.table(fitted)))
             fits[f"moduli.p{p}"] = {"alpha": alpha, "intercept": float(intercept), "r2": float(r2), "rhos": rho.tolist()}
             groups[p] = fitted
             if p == 41 and (top := [c for c in cells if abs(c["rho"] - 1.30) < 1e-9]):
-                m.claim("A.saturation.p41", [*fitted, *top], saturation(rho))
+                m.claim("A.saturation.p41", [*fitted, *top], saturation(rho), missing=missing)
         critical_norm_claim(m, f"A.wc.pscan.p{p}", m.pick("free", p, block))
     four = [p for p in (41, 53, 59, 71) if p in groups]
     if len(four) == 4:
@@ -388,7 +419,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
         lab.write_csv(out / "runs.csv", runs, lab.RUN_COLUMNS)
         lab.write_csv(out / "trajectories.csv", result.trajectories)
         lab.write_json(out / "provenance.json", lab.provenance(desk, result))
-    runs, trajectories = lab.read_csv(out / "runs.csv"), []              # read back, so that both ways see the same digits
+    runs, trajectories = lab.read_runs(out / "runs.csv"), []              # read back, so that both ways see the same digits
     if (out / "trajectories.csv").exists():
         trajectories = lab.read_csv(out / "trajectories.csv")
         lab.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
@@ -400,15 +431,19 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     found = findings(runs, fits, contracted)
     lab.write_json(out / "summary.json", {"claims": answered, "findings": found, "provenance": lab.read_json(out / "provenance.json")})
     figures = out / "figures"
-    blocks = {config.seeds: ("dense", "A.dense.rho"), config.moduli_seeds: ("moduli", "A.pscan.p{p}.rho")}
-    for block, (prefix, published) in blocks.items():
-        mine = [r for r in runs if r["block"] == block and r["lr"] == config.lrs[0]]
+    for block, moduli, prefix, published in ((config.seeds, config.p, "dense", "A.dense.rho"),
+                                             (config.moduli_seeds, config.moduli, "moduli", "A.pscan.p{p}.rho")):
+        if prefix == "moduli" and "moduli" not in config.parts:
+            continue
+        mine = [r for r in runs if r["block"] == block and r["p"] in moduli
+                and (r["lr"], r["weight_decay"], r["train_frac"]) == (config.lrs[0], 1, 0.40)]
         if any(r["arm"] == "clamp" for r in mine):
             plots.dose(mine, "clamp", "Delay law", figures, prefix, fits, prefix, published)
         if any(r["arm"] == "rescale" for r in mine):
             plots.dose(mine, "rescale", "One rescale at step 500", figures, "oneshot", fits, prefix, published)
-    if "matrix" in config.parts and any(r["arm"] == "clamp" for r in runs):
-        plots.matrix(runs, figures)
+    for p in config.p if "matrix" in config.parts else ():
+        if any(r["arm"] == "clamp" and r["p"] == p for r in runs):
+            plots.matrix([r for r in runs if r["p"] == p and r["block"] == config.seeds], figures, f"matrix_p{p}")
     if any(r["norm_at_grok"] is not None for r in runs if r["arm"] == "free"):
         plots.critical_norm(runs, figures)
     if contracted:
@@ -428,6 +463,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
 
 def run(argv: list[str]) -> None:
     config, given = lab.parse(Config, PRESETS, PARTS, argv)
+    config = narrowed(config, given)
     desk = lab.Lab("delay_law", config, given, PRESETS)
     if config.figures_only:
         return write(desk, Result(), trained=False)

@@ -285,7 +285,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
         lab.write_csv(out / "runs.csv", [{"experiment": "fork", **run} for run in result.runs], COLUMNS)
         lab.write_csv(out / "trajectories.csv", result.trajectories)
         lab.write_json(out / "provenance.json", lab.provenance(desk, result))
-    runs, trajectories = lab.read_csv(out / "runs.csv"), lab.read_csv(out / "trajectories.csv")   # so that both ways see the same digits
+    runs, trajectories = lab.read_runs(out / "runs.csv"), lab.read_csv(out / "trajectories.csv")   # so that both ways see the same digits
     cells, answered = cell_rows(runs, trajectories), claims(runs, config)
     found = findings(runs, cells, config)
     lab.write_csv(out / "cells.csv", cells)

@@ -71,10 +71,27 @@ def scalar(data: dict[str, np.ndarray], key: str, default: float | None = None) 
     return value
 
 
+def whole(data: dict[str, np.ndarray], key: str, default: float | None = None) -> int:
+    value = scalar(data, key, default)
+    if value != int(value):
+        raise ValueError(f"{key} is {value:g}, not a whole number")
+    return int(value)
+
+
+def check_shape(data: dict[str, np.ndarray]) -> None:
+    """Widths and batch that the file may state: only the papers' network on the full batch is trained."""
+    for key, expected in (("d_model", 128), ("H", 256), ("n_train", n_train(whole(data, "p"), scalar(data, "alpha"))),
+                          ("batch_size", n_train(whole(data, "p"), scalar(data, "alpha")))):
+        if key in data and whole(data, key) != expected:
+            raise ValueError(f"{key} is {whole(data, key)}, only {expected} is trained")
+    if len(data["steps"]) == 0 or not np.isfinite(data["steps"]).all():
+        raise ValueError("no logged steps")
+
+
 def choose(members: tuple[int, ...], S: int, label: str) -> tuple[int, ...]:
     chosen = members or tuple(range(S))
-    if max(chosen) >= S:
-        raise UsageError(f"--members {max(chosen)} is not in {label}, a block of {S} (0..{S - 1})")
+    if not 0 <= min(chosen) <= max(chosen) < S:
+        raise UsageError(f"--members {' '.join(map(str, members))} is not in {label}, a block of {S} (0..{S - 1})")
     return chosen
 
 
@@ -83,13 +100,15 @@ def describe(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) 
     if str(data.get("arch", "mlp")) != "mlp":
         raise UsageError(f"{label}: a transformer run ({data['arch']}); transformers are not replayed yet, leave it out with --match")
     arm, loss, S = str(data["arm"]), str(data.get("loss", "ce")), len(data["T_grok_per_seed"])
-    p, budget = int(number("p")), int(number("max_steps"))
+    p, budget, start = whole(data, "p"), whole(data, "max_steps"), whole(data, "t_int", 500)
     if arm not in ARMS or loss not in ("ce", "mse"):
         raise ValueError(f"arm {arm!r} with loss {loss!r}")
     if not (2 <= p <= 1000 and 1 <= n_train(p, number("alpha")) < p * p and number("tau", 1) > 0 and number("lr") > 0 and number("lam") >= 0
-            and 1 <= S <= 1000 and EVAL_EVERY <= budget <= 10**8 and data["T_mem_per_seed"].shape == data["T_grok_per_seed"].shape == (S,)
+            and 1 <= S <= 1000 and EVAL_EVERY <= budget <= 10**8 and 0 <= start <= 10**8 
+            and data["T_mem_per_seed"].shape == data["T_grok_per_seed"].shape == (S,)
             and data["steps"].shape == data["logit_scale"].shape == (len(data["steps"]),)):
         raise ValueError("a number is out of its range or an array has the wrong length")
+    check_shape(data)
     chosen = choose(members, S, label)
     rho, w_c = (number("rho"), number("wc_used")) if arm != "free" and arm != "none" else (None, None)
     held = (0.0, 0.0, 0.0, 0.0)
@@ -103,14 +122,14 @@ def describe(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) 
     expected = int(np.where(grokked < 0, budget, grokked).max())
     cell = Cell(label, p=p, members=chosen, block=S, budget_steps=budget, arm=ARMS[arm], loss=loss, train_frac=number("alpha"), rho=rho,
                 tau=number("tau", 1), gamma=number("gamma") if arm == "alloc" else None, lr=number("lr"), weight_decay=number("lam"),
-                clamp_start=int(number("t_int", 500)), w_c=w_c, held=(held,) * len(chosen), expected_steps=expected, decay_last=True)
+                clamp_start=start, w_c=w_c, held=(held,) * len(chosen), expected_steps=expected, decay_last=True)
     return Released(cell, data["T_mem_per_seed"].astype(int), data["T_grok_per_seed"].astype(int), data["steps"].astype(int),
                     data["logit_scale"].astype(float))
 
 
 def describe_fork(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) -> Released:
     number = functools.partial(scalar, data)
-    arm, S, step, p = str(data["arm"]), int(number("n_seed")), int(number("t_fork")), int(number("p"))
+    arm, S, step, p = str(data["arm"]), whole(data, "n_seed"), whole(data, "t_fork"), whole(data, "p")
     per_seed = ("T_mem_per_seed", "T_grok_per_seed", "N0", "target")
     if arm not in FORK_ARMS:
         raise ValueError(f"fork arm {arm!r}")
@@ -118,6 +137,7 @@ def describe_fork(data: dict[str, np.ndarray], label: str, members: tuple[int, .
             and EVAL_EVERY <= step < FORK_BUDGET and step % EVAL_EVERY == 0 and all(data[key].shape == (S,) for key in per_seed)
             and data["steps"].shape == data["logit_scale"].shape == (len(data["steps"]),)):
         raise ValueError("a number is out of its range or an array has the wrong length")
+    check_shape(data)
     t_mem, t_grok = data["T_mem_per_seed"], data["T_grok_per_seed"]
     if not ((t_mem > 0) & (t_mem <= step) & ((t_grok < 0) | (t_grok > step))).all():
         raise ValueError("a member had not memorised, or had grokked, at the fork")

@@ -70,6 +70,8 @@ CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "e
            "arithmetic": ("ieee", "tf32x3"), "model": ("mlp",)}
 POSITIVE = ("rhos", "lrs", "lr", "taus", "rho", "fork_steps", "budget", "train_fracs")
 
+LARGEST = {"rhos": 100, "rho": 100, "taus": 1e6, "weight_decays": 1e6}   # far past anything that trains
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
@@ -122,6 +124,10 @@ def check(config: Machine) -> None:
         for v in value if isinstance(value, tuple) else (value,):
             if isinstance(v, float) and not math.isfinite(v):
                 raise UsageError(f"--{f.name.replace('_', '-')} must be finite, got {v}")
+            if f.name == "members" and v < 0:
+                raise UsageError(f"--members are numbered from 0, got {v}")
+            if f.name in LARGEST and v > LARGEST[f.name]:
+                raise UsageError(f"--{f.name.replace('_', '-')} must be at most {LARGEST[f.name]:g}, got {v:g}")
             if f.name in POSITIVE and v <= 0:
                 raise UsageError(f"--{f.name.replace('_', '-')} must be > 0, got {v:g}")
             if f.name == "train_fracs" and v >= 1:
@@ -134,14 +140,15 @@ def check(config: Machine) -> None:
 
 def check_grid(config: Config, parts: tuple[str, ...]) -> None:
     """Values that must fit each other, or UsageError."""
-    for p in config.p:
+    for p in (*config.p, *getattr(config, "moduli", ()), *getattr(config, "free_moduli", ())):
         if not 2 <= p <= 1000:
             raise UsageError(f"--p must be between 2 and 1000, got {p}")
         for fraction in getattr(config, "train_fracs", ()) or (0.4,):
             if not 1 <= n_train(p, fraction) < p * p:
                 raise UsageError(f"--p {p} with train fraction {fraction:g} leaves no training pair; use a larger p or fraction")
-    if not 1 <= config.seeds <= 100_000:
-        raise UsageError(f"--seeds must be between 1 and 100000, got {config.seeds}")
+    for name in ("seeds", "moduli_seeds", "free_seeds"):
+        if not 1 <= getattr(config, name, 1) <= 10_000:
+            raise UsageError(f"--{name.replace('_', '-')} must be between 1 and 10000, got {getattr(config, name)}")
     if not 0 <= config.seed0 < 2**31:
         raise UsageError(f"--seed0 must be between 0 and 2147483647, got {config.seed0}")
     for m in config.members:
@@ -196,6 +203,16 @@ def read_csv(path: Path) -> list[dict]:
             return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(f)]
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; train first, or name the folder with --out") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise UsageError(f"{path} is not a table of this project; name another folder with --out") from None
+
+
+def read_runs(path: Path) -> list[dict]:
+    """`read_csv` of a runs.csv. Raises UsageError if it is none."""
+    rows = read_csv(path)
+    if not rows or set(RUN_COLUMNS) - set(rows[0]):
+        raise UsageError(f"{path} is not a runs.csv of this project; name another folder with --out")
+    return rows
 
 
 def read_json(path: Path) -> dict:
@@ -315,18 +332,22 @@ class Lab:
         self.created: list[Path] = []     # folders that `open` had to make, innermost first
         wanted = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE}))
         self.settings = {"experiment": experiment, **wanted}
+        defaults = json.loads(json.dumps({f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}))
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"--out {self.out} is a file; name a folder")
         try:
-            held = json.loads((self.out / "config.json").read_text())
+            held = dict(json.loads((self.out / "config.json").read_text()))
         except FileNotFoundError:
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            if self.out.exists() and any(self.out.iterdir()):
                 raise UsageError(f"--out {self.out} exists and is no results folder; name a new or empty folder") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"cannot read {self.out / 'config.json'} ({error}); choose another --out") from None
         else:
             for key in dict.fromkeys([*self.settings, *held]):
-                if held.get(key) != self.settings.get(key):
-                    raise UsageError(f"--out {self.out} holds another configuration: {key} is {held.get(key)}, this command has "
-                                     f"{self.settings.get(key)}; choose another --out")
+                theirs, ours = held.get(key, defaults.get(key)), self.settings.get(key)   # a setting newer than the folder had its default
+                if theirs != ours:
+                    raise UsageError(f"--out {self.out} holds another configuration: {key} is {theirs}, this command has {ours}; "
+                                     "choose another --out")
         if config.resume and not self.checkpoint.is_dir():
             raise UsageError(f"--resume: no checkpoint in {self.out}; run without --resume to start")
 
@@ -340,8 +361,9 @@ class Lab:
         """Create the folder. A checkpoint found in it is announced."""
         self.created = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
         try:
-            self.checkpoint.mkdir(parents=True, exist_ok=True)
-            write_json(self.out / "config.json", self.settings)
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(self.out / "config.json", self.settings)           # first: a folder without it is refused
+            self.checkpoint.mkdir(exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot write to {self.out}: {error.strerror}; choose another --out") from None
         if any(self.checkpoint.iterdir()):
@@ -370,23 +392,22 @@ class Lab:
                 break
         runs = len(ensemble.step)
         progress = Progress(stage, runs, ensemble.steps_left())
-        started, before = time.perf_counter(), ensemble.executed
+        before, started = ensemble.executed, ensemble.seconds
         Signals.waiting = True
         try:
             ensemble.train(progress, lambda snapshot: save_tensors(partial, snapshot))
         finally:
             Signals.waiting = False
             progress.bar.close()
-        seconds = time.perf_counter() - started
         save_tensors(done, ensemble.snapshot())
         partial.unlink(missing_ok=True)
         result = ensemble.result()
-        result.seconds, result.executed = seconds, ensemble.executed - before
+        steps, seconds = result.executed - before, result.seconds - started   # of this command; the result counts all
         if not keep_state:
             result.state = None
         n_censored, rest = sum(run["censored"] for run in result.runs), "not yet" if cells[0].stop_step else "censored"
-        print(f"{stage}: {runs} runs, {runs - n_censored} grokked, {n_censored} {rest}, {result.executed} run-steps in {duration(seconds)}"
-              + (f" ({1e3 * seconds / result.executed:.2f} ms each)" if result.executed else " (from the checkpoint)"), flush=True)
+        print(f"{stage}: {runs} runs, {runs - n_censored} grokked, {n_censored} {rest}, {steps} run-steps in {duration(seconds)}"
+              + (f" ({1e3 * seconds / steps:.2f} ms each)" if steps else " (from the checkpoint)"), flush=True)
         for run in result.runs:
             if run["diverged"]:
                 print(f"{stage}: member {run['member']} of {run['cell']} diverged (loss or norm not finite); its row says so")
@@ -415,7 +436,10 @@ def save_tensors(path: Path, tensors: dict) -> None:
 
 def load_tensors(path: Path) -> dict:
     try:
-        return torch.load(path, weights_only=True)
+        tensors = torch.load(path, weights_only=True)
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise ValueError(path)
+        return tensors
     except Exception as error:  # whatever is wrong with a file, it is refused by name
         raise UsageError(f"{path} is not a checkpoint that can be read ({type(error).__name__}); remove it to train that stage again") from None
 
@@ -446,6 +470,10 @@ def main(run: callable) -> None:
         run(sys.argv[1:])
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:   # disk full, folder gone: files are written whole, so what was there is intact
+        print(f"error: {error.strerror}: {error.filename or 'a file'}; results so far are intact, free the disk or choose another --out",
+              file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

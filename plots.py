@@ -37,10 +37,10 @@ def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: 
             x = np.array([min(rhos), max(rhos)])
             axis.plot(x, np.exp(fit["intercept"] + fit["alpha"][0] * x), color=color, lw=1,
                       label=f"p={p}: alpha {fit['alpha'][0]:.2f} [{fit['alpha'][1]:.2f}, {fit['alpha'][2]:.2f}]")
-        points = [(known[k]["rho"], known[k]["value"]) for k in known if k.startswith(published.format(p=p))]
+        points = [(known[k]["rho"], known[k]["value"]) for k in known if k.startswith(published.format(p=p)) and int(known[k]["p"]) == p]
         if points and arm == "clamp":
-            axis.plot([float(x) for x, _ in points], [y for _, y in points], "s", mfc="none", color="black", ms=7,
-                      label="published medians" if i == 0 else None)
+            axis.plot([float(x) for x, _ in points], [y for _, y in points], "s", mfc="none", color="black", mec=color, mew=1.5, ms=8,
+                      label=f"p={p}: published medians")
         free_runs = [r["t_grok_step"] for r in runs if r["arm"] == "free" and r["p"] == p and r["t_grok_step"] and r["block"] == mine[0]["block"]]
         if free_runs:
             axis.axhline(np.median(free_runs), color=color, ls=":", lw=1, label=f"p={p}: free control, median")
@@ -52,20 +52,29 @@ def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: 
     plt.close(figure)
 
 
-def matrix(runs: list[dict], folder: Path) -> None:
+def matrix(runs: list[dict], folder: Path, file: str) -> None:
+    """T_grok against learning rate, one colour per held norm that was run at several, published medians as squares of that colour."""
     figure, axis = plt.subplots(figsize=(6, 4.2))
     known = stats.published(lab.ROOT / "published.csv", "A.matrix.")
-    for i, rho in enumerate(sorted({r["rho"] for r in runs if r["arm"] == "clamp"})):
+    rhos = sorted({r["rho"] for r in runs if r["arm"] == "clamp"})
+    for i, rho in enumerate(rho for rho in rhos if len({r["lr"] for r in runs if r["rho"] == rho and r["arm"] == "clamp"}) > 1):
         mine = [r for r in runs if r["arm"] == "clamp" and r["rho"] == rho]
         for lr in sorted({r["lr"] for r in mine}):
-            grok = np.array([math.inf if r["t_grok_step"] is None else r["t_grok_step"] for r in mine if r["lr"] == lr])
-            axis.plot([lr] * len(grok), np.where(np.isfinite(grok), grok, mine[0]["budget_steps"]), ".", color=f"C{i}", alpha=0.5)
-            axis.plot(lr, stats.median(grok), "_", color=f"C{i}", ms=16, mew=2, label=f"rho {rho:.2f}" if lr == mine[0]["lr"] else None)
-        points = [(float(k["lr"]), k["value"]) for k in known.values() if float(k["rho"]) == rho]
-        axis.plot(*zip(*points, strict=True), "s", mfc="none", color="black", ms=7) if points else None
-    axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="T_grok (steps)", title="Norm against learning rate (squares: published)")
+            cell = [r for r in mine if r["lr"] == lr]
+            for r in cell:
+                grok = r["t_grok_step"]
+                axis.plot(lr, grok or r["budget_steps"], "." if grok else "^", color=f"C{i}", mfc=f"C{i}" if grok else "none", alpha=0.5)
+            middle = float(stats.median(np.array([math.inf if r["t_grok_step"] is None else r["t_grok_step"] for r in cell])))
+            axis.plot(lr, middle if math.isfinite(middle) else np.nan, "_", color=f"C{i}", ms=16, mew=2)
+        axis.plot([], [], "_", color=f"C{i}", mew=2, label=f"rho {rho:g}")
+        points = [(float(k["lr"]), k["value"]) for k in known.values() if float(k["rho"]) == rho and int(k["p"]) == mine[0]["p"]]
+        if points:
+            axis.plot(*zip(*points, strict=True), "s", mfc="none", color=f"C{i}", mew=1.5, ms=8)
+    axis.plot([], [], "s", mfc="none", color="gray", label="published median")
+    axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
+    axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="T_grok (steps)", title="Norm against learning rate")
     axis.legend(fontsize=7)
-    lab.save_figure(figure, folder, "matrix")
+    lab.save_figure(figure, folder, file)
     plt.close(figure)
 
 
@@ -97,8 +106,10 @@ def contraction(rows: list[dict], folder: Path) -> None:
     for i, cell in enumerate(dict.fromkeys(row["cell"] for row in rows)):
         mine = [row for row in rows if row["cell"] == cell]
         delay = [row["delay_steps"] for row in mine]
-        axis.plot([row["ln_v_peak_ratio"] for row in mine], delay, "o", color=f"C{i % 10}", label=f"{cell}, from the peak")
-        axis.plot([row["ln_v_ratio"] for row in mine], delay, "x", color=f"C{i % 10}", label=f"{cell}, from T_mem")
+        axis.plot([row["ln_v_peak_ratio"] for row in mine], delay, "o", color=f"C{i % 10}", alpha=0.7, label=cell if i < 10 else None)
+        axis.plot([row["ln_v_ratio"] for row in mine], delay, "x", color=f"C{i % 10}", alpha=0.7)
+    axis.plot([], [], "o", color="gray", label="V at its peak")
+    axis.plot([], [], "x", color="gray", label="V at T_mem")
     axis.set(xlabel="ln(V / V_grok), V = squared norm", ylabel="T_grok - T_mem (steps)", title="Free contraction")
     axis.legend(fontsize=6)
     lab.save_figure(figure, folder, "contraction")

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import lab
 import stats
 from common import UsageError
 
@@ -19,7 +20,11 @@ def answers(folder: Path) -> dict[str, dict]:
     """The best-supported answer to each published id: one with a verdict before an inconclusive one, then the one with most members."""
     best: dict[str, dict] = {}
     for path in sorted(folder.glob("*/*/summary.json")):
-        for claim in json.loads(path.read_text())["claims"]:
+        try:
+            claims = json.loads(path.read_text())["claims"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is no summary of an experiment ({type(error).__name__}); remove it or make it again") from None
+        for claim in claims:
             claim["source"] = str(path.parent.relative_to(folder))
             held = best.get(claim["id"])
             rank = lambda c: (c["verdict"] in STRENGTH[2:], c["verdict"] != "NOT RUN", c["n"])  # noqa: E731
@@ -54,7 +59,7 @@ def main(argv: list[str]) -> int:
         print("README.md differs from the summaries under results/; run report.py", file=sys.stderr)
         return 1
     if not argv:
-        readme.write_text(wanted)
+        lab.write_atomic(readme, wanted.encode())
     return 0
 
 

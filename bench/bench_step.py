@@ -202,7 +202,10 @@ def run(argv: list[str]) -> None:
         raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
     torch._dynamo.config.recompile_limit = 256
     out, rows = Path(options.out), []
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
     if options.sweep:
         counts = [1, 4, 16, 64, 160, 640, 4096] if device == "cuda" else [1, 2, 4, 12, 48]
         return sweep(out, device, counts, [59, 29, 43, 67, 97, 113], options.rounds)

@@ -16,18 +16,10 @@ from .step import evaluate_ref, train_step_ref
 
 # cpp_wrapper: one C++ call a step, which also releases the interpreter lock; threshold: keep gelu' instead of evaluating erf twice.
 COMPILE_OPTIONS = {"cpp_wrapper": True, "realize_opcount_threshold": 8, "cpp.threads": 1}
-COMPILE_SECONDS = 45          # about what compiling the step and the evaluation of one shape costs on an empty cache
-EAGER_LOSS_PER_FLOP = 4.3e-11  # seconds: (9.0 - 2.6) ms over the 149 MFLOP of a step at p=59
 
 
 def has_compiler() -> bool:
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-
-
-def compiling_pays(layout: Layout, n_train: int, steps: int) -> bool:
-    """True if `steps` steps of ONE run already repay compilation: independent of which runs share the ensemble, so bits are too."""
-    flops = 6 * n_train * layout.H * layout.p + 12 * layout.p * layout.d * layout.H
-    return flops * steps * EAGER_LOSS_PER_FLOP > COMPILE_SECONDS / 4
 
 
 class CpuKernels:

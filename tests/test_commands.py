@@ -32,7 +32,10 @@ ROOT = Path(__file__).parents[1]
     ("--weight-decays -0.1", "--weight-decays must be >= 0"),
     ("--train-fracs 1.0", "below 1"),
     ("--members 99", "--members must lie in the block 0..15"),
-    ("--members -1", "--members must lie in the block 0..15"),
+    ("--members -1", "--members are numbered from 0, got -1"),
+    ("--parts moduli --members 12", "not in the block of the moduli part, 0..11"),
+    ("--moduli-seeds 0", "--moduli-seeds must be between 1"),
+    ("--rhos 1e300", "--rhos must be at most 100"),
     ("--seeds 0", "--seeds must be between 1"),
     ("--parts nothing", "--parts must be among dense"),
     ("--preset huge", "--preset must be one of smoke, laptop, paper"),
@@ -50,6 +53,14 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, flags: str, me
         exp_delay_law.run([*flags.split(), "--out", str(out)])
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not out.exists()
+
+
+def test_conditions_that_differ_never_share_a_name_and_p_narrows_every_part(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    exp_delay_law.run(["--dry-run", "--rhos", "0.851", "0.852", "--out", str(tmp_path / "out")])
+    assert "rho0.851:" in capsys.readouterr().out.replace("  ", " ")
+    exp_delay_law.run(["--dry-run", "--p", "59", "--parts", "moduli", "concentration", "--weight-decays", "0", "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert "p59_b12" in text and "wd0_" in text and not any(f"p{p}_" in text for p in (29, 31, 41, 97))
 
 
 def test_exit_code_and_stderr_of_a_bad_command(tmp_path: Path) -> None:
@@ -96,6 +107,9 @@ def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, shor
     with pytest.raises(UsageError, match="holds another configuration: members is"):
         exp_delay_law.run([*TINY[:4], "--members", "0", "--backend", "eager", "--out", str(out)])
     assert lab.read_csv(out / "runs.csv") == runs
+    (out / "runs.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UsageError, match=r"not a runs\.csv"):
+        exp_delay_law.run([*TINY, "--out", str(out), "--figures-only"])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     with pytest.raises(UsageError, match="is no results folder"):

@@ -144,6 +144,9 @@ def test_stopping_and_continuing_gives_the_same_bits() -> None:
     again.train(quiet)
     assert torch.equal(again.state.params, whole.state.params) and sorted(again.log) == sorted(whole.log)
     assert again.result().runs == whole.result().runs
+    assert again.result().executed == again.result().needed and again.result().seconds > 0   # over both parts
+    with pytest.raises(UsageError, match="another ensemble"):   # equal shapes, another condition
+        Ensemble([dataclasses.replace(CELL, lr=1e-3)], "cpu", "eager", torch.float32, "ieee").restore(kept)
     with pytest.raises(UsageError, match="another ensemble"):
         Ensemble([dataclasses.replace(CELL, members=(0,))], "cpu", "eager", torch.float32, "ieee").restore(kept)
 

@@ -73,6 +73,9 @@ def zipped(name: str, content: bytes) -> bytes:
     (packed(T_mem_per_seed=np.zeros((2, 2))), "wrong length"),
     (packed(wc_used=0.0), "held norm is not positive"),
     (packed(arm="sideways"), "'sideways'"),
+    (packed(p=7.5), "not a whole number"),
+    (packed(H=512), "only 256 is trained"),
+    (packed(steps=np.array([]), logit_scale=np.array([])), "no logged steps"),
     (packed(arch="tfnoln"), "a transformer run"),
     (packed(t_fork=800), "lacks n_seed, N0, target"),
 ])
@@ -91,5 +94,6 @@ def test_a_folder_that_is_not_there_or_matches_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no \.npz file below"):
         exp_replay.run([str(tmp_path), "--match", "x*"])
     np.savez(tmp_path / "cell.npz", **good())
-    with pytest.raises(UsageError, match="--members 5"):
-        exp_replay.run([str(tmp_path), "--members", "5", "--out", str(tmp_path / "out")])
+    for member in ("5", "-1"):
+        with pytest.raises(UsageError, match=f"--members.*{member}"):
+            exp_replay.run([str(tmp_path), "--members", member, "--out", str(tmp_path / "out")])
