@@ -168,7 +168,7 @@ def sweep(out: Path, device: str, counts: list[int], ps: list[int], rounds: int)
 
 def figure(rows: list[dict], folder: Path) -> None:
     ps = sorted({row["p"] for row in rows})
-    picture, axes = plt.subplots(1, len(ps), figsize=(5.5 * len(ps), 3.6), squeeze=False)
+    picture, axes = plt.subplots(1, len(ps), figsize=(6 * len(ps), 3.6), squeeze=False, layout="constrained")
     for axis, p in zip(axes[0], ps, strict=True):
         mine = [row for row in rows if row["p"] == p][::-1]
         modes = ["" if (row["dtype"], row["arithmetic"]) == ("float32", "ieee") else f" {row['dtype']} {row['arithmetic']}" for row in mine]
