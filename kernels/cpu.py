@@ -1,4 +1,4 @@
-"""The CPU path: the definitions, compiled where that pays, walked run by run by one single-threaded worker per core.
+"""The CPU path: the definitions, compiled where there is a C++ compiler, walked run by run by one single-threaded worker per core.
 
 Seen on 2 cores at p=59: 2.6 ms a run-step on one core compiled, 9 ms eagerly; two workers take twice the runs in the same time, which
 two threads inside one operation do not. A run of 1 MB stays in the cache for a whole interval.
