@@ -23,7 +23,7 @@ import numpy as np
 import lab
 import plots
 import stats
-from common import CLAMP_START, Cell, Result, UsageError
+from common import CLAMP_START, Cell, Result, UsageError, exactly, unique
 
 PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")
 
@@ -77,11 +77,6 @@ def common_fields(config: Config, p: int, block: int, lr: float, weight_decay: f
     members = config.members or tuple(range(block))
     return dict(p=p, block=block, members=members, model=config.model, seed0=config.seed0, lr=lr, weight_decay=weight_decay,
                 train_frac=train_frac, after_grok=config.after_grok)
-
-
-def exactly(x: float, short: str) -> str:
-    """`x` in format `short` where that says it exactly, else in full: two conditions never share a name."""
-    return format(x, short) if float(format(x, short)) == x else repr(x)
 
 
 def name(arm: str, p: int, block: int, lr: float, base_lr: float, rho: float | None = None, wd: float = 1.0, frac: float = 0.40) -> str:
@@ -148,24 +143,6 @@ def clamp_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
                 rhos = config.rhos or ((*MODULI_RHOS, 1.30) if p in (41, 59) else MODULI_RHOS)
                 cells += [clamp(config, p, config.moduli_seeds, rho, wc, 60_000 if rho <= 1.0 else 160_000) for rho in rhos]
     return unique(cells)
-
-
-def unique(cells: list[Cell]) -> list[Cell]:
-    """One cell per condition; where parts ask for it with different budgets, the larger one."""
-    best: dict[str, Cell] = {}
-    for cell in cells:
-        if cell.name not in best or cell.budget_steps > best[cell.name].budget_steps:
-            best[cell.name] = cell
-    return list(best.values())
-
-
-def critical_norms(runs: list[dict]) -> dict[str, float]:
-    """W_c of every free cell that has a run which grokked."""
-    norms: dict[str, list[float]] = {}
-    for run in runs:
-        if run["arm"] == "free" and not run["censored"]:
-            norms.setdefault(run["cell"], []).append(run["norm_at_grok"])
-    return {cell: float(np.median(values)) for cell, values in norms.items()}
 
 
 # ---------------------------------------------------------------- measurement and fit
@@ -474,7 +451,7 @@ def run(argv: list[str]) -> None:
         return None
     desk.open()
     result = desk.train("control", controls)
-    w_c = critical_norms(result.runs)
+    w_c = stats.critical_norms(result.runs)
     for cell in controls:
         if cell.name not in w_c:
             print(f"{cell.name}: no member grokked within {cell.budget_steps} steps: no W_c, so the cells held relative to it are not run")

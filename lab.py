@@ -384,7 +384,7 @@ class Lab:
         if c.device == "cpu" and c.backend == "auto":
             self.say("the step is compiled on first use, up to a minute per modulus" if has_compiler() else
                      "no C++ compiler on the PATH: the step runs eagerly, about 3 times slower")
-        ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, c.dtype), c.arithmetic, start)
+        ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, cells[0].dtype or c.dtype), c.arithmetic, start)
         self.backend = ensemble.backend
         for path in (done, partial):
             if path.exists():
