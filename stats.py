@@ -126,7 +126,9 @@ def dose_forms(W: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     m, near = len(W), np.geomspace(1e-4, 1, 1500)
     below = (W.min() * (1 - near))[:, None]                                                    # (g, 1), from min W down to 0
     above = (W.max() * (1 + np.geomspace(1e-5, 100, 3000)))[:, None]
-    centred = y - y.mean(1, keepdims=True)
+    whole = np.isfinite(y).all(1)
+    centred = np.where(whole[:, None], y, 0)
+    centred = centred - centred.mean(1, keepdims=True)
 
     def best(x: np.ndarray, slope: float | None = None) -> np.ndarray:
         """Least residual sum of squares over the candidates `x (g, m)`, with a free slope or the given one."""
@@ -139,7 +141,7 @@ def dose_forms(W: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     forms = {"exponential": (best(W[None].astype(float)), 2), "power": (best(np.log(W - below)), 3),
              "saddle_node": (best(np.log(above - W), -0.5), 2), "power_above": (best(np.log(above - W)), 3)}
     with np.errstate(invalid="ignore", divide="ignore"):
-        return {name: np.where(np.isfinite(y).all(1) & (m > k), m * np.log(np.maximum(rss, 1e-300) / m) + 2 * k, np.nan)
+        return {name: np.where(whole & (m > k), m * np.log(np.maximum(rss, 1e-300) / m) + 2 * k, np.nan)
                 for name, (rss, k) in forms.items()}
 
 
