@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import files
 import lab
 import plots
 import stats
@@ -393,20 +394,20 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
     runs, out, config = [{"experiment": "delay_law", **run} for run in result.runs], desk.out, desk.config
     if trained:
-        lab.write_csv(out / "runs.csv", runs, lab.RUN_COLUMNS)
-        lab.write_csv(out / "trajectories.csv", result.trajectories)
-        lab.write_json(out / "provenance.json", lab.provenance(desk, result))
-    runs, trajectories = lab.read_runs(out / "runs.csv"), []              # read back, so that both ways see the same digits
+        files.write_csv(out / "runs.csv", runs, files.RUN_COLUMNS)
+        files.write_csv(out / "trajectories.csv", result.trajectories)
+        files.write_json(out / "provenance.json", lab.provenance(desk, result))
+    runs, trajectories = files.read_runs(out / "runs.csv"), []              # read back, so that both ways see the same digits
     if (out / "trajectories.csv").exists():
-        trajectories = lab.read_csv(out / "trajectories.csv")
-        lab.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
-        lab.write_csv(out / "contraction.csv", contraction(runs, trajectories))
-    contracted = lab.read_csv(out / "contraction.csv")                    # a run of record may come without its long trajectories
+        trajectories = files.read_csv(out / "trajectories.csv")
+        files.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
+        files.write_csv(out / "contraction.csv", contraction(runs, trajectories))
+    contracted = files.read_csv(out / "contraction.csv")                    # a run of record may come without its long trajectories
     claims, fits = measure(runs, config)
     known = stats.published(lab.ROOT / "published.csv", "A.")
     answered = [claims.get(key) or stats.claim(row, None) for key, row in known.items()]
     found = findings(runs, fits, contracted)
-    lab.write_json(out / "summary.json", {"claims": answered, "findings": found, "provenance": lab.read_json(out / "provenance.json")})
+    files.write_json(out / "summary.json", {"claims": answered, "findings": found, "provenance": files.read_json(out / "provenance.json")})
     figures = out / "figures"
     for block, moduli, prefix, published in ((config.seeds, config.p, "dense", "A.dense.rho"),
                                              (config.moduli_seeds, config.moduli, "moduli", "A.pscan.p{p}.rho")):
