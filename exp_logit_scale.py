@@ -23,10 +23,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import files
 import lab
 import plots_logit_scale as plots
 import stats
 from common import CLAMP_START, EVAL_EVERY, LOG_EVERY, Cell, Result, UsageError, exactly, unique
+from measured import Measured
 
 PARTS = ("mediation", "mse", "grid", "dose", "audit", "allocation")
 
@@ -58,6 +60,7 @@ GRID_RHOS, GRID_TAUS = (1.00, 1.05, 1.10, 1.15), (1.0, 1.3, 1.7)  # Table 3
 DOSE_RHOS = (0.85, 0.90, 0.95, 1.00, 1.05, 1.10, 1.15, 1.20, 1.25)
 DOSE_CELLS = {43: 6}                  # cells behind a published row of Table 1; elsewhere 7
 COLLAPSE_FREE, JUMP = 1.15, 2.5       # Table 1 fits rho up to the first, and stops before the first jump of L by more than the second
+PAPER_LR = 1e-3
 EARLY = 600                           # step right after the clamp engages, where L is not yet an outcome
 BUDGET = {"free": 60_000, "base": 40_000, "up": 120_000, "grid": 120_000, "alloc": 50_000, "audit": 60_000}   # steps
 CONFOUNDED = {"collapse": 0.05, "factor": 1.3}
@@ -219,82 +222,8 @@ def around_grok(runs: list[dict], trajectories: list[dict]) -> list[dict]:
     return rows
 
 
-class Measured:
-    """Times and logit scales of every cell as functions of chosen members `(B, members)`, and the claims they answer."""
-
-    def __init__(self, runs: list[dict], log: list[dict], config: Config):
-        self.runs, self.claims, self.findings = runs, {}, []
-        self.first = {run["cell"]: run for run in reversed(runs)}
-        self.grok = {cell: np.array([*stats.times(runs, cell).values()]) for cell in self.first}
-        self.mem = {cell: np.array([*stats.times(runs, cell, "t_mem_step").values()]) for cell in self.first}
-        self.log: dict[str, dict] = {cell: {} for cell in self.first}
-        for row in log:
-            self.log[row["cell"]].setdefault(row["step"], {})[row["member"]] = row
-        self.known = stats.published(lab.ROOT / "published.csv", "B.")
-        self.answers = config.lr == 1e-3 and config.model == "mlp"
-
-    def T(self, cell: str) -> Callable[[np.ndarray], np.ndarray]:
-        """Median T_grok."""
-        return lambda picks: stats.median(self.grok[cell][picks])
-
-    def at(self, cell: str, column: str = "logit_scale", step: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
-        """Mean over members of a logged column: at `step`, or at the logged step nearest the median T_grok of the members that grok."""
-        steps = sorted(self.log[cell])
-        members = [run["member"] for run in self.runs if run["cell"] == cell]
-        values = np.array([[self.log[cell][s].get(m, {}).get(column) for m in members] for s in steps], dtype=float)   # (k, members); None -> nan
-
-        def mean(picks: np.ndarray) -> np.ndarray:
-            if not steps or (step is not None and step not in steps):
-                return np.full(len(picks), np.nan)
-            if step is not None:
-                return values[steps.index(step)][picks].mean(1)
-            grok = np.sort(np.where(np.isfinite(self.grok[cell]), self.grok[cell], np.nan)[picks], axis=1)     # not a number sorts last
-            n, rows = np.isfinite(grok).sum(1), np.arange(len(picks))
-            middle = np.where(n > 0, (grok[rows, np.maximum(n - 1, 0) // 2] + grok[rows, n // 2 * (n > 0)]) / 2, steps[-1])
-            nearest = np.abs(np.array(steps)[None] - middle[:, None]).argmin(1)
-            return np.take_along_axis(values[nearest], picks, 1).mean(1)
-        return mean
-
-    def have(self, *cells: str) -> bool:
-        return all(cell in self.first for cell in cells)
-
-    def count(self, cells: tuple[str, ...]) -> tuple[int, int, float]:
-        """Members, censored runs in all `cells`, and the share of them in the worst cell."""
-        censored = [int((~np.isfinite(self.grok[cell])).sum()) for cell in cells]
-        n = len(self.grok[cells[0]])
-        return n, sum(censored), max(censored) / n
-
-    def claim(self, key: str, cells: tuple[str, ...], statistic: Callable[[np.ndarray], np.ndarray], missing: str = "") -> None:
-        """Answer published row `key`, if there is one, by `statistic` of chosen members of `cells`, if all of them ran.
-        `missing` says what part of the published cells is not there: the answer is then inconclusive."""
-        if key not in self.known or not self.answers or not self.have(*cells):
-            return
-        n, censored, worst = self.count(cells)
-        row = self.known[key]
-        default = 12 if not key.startswith(("B.dose", "B.audit")) else self.first[cells[0]]["block"]
-        ours = stats.resampled(n, statistic)
-        self.claims[key] = stats.claim({**row, "n_seeds": row["n_seeds"] or default}, ours, n, censored, missing, 1.0 if missing else worst)
-
-    def finding(self, key: str, quantity: str, cells: tuple[str, ...], statistic: Callable[[np.ndarray], np.ndarray] | float) -> None:
-        """A number that the papers do not publish: a statistic of chosen members, or a plain value."""
-        if self.have(*cells):
-            n, censored, _ = self.count(cells)
-            ours = stats.resampled(n, statistic) if callable(statistic) else (statistic, math.nan, math.nan)
-            self.findings.append({"id": key, "quantity": quantity, **dict(zip(("ours", "lo", "hi"), map(stats.finite, ours), strict=True)),
-                                  "n": n, "n_censored": censored})
-
-    def ratio(self, over: str, under: str) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda picks: self.T(over)(picks) / self.T(under)(picks)
-
-    def point(self, cell: str) -> dict:
-        """One cell for the figures: its conditions, every member's times, its logit scale and collapse."""
-        everyone = np.arange(len(self.grok[cell]))[None]
-        return {**self.first[cell], "T": self.grok[cell], "T_mem": self.mem[cell],
-                **{k: float(self.at(cell, k)(everyone)[0]) for k in ("logit_scale", "collapse32", "collapse64")}}
-
-
 def measure(runs: list[dict], log: list[dict], config: Config) -> Measured:
-    m, plan = Measured(runs, log, config), Plan(config)
+    m, plan = Measured(runs, log, "B.", answers=config.lr == PAPER_LR and config.model == "mlp"), Plan(config)
     for p in config.p:
         for loss in plan.losses:
             mediation(m, plan, p, loss)
@@ -540,18 +469,18 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
     out, config = desk.out, desk.config
     if trained:
-        lab.write_csv(out / "runs.csv", [{"experiment": "logit_scale", **run} for run in result.runs], lab.RUN_COLUMNS)
-        lab.write_csv(out / "trajectories.csv", result.trajectories)
-        lab.write_json(out / "provenance.json", lab.provenance(desk, result))
-    runs = lab.read_runs(out / "runs.csv")                                # read back, so that both ways see the same digits
+        files.write_csv(out / "runs.csv", [{"experiment": "logit_scale", **run} for run in result.runs], lab.RUN_COLUMNS)
+        files.write_csv(out / "trajectories.csv", result.trajectories)
+        files.write_json(out / "provenance.json", lab.provenance(desk, result))
+    runs = files.read_runs(out / "runs.csv")                                # read back, so that both ways see the same digits
     if (out / "trajectories.csv").exists():
-        trajectories = lab.read_csv(out / "trajectories.csv")
-        lab.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
-        lab.write_csv(out / "around_grok.csv", around_grok(runs, trajectories))
-    m = measure(runs, lab.read_csv(out / "around_grok.csv"), config)      # a run of record may come without its long trajectories
-    known = {key: row for key, row in m.known.items() if not key.startswith(("B.fork.", "B.tf."))}
-    answered = [m.claims.get(key) or stats.claim(row, None) for key, row in known.items()]
-    lab.write_json(out / "summary.json", {"claims": answered, "findings": m.findings, "provenance": lab.read_json(out / "provenance.json")})
+        trajectories = files.read_csv(out / "trajectories.csv")
+        files.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
+        files.write_csv(out / "around_grok.csv", around_grok(runs, trajectories))
+    m = measure(runs, files.read_csv(out / "around_grok.csv"), config)      # a run of record may come without its long trajectories
+    answered = [m.claims.get(key) or stats.claim(row, None) for key, row in stats.published(lab.ROOT / "published.csv", "B.").items()
+                if not key.startswith(("B.fork.", "B.tf."))]
+    files.write_json(out / "summary.json", {"claims": answered, "findings": m.findings, "provenance": files.read_json(out / "provenance.json")})
     draw(m, config, desk)
     print(stats.table(answered))
     for row in m.findings:

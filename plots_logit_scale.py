@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-import lab
+import plots
 import stats
 
 MARKERS = "osD^vP"
@@ -15,7 +15,7 @@ MARKERS = "osD^vP"
 def members(axis: plt.Axes, x: float, point: dict, color: str, scale: float = 1.0, marker: str = "o", width: float = 0.004) -> None:
     """Every member of a cell at `x`, T over `scale`; a bar at the median."""
     for i, t in enumerate(point["T"]):
-        offset = width * (2 * i / max(len(point["T"]) - 1, 1) - 1)
+        offset = width * (2 * i / (len(point["T"]) - 1) - 1) if len(point["T"]) > 1 else 0
         grokked = math.isfinite(t)
         axis.plot(x + offset, (t if grokked else point["budget_steps"]) / scale, marker if grokked else "^", color=color,
                   mfc=color if grokked else "none", ms=3.5, alpha=0.6)
@@ -35,7 +35,7 @@ def value(known: dict[str, dict], key: str) -> float | None:
 
 
 def save(figure: plt.Figure, folder: Path, file: str) -> None:
-    lab.save_figure(figure, folder, file)
+    plots.save_figure(figure, folder, file)
     plt.close(figure)
 
 

@@ -8,9 +8,11 @@ import pytest
 from test_replay import RELEASED
 
 import exp_logit_scale as experiment
+import files
 import lab
 import stats
 from common import UsageError
+from measured import Measured
 
 INF = math.inf
 
@@ -189,7 +191,7 @@ def test_dose_stops_before_the_collapse(tmp_path: Path) -> None:
                   "tau": 1.0, "t_grok_step": None if rho == 0.85 and m else 1000 * (i + 1), "t_mem_step": 175, "norm_at_grok": 54.0, "censored": 0}
                  for m in range(3)]
         log += [{"cell": name, "member": m, "step": 1000 * (i + 1), "logit_scale": L, "collapse32": 0, "collapse64": 0} for m in range(3)]
-    everyone, fitted = experiment.dose_cells(experiment.Measured(runs, log, config), config, 59)
+    everyone, fitted = experiment.dose_cells(Measured(runs, log, "B.", answers=True), config, 59)
     assert [float(name.split("rho")[1][:4]) for name in everyone] == [0.85, 0.90, 0.95, 1.00, 1.05, 1.20]
     assert [float(name.split("rho")[1][:4]) for name in fitted] == [0.90, 0.95]
 
@@ -210,7 +212,7 @@ def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, caps
     experiment.run(["--p", "11", "--members", "0", "--budget", "300", "--backend", "eager", "--preset", "paper", "--out", str(out)])
     said = capsys.readouterr().out
     assert said.count("no W_c") >= 3 and "results in" in said
-    runs = lab.read_csv(out / "runs.csv")
+    runs = files.read_csv(out / "runs.csv")
     assert {run["arm"] for run in runs} == {"free"} and all(run["censored"] for run in runs)
     assert {p.name for p in out.iterdir()} >= {"runs.csv", "cells.csv", "trajectories.csv", "summary.json", "config.json", "around_grok.csv"}
 
@@ -221,7 +223,7 @@ def test_smoke_preset_a_cell_that_never_groks_and_a_hopeless_temperature(tmp_pat
              "--members", "0", "--out", str(out)]
     experiment.run(flags)
     said = capsys.readouterr().out
-    runs, summary = lab.read_csv(out / "runs.csv"), json.loads((out / "summary.json").read_text())
+    runs, summary = files.read_csv(out / "runs.csv"), json.loads((out / "summary.json").read_text())
     hopeless = "clamp_p59_b12_ce_rho1.05_tau1000000.00"
     assert f"{hopeless}: no member grokked within 1400 steps" in said
     assert [run["t_grok_step"] for run in runs if run["cell"] == hopeless] == [None]
