@@ -469,7 +469,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
     out, config = desk.out, desk.config
     if trained:
-        files.write_csv(out / "runs.csv", [{"experiment": "logit_scale", **run} for run in result.runs], lab.RUN_COLUMNS)
+        files.write_csv(out / "runs.csv", [{"experiment": "logit_scale", **run} for run in result.runs], files.RUN_COLUMNS)
         files.write_csv(out / "trajectories.csv", result.trajectories)
         files.write_json(out / "provenance.json", lab.provenance(desk, result))
     runs = files.read_runs(out / "runs.csv")                                # read back, so that both ways see the same digits
