@@ -354,7 +354,9 @@ def contraction(runs: list[dict], trajectories: list[dict]) -> list[dict]:
         rate, rate_peak = (-float(stats.line(*np.array(part).T)[0]) if len(part) >= 3 else None for part in (points, falling))
         weak = 2 * run["lr"] * run["weight_decay"]
         v_mem, v_grok = run["norm_at_mem"] ** 2, run["norm_at_grok"] ** 2
+        end = max((t for t in trajectories if t["cell"] == run["cell"] and t["member"] == run["member"]), key=lambda t: t["step"], default=run)
         rows.append({"cell": run["cell"], "member": run["member"], "v_mem": v_mem, "v_peak": math.exp(ln_peak), "v_grok": v_grok,
+                     "v_end": end["norm"] ** 2 if end.get("norm") else None,
                      "delay_steps": run["t_grok_step"] - run["t_mem_step"], "peak_step": peak_step,
                      "ln_v_ratio": math.log(v_mem / v_grok), "ln_v_peak_ratio": ln_peak - math.log(v_grok),
                      "rate_per_step": rate, "rate_from_peak": rate_peak, "two_lr_wd": weak,
@@ -374,6 +376,14 @@ def findings(runs: list[dict], fits: dict, contracted: list[dict]) -> list[dict]
             ratio = stats.bootstrap(pair, lambda t: stats.median(t)[..., 0] / stats.median(t)[..., 1])
             out.append({"id": f"clamp_over_free.{run['cell']}", "quantity": "median T_grok, clamp at rho 1 over free, same seeds",
                         "ours": stats.finite(ratio[0]), "lo": stats.finite(ratio[1]), "hi": stats.finite(ratio[2]), "n": pair.shape[1]})
+    for slow in {r["cell"]: r for r in runs if r["arm"] == "clamp" and r["lr"] == min(run["lr"] for run in runs)}.values():
+        fast = max((r for r in runs if all(r[k] == slow[k] for k in ("arm", "p", "block", "rho", "seed0"))), key=lambda r: r["lr"])
+        if fast["lr"] > slow["lr"]:
+            pair = np.array([list(stats.times(runs, c).values()) for c in (slow["cell"], fast["cell"])])
+            ratio = stats.bootstrap(pair, lambda t: stats.median(t)[..., 0] / stats.median(t)[..., 1])
+            out.append({"id": f"lr_factor.{slow['cell']}", "n": pair.shape[1],
+                        "quantity": f"median T_grok, learning rate {slow['lr']:g} over {fast['lr']:g}, same held norm",
+                        "ours": stats.finite(ratio[0]), "lo": stats.finite(ratio[1]), "hi": stats.finite(ratio[2])})
     for key, fit in fits.items():
         if isinstance(fit, dict) and "lack_of_fit_p" in fit:
             out.append({"id": f"lack_of_fit.{key}", "quantity": "p-value: ln T_grok is a straight line in rho, against seed noise",
@@ -407,7 +417,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     known = stats.published(lab.ROOT / "published.csv", "A.")
     answered = [claims.get(key) or stats.claim(row, None) for key, row in known.items()]
     found = findings(runs, fits, contracted)
-    files.write_json(out / "summary.json", {"claims": answered, "findings": found, "provenance": files.read_json(out / "provenance.json")})
+    files.write_summary(out, answered, found)
     figures = out / "figures"
     for block, moduli, prefix, published in ((config.seeds, config.p, "dense", "A.dense.rho"),
                                              (config.moduli_seeds, config.moduli, "moduli", "A.pscan.p{p}.rho")):

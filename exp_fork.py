@@ -290,7 +290,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     cells, answered = cell_rows(runs, trajectories), claims(runs, config)
     found = findings(runs, cells, config)
     files.write_csv(out / "cells.csv", cells)
-    files.write_json(out / "summary.json", {"claims": answered, "findings": found, "provenance": files.read_json(out / "provenance.json")})
+    files.write_summary(out, answered, found)
     for p in config.p:
         for step in config.fork_steps:
             for rho in config.rho:

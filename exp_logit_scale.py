@@ -480,7 +480,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     m = measure(runs, files.read_csv(out / "around_grok.csv"), config)      # a run of record may come without its long trajectories
     answered = [m.claims.get(key) or stats.claim(row, None) for key, row in stats.published(lab.ROOT / "published.csv", "B.").items()
                 if not key.startswith(("B.fork.", "B.tf."))]
-    files.write_json(out / "summary.json", {"claims": answered, "findings": m.findings, "provenance": files.read_json(out / "provenance.json")})
+    files.write_summary(out, answered, m.findings)
     draw(m, config, desk)
     print(stats.table(answered))
     for row in m.findings:

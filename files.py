@@ -1,5 +1,6 @@
 """Files: written whole or not at all, read with one line on what is wrong. CSV, JSON, tensors."""
 import csv
+import hashlib
 import io
 import json
 import math
@@ -76,6 +77,17 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, content: object) -> None:
     write_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What summary and figures of `folder` are made from: name of the table -> start of its SHA-256."""
+    return {"runs.csv": hashlib.sha256((folder / "runs.csv").read_bytes()).hexdigest()[:16]}
+
+
+def write_summary(folder: Path, claims: list[dict], findings: list[dict]) -> None:
+    """summary.json: claims, findings, where the runs came from (provenance.json), and which table all of it was made from."""
+    write_json(folder / "summary.json", {"claims": claims, "findings": findings, "provenance": read_json(folder / "provenance.json"),
+                                         "data": digests(folder)})
 
 
 def save_tensors(path: Path, tensors: dict) -> None:

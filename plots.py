@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from scipy.stats import CensoredData, ecdf
 
 import files
 import lab
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
     """`folder/name.png` and `.pdf`."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "pdf"):
         image = io.BytesIO()
         figure.savefig(image, format=kind, dpi=120, bbox_inches="tight")
@@ -156,6 +157,24 @@ def replay(rows: list[dict], folder: Path) -> None:
         axis.legend(fontsize=5)
     save_figure(picture, folder, "replay")
     plt.close(picture)
+
+
+def survival(runs: list[dict], name: str, folder: Path) -> None:
+    """Kaplan-Meier curves of T_grok at p=59, tau 1, one line per held norm; censored runs leave at their budget."""
+    figure, axis = plt.subplots(figsize=(6.5, 4.2))
+    lr = next(r["lr"] for r in runs if r["arm"] == "clamp")
+    clamped = [r for r in runs if (r["arm"], r["lr"], r["p"], r["tau"]) == ("clamp", lr, 59, 1)]
+    rhos = sorted({r["rho"] for r in clamped})
+    for i, rho in enumerate(rhos):
+        mine = [r for r in clamped if r["rho"] == rho]
+        times = np.array([r["t_grok_step"] or r["budget_steps"] for r in mine], dtype=float)
+        curve = ecdf(CensoredData.right_censored(times, np.array([r["t_grok_step"] is None for r in mine]))).sf
+        axis.step([times.min() / 2, *curve.quantiles], [1, *curve.probabilities], where="post", color=plt.get_cmap("viridis")(i / max(len(rhos), 2)),
+                  ls=("-", "--", ":", "-.")[i % 4], label=f"rho {rho:g}")
+    axis.set(xscale="log", xlabel="step", ylabel="share not yet grokked", title=f"Kaplan-Meier curves of T_grok, {name}")
+    axis.legend(fontsize=7)
+    save_figure(figure, folder, "survival")
+    plt.close(figure)
 
 
 ARM_COLORS = {"lowered": "C2", "free": "C0", "same": "C1", "raised": "C3"}

@@ -175,7 +175,7 @@ def published(path: Path, prefix: str) -> dict[str, dict]:
 
 
 def finite(x: float | None) -> float | None:
-    return None if x is None or not math.isfinite(x) else round(float(x), 6)
+    return None if x is None or not math.isfinite(x) else float(f"{x:.9g}")
 
 
 def claim(row: dict, ours: tuple[float, float, float] | None, n: int = 0, n_censored: int = 0, why: str = "", worst: float = 0.0) -> dict:
