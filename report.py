@@ -222,8 +222,9 @@ def replay_section(root: Path, folder: Path, draw: bool) -> list[tuple]:
         differences = [abs(r["difference_steps"]) for r in mine]
         mean, low, high, p, n = equivalence(mine)
         relative = max(d / (r["t_grok_released"] or r["t_grok"] or math.inf) for d, r in zip(differences, mine, strict=True))
+        unequal = "all equal" if low == high else number(p, 2)
         table.append([cell or "all", str(len(mine)), str(differences.count(0)), str(sum(d <= 25 for d in differences)), f"{100 * relative:.2f}%",
-                      f"{100 * mean:+.3f}% [{100 * low:+.3f}, {100 * high:+.3f}]" if n else "-", ("all equal" if low == high else number(p, 2)) if n > 1 else "-"])
+                      f"{100 * mean:+.3f}% [{100 * low:+.3f}, {100 * high:+.3f}]" if n else "-", unequal if n > 1 else "-"])
     if draw:
         plots.replay(rows, folder)
     header = ["released cell", "runs", "exact", "within one evaluation", "largest difference", "mean ln ratio [90% interval]", "p, not equivalent"]

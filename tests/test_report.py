@@ -35,7 +35,8 @@ def claim(verdict: str, n: int, dtype: str) -> dict:
 
 
 @pytest.mark.parametrize(("better", "worse"), [
-    (claim("NOT REPRODUCED", 4, "float32"), claim("INCONCLUSIVE", 12, "float32")), (claim("REPRODUCED", 8, "float32"), claim("REPRODUCED", 4, "float32")),
+    (claim("NOT REPRODUCED", 4, "float32"), claim("INCONCLUSIVE", 12, "float32")),
+    (claim("REPRODUCED", 8, "float32"), claim("REPRODUCED", 4, "float32")),
     (claim("REPRODUCED", 4, "float32"), claim("REPRODUCED", 8, "float64")), (claim("INCONCLUSIVE", 1, "float64"), claim("NOT RUN", 0, "float32"))])
 def test_the_best_supported_answer_wins_whatever_the_order(better: dict, worse: dict) -> None:
     for order in ([better, worse], [worse, better]):
@@ -62,7 +63,8 @@ def test_check_notices_a_changed_summary_a_changed_page_and_runs_newer_than_thei
     folder = next(iter(sorted(copy.glob("results/delay_law/*/summary.json")))).parent
     rows = files.read_csv(folder / "runs.csv")
     files.write_csv(folder / "runs.csv", [*rows[:-1], {**rows[-1], "t_grok_step": rows[-1]["t_grok_step"] + 25}])
-    assert report.main(["--check"]) == 1 and f"results/delay_law/{folder.name}: summary and figures are not of its runs.csv" in capsys.readouterr().err
+    assert report.main(["--check"]) == 1
+    assert f"results/delay_law/{folder.name}: summary and figures are not of its runs.csv" in capsys.readouterr().err
     summary = json.loads((folder / "summary.json").read_text())
     summary["claims"] = [{**c, "verdict": "NOT REPRODUCED"} if c["verdict"] == "REPRODUCED" else c for c in summary["claims"]]
     (folder / "summary.json").write_text(json.dumps(summary))
