@@ -84,7 +84,9 @@ def answers(folders: list[Folder]) -> dict[str, dict]:
 # ---------------------------------------------------------------- blocks: (kind, content), rendered twice
 
 def number(x: float | None, digits: int = 4) -> str:
-    return "-" if x is None or not math.isfinite(x) else f"{x:.{digits}g}"
+    if x is None or not math.isfinite(x):
+        return "-"
+    return f"{x:.0f}" if 1000 <= abs(x) < 1e7 else f"{x:.{digits}g}"
 
 
 def interval(lo: float | None, hi: float | None) -> str:
@@ -95,12 +97,12 @@ def claim_rows(ids: list[str], best: dict[str, dict], published: dict[str, dict]
     rows = []
     for key in ids:
         row, c = published[key], best.get(key) or stats.claim(published[key], None)
-        rows.append([f"`{key}`", row["quantity"], row["printed"] or "-", number(c["ours"]), interval(c["lo"], c["hi"]), str(c["n"]),
-                     str(c["n_censored"]), c["verdict"]])
+        rows.append([f"`{key}`", c["verdict"], row["printed"] or "-", number(c["ours"]), interval(c["lo"], c["hi"]), str(c["n"]),
+                     str(c["n_censored"]), row["quantity"]])
     return rows
 
 
-CLAIM_HEADER = ["id", "quantity", "paper", "ours", "95% interval", "n", "censored", "verdict"]
+CLAIM_HEADER = ["id", "verdict", "paper", "ours", "95% interval", "n", "censored", "quantity"]
 
 
 def counts(ids: list[str], best: dict[str, dict]) -> str:
@@ -115,9 +117,7 @@ def readme_table(best: dict[str, dict], published: dict[str, dict]) -> str:
 
 
 def claims_section(best: dict[str, dict], published: dict[str, dict]) -> list[tuple]:
-    blocks = [("h2", "Claims"), ("p", f"Of {len(published)} published numbers: {counts(list(published), best)}. Rule, written before the runs: "
-               "REPRODUCED if our 95% interval meets the published one (or the published value +- 3%), NOT REPRODUCED if not, INCONCLUSIVE if fewer "
-               "than half the published members ran or half of a cell is censored, NOT RUN otherwise.")]
+    blocks: list[tuple] = [("h2", "Claims")]
     for paper, title in (("A.", "A: arXiv 2606.13753"), ("B.", "B: arXiv 2606.18465")):
         ids = [key for key in published if key.startswith(paper)]
         blocks += [("h3", title), ("p", f"{len(ids)} numbers: {counts(ids, best)}.")]
@@ -328,8 +328,13 @@ def build(root: Path, draw: bool) -> tuple[str, list[tuple]]:
     best, drawn = answers(folders), root / "report"
     blocks = [("h1", "Two grokking papers, claim by claim"),
               ("p", "Made by `python report.py` from the files under `results/`; nothing is trained. A = arXiv 2606.13753, B = arXiv 2606.18465."),
-              *claims_section(best, published), *doubts_section(folders), *sensitivity_section(folders, root), *replay_section(root, drawn, draw),
-              *survival_section(folders, drawn, draw), *speed_section(root), *provenance_section(root), *figures_section(folders, root)]
+              ("p", f"Of {len(published)} published numbers: {counts(list(published), best)}. Rule, written before the runs: REPRODUCED if our 95% "
+                    "interval meets the published one (or the published value +- 3%), NOT REPRODUCED if not, INCONCLUSIVE if fewer than half the "
+                    "published members ran or half of a cell is censored, NOT RUN otherwise."),
+              ("h2", "Headlines"), ("table", (CLAIM_HEADER, claim_rows(list(HEADLINES), best, published))),
+              *doubts_section(folders), *sensitivity_section(folders, root), *replay_section(root, drawn, draw),
+              *survival_section(folders, drawn, draw), *speed_section(root), *figures_section(folders, root), *claims_section(best, published),
+              *provenance_section(root)]
     return readme_table(best, published), blocks
 
 

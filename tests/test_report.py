@@ -74,7 +74,7 @@ def test_check_notices_a_changed_summary_a_changed_page_and_runs_newer_than_thei
 def test_every_published_number_is_accounted_for_and_the_page_needs_no_network(copy: Path) -> None:
     assert report.main([]) == 0
     page, published = (copy / "report.html").read_text(), stats.published(ROOT / "published.csv", "")
-    claims = page[page.index("<h2>Claims"):page.index("<h2>Doubts")]
+    claims = page[page.index("<h2>Claims"):page.index("<h2>Provenance")]
     for key in published:
         assert claims.count(f"<code>{key}</code>") == 1, key
     verdicts = re.findall(r'<td class="[A-Z-]+">([A-Z ]+)</td>', claims)
