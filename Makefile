@@ -8,10 +8,13 @@ READY := $(VENV)/.ready
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: delay_law fork replay report bench test test-gpu gpu-evidence lint clean
+.PHONY: delay_law logit_scale fork replay report bench test test-gpu gpu-evidence lint clean
 
 delay_law: $(READY)
 	$(PY) exp_delay_law.py $(ARGS)
+
+logit_scale: $(READY)
+	$(PY) exp_logit_scale.py $(ARGS)
 
 fork: $(READY)
 	$(PY) exp_fork.py $(ARGS)

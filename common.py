@@ -94,9 +94,24 @@ class Cell:
     decay_last: bool = False          # weight decay after the Adam update instead of before it
     after_grok: int = 0               # steps to train on after the last member has grokked
     stop_step: int = 0                # step to stop at short of the budget, to fork from; 0 = none
+    dtype: str = ""                   # float32 or float64; empty: the command's
 
     def ensemble_key(self) -> tuple:
-        return self.p, self.model, self.loss, n_train(self.p, self.train_frac), self.decay_last
+        return self.p, self.model, self.loss, n_train(self.p, self.train_frac), self.decay_last, self.dtype
+
+
+def unique(cells: list[Cell]) -> list[Cell]:
+    """One cell per condition; where parts ask for it with different budgets, the larger one."""
+    best: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.name not in best or cell.budget_steps > best[cell.name].budget_steps:
+            best[cell.name] = cell
+    return list(best.values())
+
+
+def exactly(x: float, short: str) -> str:
+    """`x` in format `short` where that says it exactly, else in full: two conditions never share a name."""
+    return format(x, short) if float(format(x, short)) == x else repr(x)
 
 
 @dataclass
@@ -436,6 +451,7 @@ class Ensemble:
             held = [h or None for h in self.held[r].tolist()]
             out.runs.append({
                 **{name: getattr(cell, name) for name in CELL_COLUMNS}, "cell": cell.name, "member": int(member), "n_train": self.n,
+                "dtype": str(self.dtype).removeprefix("torch."),
                 **dict(zip(("held_norm", *(f"held_{group}" for group in self.layout.groups)), held, strict=True)),
                 "t_mem_step": t_mem, "t_80_step": t_80, "t_grok_step": t_grok, "t_95_step": t_95,
                 "censored": int(t_grok is None), "diverged": int(diverged is not None), "steps_run": steps,

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import files
 import lab
 import plots
 import stats
-from common import CLAMP_START, Cell, Result, UsageError
+from common import CLAMP_START, Cell, Result, UsageError, exactly, unique
 
 PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")
 
@@ -77,11 +78,6 @@ def common_fields(config: Config, p: int, block: int, lr: float, weight_decay: f
     members = config.members or tuple(range(block))
     return dict(p=p, block=block, members=members, model=config.model, seed0=config.seed0, lr=lr, weight_decay=weight_decay,
                 train_frac=train_frac, after_grok=config.after_grok)
-
-
-def exactly(x: float, short: str) -> str:
-    """`x` in format `short` where that says it exactly, else in full: two conditions never share a name."""
-    return format(x, short) if float(format(x, short)) == x else repr(x)
 
 
 def name(arm: str, p: int, block: int, lr: float, base_lr: float, rho: float | None = None, wd: float = 1.0, frac: float = 0.40) -> str:
@@ -148,24 +144,6 @@ def clamp_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
                 rhos = config.rhos or ((*MODULI_RHOS, 1.30) if p in (41, 59) else MODULI_RHOS)
                 cells += [clamp(config, p, config.moduli_seeds, rho, wc, 60_000 if rho <= 1.0 else 160_000) for rho in rhos]
     return unique(cells)
-
-
-def unique(cells: list[Cell]) -> list[Cell]:
-    """One cell per condition; where parts ask for it with different budgets, the larger one."""
-    best: dict[str, Cell] = {}
-    for cell in cells:
-        if cell.name not in best or cell.budget_steps > best[cell.name].budget_steps:
-            best[cell.name] = cell
-    return list(best.values())
-
-
-def critical_norms(runs: list[dict]) -> dict[str, float]:
-    """W_c of every free cell that has a run which grokked."""
-    norms: dict[str, list[float]] = {}
-    for run in runs:
-        if run["arm"] == "free" and not run["censored"]:
-            norms.setdefault(run["cell"], []).append(run["norm_at_grok"])
-    return {cell: float(np.median(values)) for cell, values in norms.items()}
 
 
 # ---------------------------------------------------------------- measurement and fit
@@ -416,20 +394,20 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
     runs, out, config = [{"experiment": "delay_law", **run} for run in result.runs], desk.out, desk.config
     if trained:
-        lab.write_csv(out / "runs.csv", runs, lab.RUN_COLUMNS)
-        lab.write_csv(out / "trajectories.csv", result.trajectories)
-        lab.write_json(out / "provenance.json", lab.provenance(desk, result))
-    runs, trajectories = lab.read_runs(out / "runs.csv"), []              # read back, so that both ways see the same digits
+        files.write_csv(out / "runs.csv", runs, files.RUN_COLUMNS)
+        files.write_csv(out / "trajectories.csv", result.trajectories)
+        files.write_json(out / "provenance.json", lab.provenance(desk, result))
+    runs, trajectories = files.read_runs(out / "runs.csv"), []              # read back, so that both ways see the same digits
     if (out / "trajectories.csv").exists():
-        trajectories = lab.read_csv(out / "trajectories.csv")
-        lab.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
-        lab.write_csv(out / "contraction.csv", contraction(runs, trajectories))
-    contracted = lab.read_csv(out / "contraction.csv")                    # a run of record may come without its long trajectories
+        trajectories = files.read_csv(out / "trajectories.csv")
+        files.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
+        files.write_csv(out / "contraction.csv", contraction(runs, trajectories))
+    contracted = files.read_csv(out / "contraction.csv")                    # a run of record may come without its long trajectories
     claims, fits = measure(runs, config)
     known = stats.published(lab.ROOT / "published.csv", "A.")
     answered = [claims.get(key) or stats.claim(row, None) for key, row in known.items()]
     found = findings(runs, fits, contracted)
-    lab.write_json(out / "summary.json", {"claims": answered, "findings": found, "provenance": lab.read_json(out / "provenance.json")})
+    files.write_json(out / "summary.json", {"claims": answered, "findings": found, "provenance": files.read_json(out / "provenance.json")})
     figures = out / "figures"
     for block, moduli, prefix, published in ((config.seeds, config.p, "dense", "A.dense.rho"),
                                              (config.moduli_seeds, config.moduli, "moduli", "A.pscan.p{p}.rho")):
@@ -474,7 +452,7 @@ def run(argv: list[str]) -> None:
         return None
     desk.open()
     result = desk.train("control", controls)
-    w_c = critical_norms(result.runs)
+    w_c = stats.critical_norms(result.runs)
     for cell in controls:
         if cell.name not in w_c:
             print(f"{cell.name}: no member grokked within {cell.budget_steps} steps: no W_c, so the cells held relative to it are not run")

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+import files
 import lab
 import plots
 import stats
@@ -53,7 +54,7 @@ PRESETS = {
     "paper": {"p": (59, 97, 113)},
 }
 PAPER = {"fork_step": 800, "rho": 1.15, "lr": 1e-3}   # the condition of the published numbers
-COLUMNS = (*lab.RUN_COLUMNS, "fork_step", "delay_steps", "norm_at_fork")
+COLUMNS = (*files.RUN_COLUMNS, "fork_step", "delay_steps", "norm_at_fork")
 PAIRS = (("raised", "same"), ("lowered", "same"), ("same", "free"))
 COLLAPSE = ("collapse32", "collapse64")
 
@@ -69,7 +70,7 @@ def check(config: Config) -> None:
         if rho <= 1:
             raise UsageError(f"--rho must be above 1, got {rho:g}: the arms are raised to rho N0 and lowered to N0 / rho")
     if config.twin_of:
-        lab.read_csv(Path(config.twin_of) / "runs.csv")
+        files.read_csv(Path(config.twin_of) / "runs.csv")
 
 
 # ---------------------------------------------------------------- cells
@@ -248,7 +249,7 @@ def findings(runs: list[dict], cells: list[dict], config: Config) -> list[dict]:
 def twins(runs: list[dict], config: Config) -> list[dict]:
     """Delays here over those of the same arm and members in --twin-of; beyond a factor 1.3 the arm is confounded by float32."""
     out, folder = [], Path(config.twin_of)
-    others = lab.read_csv(folder / "runs.csv")
+    others = files.read_csv(folder / "runs.csv")
     for cell in dict.fromkeys(run["cell"] for run in runs):
         here, there = (stats.times(rows, cell, "delay_steps") for rows in (runs, others))
         if shared := [m for m in here if m in there]:
@@ -282,14 +283,14 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
     out, config = desk.out, desk.config
     if trained:
-        lab.write_csv(out / "runs.csv", [{"experiment": "fork", **run} for run in result.runs], COLUMNS)
-        lab.write_csv(out / "trajectories.csv", result.trajectories)
-        lab.write_json(out / "provenance.json", lab.provenance(desk, result))
-    runs, trajectories = lab.read_runs(out / "runs.csv"), lab.read_csv(out / "trajectories.csv")   # so that both ways see the same digits
+        files.write_csv(out / "runs.csv", [{"experiment": "fork", **run} for run in result.runs], COLUMNS)
+        files.write_csv(out / "trajectories.csv", result.trajectories)
+        files.write_json(out / "provenance.json", lab.provenance(desk, result))
+    runs, trajectories = files.read_runs(out / "runs.csv"), files.read_csv(out / "trajectories.csv")   # so that both ways see the same digits
     cells, answered = cell_rows(runs, trajectories), claims(runs, config)
     found = findings(runs, cells, config)
-    lab.write_csv(out / "cells.csv", cells)
-    lab.write_json(out / "summary.json", {"claims": answered, "findings": found, "provenance": lab.read_json(out / "provenance.json")})
+    files.write_csv(out / "cells.csv", cells)
+    files.write_json(out / "summary.json", {"claims": answered, "findings": found, "provenance": files.read_json(out / "provenance.json")})
     for p in config.p:
         for step in config.fork_steps:
             for rho in config.rho:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+import files
 import lab
 import plots
 from common import EVAL_EVERY, Cell, Result, UsageError, inherit, n_train
@@ -228,7 +229,7 @@ def run(argv: list[str]) -> None:
     released = find(config)
     cells = [item.cell for item in released]
     if config.figures_only:
-        return plots.replay(lab.read_csv(desk.out / "replay.csv"), desk.out / "figures")
+        return plots.replay(files.read_csv(desk.out / "replay.csv"), desk.out / "figures")
     lab.announce(config, cells)
     if config.dry_run:
         return None
@@ -236,10 +237,10 @@ def run(argv: list[str]) -> None:
     result = train(desk, released)
     rows = compare(released, result.runs)
     scales = compare_scales(released, result.trajectories, rows)
-    lab.write_csv(desk.out / "replay.csv", rows)
-    lab.write_csv(desk.out / "cells.csv", scales)
-    lab.write_csv(desk.out / "runs.csv", [{"experiment": "replay", **r} for r in result.runs], lab.RUN_COLUMNS)
-    lab.write_json(desk.out / "provenance.json", lab.provenance(desk, result))
+    files.write_csv(desk.out / "replay.csv", rows)
+    files.write_csv(desk.out / "cells.csv", scales)
+    files.write_csv(desk.out / "runs.csv", [{"experiment": "replay", **r} for r in result.runs], files.RUN_COLUMNS)
+    files.write_json(desk.out / "provenance.json", lab.provenance(desk, result))
     plots.replay(rows, desk.out / "figures")
     for s in scales:
         L = f"{100 * (s['logit_scale'] / s['logit_scale_released'] - 1):+.2f}%" if s["logit_scale"] else "-"

@@ -3,9 +3,7 @@
 An experiment subclasses `Config`, lists its presets, and is run by `main`. Nothing is written before every setting has been checked.
 """
 import argparse
-import csv
 import dataclasses
-import io
 import json
 import math
 import os
@@ -22,16 +20,13 @@ from pathlib import Path
 import numpy as np
 import scipy
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import files
 from common import EVAL_EVERY, Cell, Ensemble, Result, State, UsageError, n_train
 from kernels.cpu import has_compiler
 
 ROOT = Path(__file__).resolve().parent
-RUN_COLUMNS = ("experiment", "cell", "model", "loss", "p", "train_frac", "n_train", "block", "seed0", "member", "arm", "rho", "tau", "gamma",
-               "lr", "weight_decay", "clamp_start", "clamp_stop", "held_norm", "w_c", "budget_steps", "t_mem_step", "t_grok_step",
-               "censored", "norm_at_grok", "logit_scale_at_grok", "steps_run", "diverged")
 
 
 def option(default: object, text: str, kind: type = str) -> object:
@@ -161,70 +156,7 @@ def check_grid(config: Config, parts: tuple[str, ...]) -> None:
         raise UsageError(f"--after-grok must be 0 or a multiple of {EVAL_EVERY} of at least 200 steps, got {config.after_grok}")
 
 
-# ---------------------------------------------------------------- files
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """The whole file or none of it: temporary name, fsync, rename."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-
-def cell_text(value: object) -> object:
-    """CSV text: empty for what was not reached; floats to 9 significant digits, which keeps float32 exactly."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return f"{value:.9g}" if isinstance(value, float) else value
-
-
-def write_csv(path: Path, rows: list[dict], first: tuple[str, ...] = ()) -> None:
-    names = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([cell_text(row.get(name)) for name in names] for row in rows)
-    write_atomic(path, text.getvalue().encode())
-
-
-def read_csv(path: Path) -> list[dict]:
-    """Rows with numbers as int or float and empty fields as None."""
-    def value(text: str) -> object:
-        for kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                pass
-        return text or None
-    try:
-        with open(path, newline="") as f:
-            return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(f)]
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}; train first, or name the folder with --out") from None
-    except (UnicodeDecodeError, csv.Error):
-        raise UsageError(f"{path} is not a table of this project; name another folder with --out") from None
-
-
-def read_runs(path: Path) -> list[dict]:
-    """`read_csv` of a runs.csv. Raises UsageError if it is none."""
-    rows = read_csv(path)
-    if not rows or set(RUN_COLUMNS) - set(rows[0]):
-        raise UsageError(f"{path} is not a runs.csv of this project; name another folder with --out")
-    return rows
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path} ({error}); train first, or name the folder with --out") from None
-
-
-def write_json(path: Path, content: object) -> None:
-    write_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-
+# ---------------------------------------------------------------- provenance
 
 def git(*words: str) -> str:
     try:
@@ -255,15 +187,6 @@ def _cpu_flags() -> list[str]:
         return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
     except (OSError, StopIteration):
         return []
-
-
-def save_figure(figure: Figure, folder: Path, name: str) -> None:
-    """`folder/name.png` and `.pdf`."""
-    folder.mkdir(exist_ok=True)
-    for kind in ("png", "pdf"):
-        image = io.BytesIO()
-        figure.savefig(image, format=kind, dpi=120, bbox_inches="tight")
-        write_atomic(folder / f"{name}.{kind}", image.getvalue())
 
 
 # ---------------------------------------------------------------- training with progress, checkpoints, resume
@@ -362,7 +285,7 @@ class Lab:
         self.created = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            write_json(self.out / "config.json", self.settings)           # first: a folder without it is refused
+            files.write_json(self.out / "config.json", self.settings)           # first: a folder without it is refused
             self.checkpoint.mkdir(exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot write to {self.out}: {error.strerror}; choose another --out") from None
@@ -384,22 +307,22 @@ class Lab:
         if c.device == "cpu" and c.backend == "auto":
             self.say("the step is compiled on first use, up to a minute per modulus" if has_compiler() else
                      "no C++ compiler on the PATH: the step runs eagerly, about 3 times slower")
-        ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, c.dtype), c.arithmetic, start)
+        ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, cells[0].dtype or c.dtype), c.arithmetic, start)
         self.backend = ensemble.backend
         for path in (done, partial):
             if path.exists():
-                ensemble.restore(load_tensors(path))
+                ensemble.restore(files.load_tensors(path))
                 break
         runs = len(ensemble.step)
         progress = Progress(stage, runs, ensemble.steps_left())
         before, started = ensemble.executed, ensemble.seconds
         Signals.waiting = True
         try:
-            ensemble.train(progress, lambda snapshot: save_tensors(partial, snapshot))
+            ensemble.train(progress, lambda snapshot: files.save_tensors(partial, snapshot))
         finally:
             Signals.waiting = False
             progress.bar.close()
-        save_tensors(done, ensemble.snapshot())
+        files.save_tensors(done, ensemble.snapshot())
         partial.unlink(missing_ok=True)
         result = ensemble.result()
         steps, seconds = result.executed - before, result.seconds - started   # of this command; the result counts all
@@ -426,22 +349,6 @@ class Lab:
         for path in self.checkpoint.iterdir():
             path.unlink()
         self.checkpoint.rmdir()
-
-
-def save_tensors(path: Path, tensors: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    write_atomic(path, buffer.getvalue())
-
-
-def load_tensors(path: Path) -> dict:
-    try:
-        tensors = torch.load(path, weights_only=True)
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise ValueError(path)
-        return tensors
-    except Exception as error:  # whatever is wrong with a file, it is refused by name
-        raise UsageError(f"{path} is not a checkpoint that can be read ({type(error).__name__}); remove it to train that stage again") from None
 
 
 class Signals:

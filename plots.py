@@ -1,15 +1,27 @@
 """Figures that several experiments share: every member visible, censored runs as open triangles at their budget, published points beside ours."""
+import io
 import math
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
+import files
 import lab
 import stats
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """`folder/name.png` and `.pdf`."""
+    folder.mkdir(exist_ok=True)
+    for kind in ("png", "pdf"):
+        image = io.BytesIO()
+        figure.savefig(image, format=kind, dpi=120, bbox_inches="tight")
+        files.write_atomic(folder / f"{name}.{kind}", image.getvalue())
 
 
 def dots(axis: plt.Axes, x: float, runs: list[dict], color: str, spread: float = 0.004) -> None:
@@ -48,7 +60,7 @@ def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: 
              ylabel="T_grok (steps)", title=title)
     axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
     axis.legend(fontsize=7)
-    lab.save_figure(figure, folder, file)
+    save_figure(figure, folder, file)
     plt.close(figure)
 
 
@@ -74,7 +86,7 @@ def matrix(runs: list[dict], folder: Path, file: str) -> None:
     axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
     axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="T_grok (steps)", title="Norm against learning rate")
     axis.legend(fontsize=7)
-    lab.save_figure(figure, folder, file)
+    save_figure(figure, folder, file)
     plt.close(figure)
 
 
@@ -96,7 +108,7 @@ def critical_norm(runs: list[dict], folder: Path) -> None:
         right.plot(i, np.median(values), "_", color="black", ms=14)
     right.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
     right.set(ylabel="norm at T_grok, free", title="Concentration")
-    lab.save_figure(figure, folder, "critical_norm")
+    save_figure(figure, folder, "critical_norm")
     plt.close(figure)
 
 
@@ -112,7 +124,7 @@ def contraction(rows: list[dict], folder: Path) -> None:
     axis.plot([], [], "x", color="gray", label="V at T_mem")
     axis.set(xlabel="ln(V / V_grok), V = squared norm", ylabel="T_grok - T_mem (steps)", title="Free contraction")
     axis.legend(fontsize=6)
-    lab.save_figure(figure, folder, "contraction")
+    save_figure(figure, folder, "contraction")
     plt.close(figure)
 
 
@@ -127,7 +139,7 @@ def trajectories(trajectories: list[dict], folder: Path) -> None:
                       label=cell)
             axis.set(xscale="log", xlabel="step", title=key.replace("_", " "))
     axes[0].legend(fontsize=6)
-    lab.save_figure(figure, folder, "trajectories")
+    save_figure(figure, folder, "trajectories")
     plt.close(figure)
 
 
@@ -142,7 +154,7 @@ def replay(rows: list[dict], folder: Path) -> None:
     axis.set(xscale="log", yscale="log", xlabel="T_grok as released (steps)", ylabel="T_grok here (steps)", title="Per-seed replay")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=5)
-    lab.save_figure(picture, folder, "replay")
+    save_figure(picture, folder, "replay")
     plt.close(picture)
 
 
@@ -172,7 +184,7 @@ def fork_arms(arms: dict[str, list[dict]], published: dict[str, float], folder: 
     axis.set(yscale="log", ylabel="T_grok - fork step (steps)",
              title=f"Same state, p={first['p']}, fork at step {first['fork_step']}" + (f", rho {rho:g}" if rho else ""))
     axis.legend(fontsize=7)
-    lab.save_figure(figure, folder, file)
+    save_figure(figure, folder, file)
     plt.close(figure)
 
 
@@ -189,7 +201,7 @@ def fork_trajectories(trajectories: list[dict], trunk: str, arms: dict[str, list
         axis.axvline(fork_step, color="gray", ls=":", lw=1)
         axis.set(xscale="log", xlabel="step", title=key.replace("_", " "))
     axes[0].legend(fontsize=7)
-    lab.save_figure(figure, folder, file)
+    save_figure(figure, folder, file)
     plt.close(figure)
 
 
@@ -207,5 +219,5 @@ def fork_ratio(ratios: list[dict], over: str, other: str, folder: Path, file: st
     axis.set(xlabel=over.replace("_", " "), ylabel="median delay, raised / same",
              title="Raised over same" + (f" ({censored} censored, not shown)" if censored else ""))
     axis.legend(fontsize=7)
-    lab.save_figure(figure, folder, file)
+    save_figure(figure, folder, file)
     plt.close(figure)

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-import lab
+import files
 import stats
 from common import UsageError
 
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         print("README.md differs from the summaries under results/; run report.py", file=sys.stderr)
         return 1
     if not argv:
-        lab.write_atomic(readme, wanted.encode())
+        files.write_atomic(readme, wanted.encode())
     return 0
 
 

@@ -28,18 +28,32 @@ def median(values: np.ndarray, axis: int = -1) -> np.ndarray:
     return (low + high) / 2
 
 
-def bootstrap(table: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> tuple[float, float, float]:
-    """Estimate and 95% interval of `statistic`, which maps `(..., cells, members)` to `(...)`; members are resampled jointly.
+def resampled(members: int, statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> tuple[float, float, float]:
+    """Estimate and 95% interval of `statistic`, which maps chosen members `(resamples, members)` to `(resamples,)`.
 
-    An end of the interval that falls on resamples without a finite value is not a number.
+    An end of the interval that falls on resamples without a finite value is not a number; so are both where one resample in twenty has
+    no value at all.
     """
-    members = table.shape[-1]
     picks = np.random.default_rng(seed).integers(0, members, (RESAMPLES, members))
-    with np.errstate(invalid="ignore"):
-        estimate = float(statistic(table))
-        samples = statistic(np.moveaxis(table[:, picks], 1, 0))           # (resamples,)
-        lo, hi = np.nanpercentile(samples, [2.5, 97.5], method="nearest") if np.isfinite(samples).any() else (math.nan, math.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        estimate, samples = float(statistic(np.arange(members)[None])[0]), statistic(picks)
+        some = np.isnan(samples).mean() <= 0.05
+        lo, hi = np.nanpercentile(samples, [2.5, 97.5], method="nearest") if some else (math.nan, math.nan)
     return estimate, float(lo), float(hi)
+
+
+def bootstrap(table: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> tuple[float, float, float]:
+    """`resampled` of a statistic that maps `(..., cells, members)` to `(...)`; members are resampled jointly in all cells of `table`."""
+    return resampled(table.shape[-1], lambda picks: statistic(np.moveaxis(table[:, picks], 1, 0)), seed)
+
+
+def critical_norms(runs: list[dict]) -> dict[str, float]:
+    """W_c of every free cell that has a run which grokked: the median of the norm at each run's own T_grok."""
+    norms: dict[str, list[float]] = {}
+    for run in runs:
+        if run["arm"] == "free" and not run["censored"]:
+            norms.setdefault(run["cell"], []).append(run["norm_at_grok"])
+    return {cell: float(np.median(values)) for cell, values in norms.items()}
 
 
 def line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -83,6 +97,69 @@ def lack_of_fit(x: np.ndarray, log_times: np.ndarray, degree: int = 1) -> float:
     return float(stats.f.sf(between / within, cells - degree - 1, cells * (members - 1)))
 
 
+# ---------------------------------------------------------------- paper B: regressions, forms of the dose response, mediation
+
+def least_squares(y: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`y (B, m)` on a constant and `columns`, each `(m,)` or `(B, m)`: R^2 and corrected AIC, `m ln(RSS / m) + 2k + 2k(k+1)/(m-k-1)`.
+
+    Not a number where a value of that row is not finite. `k` counts the coefficients, as paper B does.
+    """
+    B, m = y.shape
+    X = np.stack([np.ones((B, m)), *(np.broadcast_to(c, (B, m)) for c in columns)], axis=-1)   # (B, m, k)
+    whole = np.isfinite(y).all(1) & np.isfinite(X).all((1, 2))
+    X, z = np.where(whole[:, None, None], X, 0), np.where(whole[:, None], y, 0)
+    residual = z - np.einsum("bmk,bkn,bn->bm", X, np.linalg.pinv(X), z)
+    k, rss, total = X.shape[-1], (residual**2).sum(1), ((z - z.mean(1, keepdims=True)) ** 2).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r2, score = np.where(total > 0, 1 - rss / total, np.nan), m * np.log(rss / m) + 2 * k
+    score = score + 2 * k * (k + 1) / (m - k - 1) if m > k + 1 else np.full(B, np.nan)
+    return np.where(whole, r2, np.nan), np.where(whole, score, np.nan)
+
+
+def dose_forms(W: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+    """AIC, `m ln(RSS / m) + 2k`, of three forms of `y = ln T_grok (B, m)` over held norms `W (m,)` (arXiv 2606.18465, Table 1 and its code),
+    and of a fourth that its code leaves out. Not a number where a value of the row is not finite, or there are no more points than k.
+
+    exponential `c + a W`, k=2; power law `c + g ln(W - w0)` with the offset w0 in [0, min W), k=3; saddle node `c - ln(w0 - W) / 2`,
+    w0 > max W, k=2; and a power law that diverges at an offset above, `c - g ln(w0 - W)`, k=3. Offsets are searched on a grid.
+    """
+    m, near = len(W), np.geomspace(1e-4, 1, 1500)
+    below = (W.min() * (1 - near))[:, None]                                                    # (g, 1), from min W down to 0
+    above = (W.max() * (1 + np.geomspace(1e-5, 100, 3000)))[:, None]
+    whole = np.isfinite(y).all(1)
+    centred = np.where(whole[:, None], y, 0)
+    centred = centred - centred.mean(1, keepdims=True)
+
+    def best(x: np.ndarray, slope: float | None = None) -> np.ndarray:
+        """Least residual sum of squares over the candidates `x (g, m)`, with a free slope or the given one."""
+        dx = x - x.mean(1, keepdims=True)
+        if slope is not None:
+            return np.stack([((row[None] - slope * dx) ** 2).sum(1).min() for row in centred])
+        unit = dx / np.linalg.norm(dx, axis=1, keepdims=True)
+        return (centred**2).sum(1) - ((centred @ unit.T) ** 2).max(1)
+
+    forms = {"exponential": (best(W[None].astype(float)), 2), "power": (best(np.log(W - below)), 3),
+             "saddle_node": (best(np.log(above - W), -0.5), 2), "power_above": (best(np.log(above - W)), 3)}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {name: np.where(whole & (m > k), m * np.log(np.maximum(rss, 1e-300) / m) + 2 * k, np.nan)
+                for name, (rss, k) in forms.items()}
+
+
+def recovery(T0: np.ndarray, T1: np.ndarray, T: np.ndarray, L: np.ndarray, L0: np.ndarray, log: bool = False) -> np.ndarray:
+    """Recovery fraction `(T1 - T2) / (T1 - T0) (B,)`; T2 is `T (B, k)` interpolated over the logit scales `L (B, k)` at `L0 (B,)`.
+
+    `log` takes it on ln T (T2 as before). Not a number where L0 lies outside the sweep, or a time is infinite (arXiv 2606.18465, sec 4).
+    """
+    order = np.argsort(L, axis=1, kind="stable")
+    xs, ys = np.take_along_axis(L, order, 1), np.take_along_axis(T, order, 1)
+    T2 = np.array([np.interp(x0, x, t, left=np.nan, right=np.nan) for x0, x, t in zip(L0, xs, ys, strict=True)])
+    if log:
+        T0, T1, T2 = np.log(T0), np.log(T1), np.log(T2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        out = (T1 - T2) / (T1 - T0)
+    return np.where(np.isfinite(out), out, np.nan)
+
+
 # ---------------------------------------------------------------- claims and verdicts
 
 def published(path: Path, prefix: str) -> dict[str, dict]:
@@ -93,7 +170,7 @@ def published(path: Path, prefix: str) -> dict[str, dict]:
         except ValueError:
             return None
     with open(path, newline="") as f:
-        return {row["id"]: {**row, **{k: number(row[k]) for k in ("value", "lo", "hi", "n_seeds")}}
+        return {row["id"]: {**row, "printed": row["value"], **{k: number(row[k]) for k in ("value", "lo", "hi", "n_seeds")}}
                 for row in csv.DictReader(f) if row["id"].startswith(prefix)}
 
 
@@ -108,16 +185,19 @@ def claim(row: dict, ours: tuple[float, float, float] | None, n: int = 0, n_cens
     published members ran or half are censored (`worst`: share censored in the worst cell behind the number), NOT RUN without a number.
     """
     value, lo, hi = row["value"], row["lo"], row["hi"]
-    if value is not None and lo is None:
+    beyond = str(row.get("printed", "")).startswith("not within ")
+    if beyond:   # the paper's median is later than its budget; ours is infinite where half of its runs are
+        lo, hi, worst = float(row["printed"].split()[-1]), math.inf, 0.0
+    elif value is not None and lo is None:
         lo, hi = sorted((value * (1 - TOLERANCE), value * (1 + TOLERANCE)))
     if ours is None:
         verdict, why = "NOT RUN", why or "not part of this run"
     elif row["n_seeds"] and n < row["n_seeds"] / 2:
         verdict, why = "INCONCLUSIVE", why or f"{n} members ran, the paper has {row['n_seeds']:.0f}"
-    elif worst >= 0.5 or not all(map(math.isfinite, ours)):
+    elif worst >= 0.5 or not (all(map(math.isfinite, ours)) or (beyond and math.isinf(ours[2]))):
         verdict, why = "INCONCLUSIVE", why or "half or more of a cell is censored"
-    elif value is None:
-        verdict, why = "INCONCLUSIVE", why or f"the paper gives no number: {row['value']}"
+    elif value is None and not beyond:
+        verdict, why = "INCONCLUSIVE", why or f"the paper gives no number: {row['printed']}"
     else:
         meets = ours[1] <= hi and ours[2] >= lo
         verdict = "REPRODUCED" if meets else "NOT REPRODUCED"
@@ -139,7 +219,7 @@ def cell_rows(runs: list[dict], trajectories: list[dict]) -> list[dict]:
         estimate, lo, hi = bootstrap(grok[None], lambda t: median(t)[..., 0])
         kept = grok[np.isfinite(grok)]
         row = {k: mine[0].get(k) for k in ("cell", "arm", "model", "loss", "p", "train_frac", "block", "rho", "tau", "gamma", "lr",
-                                           "weight_decay", "clamp_start", "clamp_stop", "held_norm", "w_c", "budget_steps")}
+                                           "weight_decay", "dtype", "clamp_start", "clamp_stop", "held_norm", "w_c", "budget_steps")}
         row |= {"n": len(mine), "n_censored": int((~np.isfinite(grok)).sum()), "median_t_mem_step": finite(median(mem)),
                 "median_t_grok_step": finite(estimate), "median_lo": finite(lo), "median_hi": finite(hi),
                 "median_grokked_only": finite(np.median(kept)) if len(kept) else None}

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import files
 import lab
+import plots
 from common import Cell, Ensemble, UsageError, n_train
 
 matplotlib.use("Agg")
@@ -162,7 +164,7 @@ def sweep(out: Path, device: str, counts: list[int], ps: list[int], rounds: int)
         rows.append({"p": p, "runs": runs, "device": device, "us_per_run_step": round(middle, 3), "low": round(float(np.percentile(samples, 10)), 3),
                      "high": round(float(np.percentile(samples, 90)), 3), "us_per_step": round(middle * runs, 1),
                      "ps_per_n_H_p": round(1e6 * middle / (n * 256 * p), 4), **memory})
-        lab.write_csv(out / "sweep.csv", rows)
+        files.write_csv(out / "sweep.csv", rows)
         print(f"p={p} R={runs}: {middle:.2f} us per run-step, {rows[-1]['ps_per_n_H_p']:.2f} ps per n H p", flush=True)
 
 
@@ -179,7 +181,7 @@ def figure(rows: list[dict], folder: Path) -> None:
             axis.text(row["us_per_run_step"], i, f" {row['us_per_run_step']:.0f} us, {row['ratio_to_ours']:.2g}x", va="center", fontsize=7)
         axis.set(xscale="log", xlabel="microseconds per run-step", title=f"p={p}, {mine[0]['runs']} runs, {mine[0]['device']}")
         axis.set_xlim(right=axis.get_xlim()[1] * 4)
-    lab.save_figure(picture, folder, "step")
+    plots.save_figure(picture, folder, "step")
     plt.close(picture)
 
 
@@ -211,7 +213,7 @@ def run(argv: list[str]) -> None:
         return sweep(out, device, counts, [59, 29, 43, 67, 97, 113], options.rounds)
     for p in options.p:
         rows += measure(p, options.runs, options.rounds, device, options.peers)
-        lab.write_csv(out / "step.csv", rows)
+        files.write_csv(out / "step.csv", rows)
         for row in rows[-sum(r["p"] == p for r in rows):]:
             print(f"p={p} {row['name']:18s} {row['dtype']} {row['arithmetic']:6s} {row['us_per_run_step']:10.1f} us per run-step "
                   f"[{row['low']:.1f}, {row['high']:.1f}]  {row['ratio_to_ours']:.2f}x ours", flush=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import exp_delay_law
-import lab
+import files
 import stats
 from common import UsageError
 
@@ -97,16 +97,16 @@ def short_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exp_delay_law, "free", lambda *a, **k: dataclasses.replace(whole(*a, **k), budget_steps=300))
 
 
-def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, short_budgets: None, capsys: pytest.CaptureFixture) -> None:
+def test_a_control_that_does_not_grok_leaves_complete_tables(tmp_path: Path, short_budgets: None, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
     exp_delay_law.run([*TINY, "--out", str(out)])
     assert "no W_c" in capsys.readouterr().out
     assert {p.name for p in out.iterdir()} >= {"runs.csv", "cells.csv", "trajectories.csv", "summary.json", "config.json"}
-    runs = lab.read_csv(out / "runs.csv")
+    runs = files.read_csv(out / "runs.csv")
     assert len(runs) == 2 and all(run["censored"] == 1 and run["t_grok_step"] is None and run["budget_steps"] == 300 for run in runs)
     with pytest.raises(UsageError, match="holds another configuration: members is"):
         exp_delay_law.run([*TINY[:4], "--members", "0", "--backend", "eager", "--out", str(out)])
-    assert lab.read_csv(out / "runs.csv") == runs
+    assert files.read_csv(out / "runs.csv") == runs
     (out / "runs.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UsageError, match=r"not a runs\.csv"):
         exp_delay_law.run([*TINY, "--out", str(out), "--figures-only"])
@@ -116,7 +116,7 @@ def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, shor
         exp_delay_law.run([*TINY, "--out", str(tmp_path / "other")])
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def tables(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in ("runs.csv", "cells.csv", "trajectories.csv", "contraction.csv")}
 
 
@@ -141,18 +141,18 @@ def test_smoke_preset_end_to_end_interrupted_and_not(tmp_path: Path) -> None:
     third = start(tmp_path / "b")
     text, _ = third.communicate(timeout=400)
     assert third.returncode == 0 and "continuing from" in text, text
-    assert files(tmp_path / "a") == files(tmp_path / "b") and not (tmp_path / "b" / "checkpoint").exists()
+    assert tables(tmp_path / "a") == tables(tmp_path / "b") and not (tmp_path / "b" / "checkpoint").exists()
 
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     published = list(stats.published(ROOT / "published.csv", "A."))
     assert [claim["id"] for claim in summary["claims"]] == published
     assert summary["provenance"]["executed_over_needed"] <= 1.05
     assert {"commit", "dirty", "command", "versions", "device", "backend", "dtype", "arithmetic", "run_steps"} <= set(summary["provenance"])
-    runs = lab.read_csv(tmp_path / "a" / "runs.csv")
+    runs = files.read_csv(tmp_path / "a" / "runs.csv")
     assert all(run["t_grok_step"] is not None for run in runs) and {run["arm"] for run in runs} == {"free", "clamp"}
-    assert list(runs[0])[: len(lab.RUN_COLUMNS)] == list(lab.RUN_COLUMNS)
+    assert list(runs[0])[: len(files.RUN_COLUMNS)] == list(files.RUN_COLUMNS)
     assert (tmp_path / "a" / "figures" / "dense.png").stat().st_size > 5000 and (tmp_path / "a" / "figures" / "dense.pdf").exists()
 
     os.remove(tmp_path / "a" / "figures" / "dense.png")
     exp_delay_law.run(["--preset", "smoke", "--out", str(tmp_path / "a"), "--figures-only"])
-    assert (tmp_path / "a" / "figures" / "dense.png").exists() and files(tmp_path / "a") == files(tmp_path / "b")
+    assert (tmp_path / "a" / "figures" / "dense.png").exists() and tables(tmp_path / "a") == tables(tmp_path / "b")

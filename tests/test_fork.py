@@ -10,6 +10,7 @@ import torch
 
 import exp_fork
 import exp_replay
+import files
 import lab
 import stats
 from common import Cell, Ensemble, State, UsageError
@@ -123,7 +124,7 @@ def test_two_fork_steps_end_to_end_and_a_float64_twin(tmp_path: Path, trunk: Sta
     flags = [*TINY, "--fork-steps", "150", "100", "--rho", "1.15", "1.05"]
     exp_fork.run([*flags, "--out", str(out)])
     assert "a GPU would run: preset paper on cuda" in capsys.readouterr().out
-    runs = lab.read_csv(out / "runs.csv")
+    runs = files.read_csv(out / "runs.csv")
     assert len(runs) == 2 * 2 * (2 + 2 * 2) and {(r["fork_step"], r["censored"], r["delay_steps"]) for r in runs} == {(100, 1, None), (150, 1, None)}
     assert all(r["t_mem_step"] < 100 and r["steps_run"] == 250 for r in runs)
     for r in runs:
@@ -131,7 +132,7 @@ def test_two_fork_steps_end_to_end_and_a_float64_twin(tmp_path: Path, trunk: Sta
         assert r["held_norm"] == (factor and pytest.approx(factor * r["norm_at_fork"], rel=1e-8))   # 9 digits in the file
         assert r["clamp_start"] == (factor and r["fork_step"] + 1)
     cell = arms(trunk)["raised"]   # the weights were scaled before the first step, not only held after it: the loss there tells
-    logged = {(r["cell"], r["member"], r["step"]): r["test_loss"] for r in lab.read_csv(out / "trajectories.csv")}
+    logged = {(r["cell"], r["member"], r["step"]): r["test_loss"] for r in files.read_csv(out / "trajectories.csv")}
     for r in train([cell], trunk.fork([cell])).result().trajectories:
         assert r["member"] == 2 or logged[cell.name, r["member"], r["step"]] == pytest.approx(r["test_loss"], rel=1e-8)
     summary = json.loads((out / "summary.json").read_text())
@@ -169,7 +170,7 @@ def test_stopped_inside_the_arms_and_continued_gives_the_same_bytes(tmp_path: Pa
 
 def test_smoke_preset_groks_in_every_arm_later_at_a_higher_norm(tmp_path: Path) -> None:
     exp_fork.run(["--preset", "smoke", "--device", "cpu", "--out", str(tmp_path / "s")])
-    runs = lab.read_csv(tmp_path / "s" / "runs.csv")
+    runs = files.read_csv(tmp_path / "s" / "runs.csv")
     delays = {(r["arm"], r["member"]): r["delay_steps"] for r in runs}
     assert all(r["delay_steps"] == r["t_grok_step"] - r["fork_step"] > 0 for r in runs)
     assert len(delays) == 8 and all(delays["lowered", m] < delays["same", m] < delays["raised", m] for m in (0, 1))
@@ -226,12 +227,12 @@ def test_released_forks_share_their_free_phase_and_hold_the_released_target(tmp_
     for arm in ("free", "clamp_raised"):
         np.savez(tmp_path / f"{arm}.npz", **fork_file(arm))
     exp_replay.run([str(tmp_path), "--out", str(tmp_path / "r"), "--backend", "eager"])
-    runs = lab.read_csv(tmp_path / "r" / "runs.csv")
+    runs = files.read_csv(tmp_path / "r" / "runs.csv")
     assert [(r["cell"], r["arm"], r["held_norm"]) for r in runs] == [
         ("clamp_raised", "raised", 30), ("clamp_raised", "raised", 31), ("free", "free", None), ("free", "free", None)]
     assert all(r["t_mem_step"] < 100 for r in runs)
-    assert lab.read_json(tmp_path / "r" / "provenance.json")["run_steps"] == 2 * 100 + 4 * 150
-    assert [row["difference_steps"] for row in lab.read_csv(tmp_path / "r" / "replay.csv")] == [0] * 4
+    assert files.read_json(tmp_path / "r" / "provenance.json")["run_steps"] == 2 * 100 + 4 * 150
+    assert [row["difference_steps"] for row in files.read_csv(tmp_path / "r" / "replay.csv")] == [0] * 4
 
 
 @pytest.mark.parametrize("changed, message", [

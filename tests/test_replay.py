@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import exp_replay
-import lab
+import files
 from common import UsageError
 
 RELEASED = Path(os.environ.get("RELEASED", Path(__file__).parents[2] / "shared" / "released" / "logit-scale" / "metrics"))
@@ -35,7 +35,7 @@ def good() -> dict:
 def test_a_file_of_ours_is_compared_with_censored_sides_at_the_budget(tmp_path: Path) -> None:
     np.savez(tmp_path / "cell.npz", **good())
     exp_replay.run([str(tmp_path), "--out", str(tmp_path / "r"), "--backend", "eager"])
-    rows = lab.read_csv(tmp_path / "r" / "replay.csv")
+    rows = files.read_csv(tmp_path / "r" / "replay.csv")
     assert [row["t_grok_released"] for row in rows] == [None, 50] and [row["difference_steps"] for row in rows] == [0, 0]
 
 
