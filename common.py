@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kernels import cpu
 from kernels.adamw import BETA1, BETA2, group_norms_ref
-from kernels.layout import Layout, mlp_layout
-from kernels.step import METRICS
+from kernels.layout import Layout, TransformerLayout, model_layout
+from kernels.step import metric_names
 
 EVAL_EVERY = 25        # steps between evaluations: the resolution of every T_mem and T_grok
 LOG_EVERY = 200        # steps between rows of trajectories.csv
@@ -27,11 +27,12 @@ T_MEM_ACCURACY = 0.99  # train accuracy that counts as memorised
 T_GROK_ACCURACY = 0.90  # test accuracy that counts as grokked; 0.80 and 0.95 are kept beside it
 CROSSINGS = (("train_accuracy", 0.99), ("test_accuracy", 0.80), ("test_accuracy", T_GROK_ACCURACY), ("test_accuracy", 0.95))
 MEM, CROSS_80, GROK, CROSS_95 = range(4)
-CLAMP_START = {"ce": 500, "mse": 50}   # step at which the papers engage the clamp
+CLAMP_START = {"ce": 500, "mse": 50}   # step at which the papers engage the clamp on the MLP
+TRANSFORMER_CLAMP_START = 600
+MODELS = {"mlp": 1e-3, "transformer": 5e-4, "transformer_ln": 1e-3, "transformer_b": 5e-4}   # with the papers' learning rate of each
 FOURIER = ("fourier_top5", "fourier_gini")
 CELL_COLUMNS = ("model", "loss", "p", "train_frac", "block", "seed0", "arm", "rho", "tau", "gamma", "lr", "weight_decay",
                 "clamp_start", "clamp_stop", "w_c", "budget_steps")
-AT_GROK = ("norm", "logit_scale", "norm_E", "norm_W1", "norm_W2", "saturated", "collapse32", "collapse64")
 
 
 class UsageError(Exception):
@@ -50,24 +51,26 @@ def split(p: int, train_frac: float, member: int, seed0: int) -> Tensor:
     return torch.randperm(p * p, generator=generator)[: n_train(p, train_frac)].sort().values
 
 
-def initial_rows(layout: Layout, block: int, seed0: int, members: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def clamp_start(model: str, loss: str) -> int:
+    """First step after which the papers project the norm."""
+    return CLAMP_START[loss] if model == "mlp" else TRANSFORMER_CLAMP_START
+
+
+def initial_rows(layout: Layout | TransformerLayout, block: int, seed0: int, members: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Starting parameters `(len(members), n_params)`: the whole block is drawn from one generator, then members are picked."""
     generator = torch.Generator().manual_seed(seed0)
-    p, d, H = layout.p, layout.d, layout.H
-    E, W1, W2 = (torch.randn(block, rows, columns, generator=generator)[list(members)] / math.sqrt(fan_in)
-                 for rows, columns, fan_in in ((p, d, d), (2 * d, H, 2 * d), (H, p, H)))
+    drawn = [torch.randn(block, rows, columns, generator=generator)[list(members)] / divisor for rows, columns, divisor in layout.draws()]
     rows = torch.zeros(len(members), layout.n_params, dtype=dtype)
-    for row, *drawn in zip(rows, E, W1, W2, strict=True):
-        views = layout.views(row)
-        views[0].copy_(drawn[0])
-        views[1].copy_(drawn[1])
-        views[2][:, :p].copy_(drawn[2])
+    for i, row in enumerate(rows):
+        for view, matrices in zip(layout.views(row), drawn, strict=False):   # biases, which come last, stay 0
+            view[:, : matrices.shape[2]].copy_(matrices[i])
     return rows
 
 
 @dataclass(frozen=True)
 class Cell:
-    """All chosen members of one block under one condition. `held (members, 4)`: targets of total, E, W1, W2 norm; 0 = not held."""
+    """All chosen members of one block under one condition. `held`: for each member the targets of the total norm and of the norms of the
+    model's groups (`layout.groups`); 0, or left out at the end, = not held."""
     name: str
     p: int
     members: tuple[int, ...]
@@ -86,7 +89,7 @@ class Cell:
     clamp_start: int = 500            # first step after which the norm is projected
     clamp_stop: int | None = None     # first step after which it no longer is
     w_c: float | None = None          # critical norm that rho refers to
-    held: tuple[tuple[float, float, float, float], ...] = ()
+    held: tuple[tuple[float, ...], ...] = ()
     expected_steps: int = 0           # to grok, for the estimate of time only; 0 = budget
     decay_last: bool = False          # weight decay after the Adam update instead of before it
     after_grok: int = 0               # steps to train on after the last member has grokked
@@ -122,14 +125,14 @@ class State:
     def pick(self, rows: list[int]) -> "State":
         return State(self.params[rows].clone(), self.moment1[rows].clone(), self.moment2[rows].clone(), self.step)
 
-    def norms(self, layout: Layout) -> list[float]:
+    def norms(self, layout: Layout | TransformerLayout) -> list[float]:
         """Total norm of every row's weight matrices, summed in float64."""
         return [float(group_norms_ref(row, layout).square().sum().sqrt()) for row in self.params]
 
     def fork(self, cells: list[Cell]) -> "State":
         """A copy of all rows, one per member, for each of `cells`: weights scaled at once to the cell's held norm, if it has one.
         Biases, moments and step stay as they are (arXiv 2606.18465, same-state comparison)."""
-        layout = mlp_layout(cells[0].p, dtype=self.params.dtype)
+        layout = model_layout(cells[0].model, cells[0].p, self.params.dtype)
         copy = self.pick([*range(len(self.params))] * len(cells))
         targets = [held[0] for cell in cells for held in (cell.held or ((0.0,),) * len(cell.members))]
         for row, norm, target in zip(copy.params, copy.norms(layout), targets, strict=True):
@@ -183,7 +186,9 @@ class Ensemble:
 
     def __init__(self, cells: list[Cell], device: str, backend: str, dtype: torch.dtype, arithmetic: str, start: State | None = None):
         self.cells, first = cells, cells[0]
-        self.layout = mlp_layout(first.p, dtype=dtype)
+        self.layout = model_layout(first.model, first.p, dtype)
+        self.metrics = metric_names(self.layout.groups)
+        self.reported = ("norm", "logit_scale", *(f"norm_{group}" for group in self.layout.groups), "saturated", "collapse32", "collapse64")
         self.n = n_train(first.p, first.train_frac)
         self.dtype, self.loss, self.decay_last = dtype, first.loss, first.decay_last
         runs = [(c, m) for c, cell in enumerate(cells) for m in cell.members]
@@ -193,7 +198,9 @@ class Ensemble:
         self.lr, self.weight_decay, self.tau = over_runs("lr"), over_runs("weight_decay"), over_runs("tau")
         self.clamp_start = over_runs("clamp_start")
         self.clamp_stop = np.array([cells[c].clamp_stop or 2**62 for c in self.cell_of])
-        self.held = np.array([h for cell in cells for h in (cell.held or ((0, 0, 0, 0),) * len(cell.members))], dtype=float)
+        self.held = np.zeros((len(runs), 1 + len(self.layout.groups)))   # (R, 1 + groups)
+        for row, targets in zip(self.held, (h for cell in cells for h in (cell.held or ((),) * len(cell.members))), strict=True):
+            row[: len(targets)] = targets
         self.start = start.step if start else 0
         # evaluations, and so every decision, fall on multiples of EVAL_EVERY
         stop = np.array([cells[c].stop_step or cells[c].budget_steps for c in self.cell_of])
@@ -213,7 +220,7 @@ class Ensemble:
         R = len(runs)
         self.step = np.full(R, self.start)
         self.crossed = np.full((R, len(CROSSINGS)), -1)                  # first step of each crossing, -1 = not yet
-        self.at_grok = np.full((R, len(METRICS)), np.nan)
+        self.at_grok = np.full((R, len(self.metrics)), np.nan)
         self.norm_at_mem = np.full(R, np.nan)
         self.below_after_grok = np.zeros(R, dtype=int)                   # evaluations under 0.90 after T_grok
         self.diverged = np.full(R, -1)                                   # step at which loss or norm was found not finite
@@ -236,9 +243,9 @@ class Ensemble:
         return step + 1 if step == self.start else (step // EVAL_EVERY + 1) * EVAL_EVERY
 
     def scalars(self, runs: np.ndarray, first: int, last: int) -> Tensor:
-        """Per-run, per-step scalars `(R, k, 8)` of steps `first..last`, as `kernels.adamw.SCALARS` names them, float64."""
+        """Per-run, per-step scalars `(R, k, 5 + groups)` of steps `first..last`, as `kernels.adamw.scalar_names` has them, float64."""
         t = np.arange(first, last + 1)                                   # (k,)
-        out = np.empty((len(runs), len(t), 8))
+        out = np.empty((len(runs), len(t), 4 + self.held.shape[1]))
         lr, decay = self.lr[runs, None], self.lr[runs, None] * self.weight_decay[runs, None]
         out[:, :, 0] = self.tau[runs, None]
         out[:, :, 1] = 1 - decay
@@ -249,19 +256,19 @@ class Ensemble:
         return torch.from_numpy(out)
 
     def record(self, runs: np.ndarray, step: int, metrics: np.ndarray) -> None:
-        """Take in the evaluation `metrics (len(runs), 15)` at `step`; retire the cells that it completes."""
+        """Take in the evaluation `metrics (len(runs), metrics)` at `step`; retire the cells that it completes."""
         self.step[runs] = step
-        broken = ~np.isfinite(metrics[:, [METRICS.index("train_loss"), METRICS.index("norm")]]).all(1)
+        broken = ~np.isfinite(metrics[:, [self.metrics.index("train_loss"), self.metrics.index("norm")]]).all(1)
         self.diverged[runs[broken & (self.diverged[runs] < 0)]] = step
         if step % EVAL_EVERY == 0:
             for column, (name, threshold) in enumerate(CROSSINGS):
-                new = (metrics[:, METRICS.index(name)] >= threshold) & (self.crossed[runs, column] < 0)
+                new = (metrics[:, self.metrics.index(name)] >= threshold) & (self.crossed[runs, column] < 0)
                 self.crossed[runs[new], column] = step
                 if column == GROK:
                     self.at_grok[runs[new]] = metrics[new]
                 elif column == MEM:
-                    self.norm_at_mem[runs[new]] = metrics[new, METRICS.index("norm")]
-            after = (self.crossed[runs, GROK] >= 0) & (metrics[:, METRICS.index("test_accuracy")] < T_GROK_ACCURACY)
+                    self.norm_at_mem[runs[new]] = metrics[new, self.metrics.index("norm")]
+            after = (self.crossed[runs, GROK] >= 0) & (metrics[:, self.metrics.index("test_accuracy")] < T_GROK_ACCURACY)
             self.below_after_grok[runs] += after
         for c in np.unique(self.cell_of[runs]):
             mine = self.cell_of == c
@@ -270,7 +277,7 @@ class Ensemble:
                 self.retire[mine] = np.minimum(done.max() + self.cells[c].after_grok, self.end[mine])
         if step % LOG_EVERY == 0 or step == self.start + 1:
             for run, values in zip(runs, metrics.tolist(), strict=True):
-                self.log.append((int(run), step, [*values, *fourier_structure(self.layout.views(self.state.params[run])[0])]))
+                self.log.append((int(run), step, [*values, *fourier_structure(self.layout.views(self.state.params[run])[0][: self.layout.p])]))
 
     def live(self) -> np.ndarray:
         return np.flatnonzero((self.step < self.retire) & (self.diverged < 0))
@@ -440,21 +447,21 @@ class Ensemble:
             diverged = within(self.diverged[r])
             steps = int(min(self.step[r], last))
             out.needed += steps - self.start
-            at_grok = dict(zip(METRICS, self.at_grok[r].tolist(), strict=True)) if t_grok is not None else {}
+            at_grok = dict(zip(self.metrics, self.at_grok[r].tolist(), strict=True)) if t_grok is not None else {}
             held = [h or None for h in self.held[r].tolist()]
             out.runs.append({
                 **{name: getattr(cell, name) for name in CELL_COLUMNS}, "cell": cell.name, "member": int(member), "n_train": self.n,
                 "dtype": str(self.dtype).removeprefix("torch."),
-                **dict(zip(("held_norm", "held_E", "held_W1", "held_W2"), held, strict=True)),
+                **dict(zip(("held_norm", *(f"held_{group}" for group in self.layout.groups)), held, strict=True)),
                 "t_mem_step": t_mem, "t_80_step": t_80, "t_grok_step": t_grok, "t_95_step": t_95,
                 "censored": int(t_grok is None), "diverged": int(diverged is not None), "steps_run": steps,
                 "norm_at_mem": float(self.norm_at_mem[r]) if t_mem is not None else None,
-                **{f"{name}_at_grok": at_grok.get(name) for name in AT_GROK},
+                **{f"{name}_at_grok": at_grok.get(name) for name in self.reported},
                 "evals_below_after_grok": int(self.below_after_grok[r]) if t_grok is not None and cell.after_grok else None,
             })
             if not any(held):
                 out.runs[-1].update(clamp_start=None, clamp_stop=None)
-        names = (*METRICS, *FOURIER)
+        names = (*self.metrics, *FOURIER)
         for r, step, values in sorted(self.log, key=lambda row: row[:2]):
             if step <= self.retire[r]:
                 out.trajectories.append({"cell": self.cells[self.cell_of[r]].name, "member": int(self.member[r]), "step": step,

@@ -1,7 +1,7 @@
 """Per-seed replay of released runs: the same cells from the same start, member by member, beside what the authors' GPU measured.
 
-Reads the `.npz` files released with paper B (arXiv 2606.18465) and trains what each describes: block size, modulus, train fraction, loss,
-temperature, learning rate, decay, clamp target and step, budget. Nothing is fitted: a clamp at rho times a critical norm takes the critical
+Reads the `.npz` files released with paper B (arXiv 2606.18465) and trains what each describes: network, block size, modulus, train fraction,
+loss, temperature, learning rate, decay, clamp target and step, budget. Nothing is fitted: a clamp at rho times a critical norm takes the critical
 norm stored with the run, an allocation the stored group norms, and weight decay follows the Adam update, as in the released runs.
 A fork file (same-state comparison) is trained freely to its fork step, once for all its arms, and continued at the stored target of each
 member. A file that is no such run is refused.
@@ -46,6 +46,7 @@ NEEDED = ("p", "alpha", "lam", "lr", "max_steps", "arm", "T_mem_per_seed", "T_gr
 FORK_NEEDED = ("p", "alpha", "lam", "lr", "arm", "t_fork", "n_seed", "N0", "target", "T_mem_per_seed", "T_grok_per_seed", "steps", "logit_scale")
 ARMS = {"none": "free", "clamp": "clamp", "alloc": "alloc"}
 FORK_ARMS = {"free": "free", "clamp_same": "same", "clamp_raised": "raised", "clamp_lowered": "lowered"}
+ARCHS = {"mlp": ("mlp", 256), "tfnoln": ("transformer_b", 512)}   # model and hidden width
 FORK_BUDGET = 60_000   # steps; fork files store none, the paper has it in its methods
 
 
@@ -79,9 +80,9 @@ def whole(data: dict[str, np.ndarray], key: str, default: float | None = None) -
     return int(value)
 
 
-def check_shape(data: dict[str, np.ndarray]) -> None:
-    """Widths and batch that the file may state: only the papers' network on the full batch is trained."""
-    for key, expected in (("d_model", 128), ("H", 256), ("n_train", n_train(whole(data, "p"), scalar(data, "alpha"))),
+def check_shape(data: dict[str, np.ndarray], H: int) -> None:
+    """Widths and batch that the file may state: only the papers' networks on the full batch are trained."""
+    for key, expected in (("d_model", 128), ("H", H), ("n_train", n_train(whole(data, "p"), scalar(data, "alpha"))),
                           ("batch_size", n_train(whole(data, "p"), scalar(data, "alpha")))):
         if key in data and whole(data, key) != expected:
             raise ValueError(f"{key} is {whole(data, key)}, only {expected} is trained")
@@ -98,8 +99,10 @@ def choose(members: tuple[int, ...], S: int, label: str) -> tuple[int, ...]:
 
 def describe(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) -> Released:
     number = functools.partial(scalar, data)
-    if str(data.get("arch", "mlp")) != "mlp":
-        raise UsageError(f"{label}: a transformer run ({data['arch']}); transformers are not replayed yet, leave it out with --match")
+    arch = str(data.get("arch", "mlp"))
+    if arch not in ARCHS:
+        raise UsageError(f"{label}: a network that is not replayed ({arch}); there are {' and '.join(ARCHS)}, leave it out with --match")
+    model, H = ARCHS[arch]
     arm, loss, S = str(data["arm"]), str(data.get("loss", "ce")), len(data["T_grok_per_seed"])
     p, budget, start = whole(data, "p"), whole(data, "max_steps"), whole(data, "t_int", 500)
     if arm not in ARMS or loss not in ("ce", "mse"):
@@ -109,19 +112,19 @@ def describe(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) 
             and data["T_mem_per_seed"].shape == data["T_grok_per_seed"].shape == (S,)
             and data["steps"].shape == data["logit_scale"].shape == (len(data["steps"]),)):
         raise ValueError("a number is out of its range or an array has the wrong length")
-    check_shape(data)
+    check_shape(data, H)
     chosen = choose(members, S, label)
     rho, w_c = (number("rho"), number("wc_used")) if arm != "free" and arm != "none" else (None, None)
     held = (0.0, 0.0, 0.0, 0.0)
     if arm == "clamp":
         held = (rho * w_c, 0.0, 0.0, 0.0)
-    elif arm == "alloc":
+    elif arm == "alloc" and model == "mlp":
         held = (0.0, *(float(data[key][-1]) for key in ("wn_E", "wn_W1", "wn_W2")))
     if arm in ("clamp", "alloc") and not max(held) > 0:
         raise ValueError("the held norm is not positive")
     grokked = data["T_grok_per_seed"][list(chosen)]
     expected = int(np.where(grokked < 0, budget, grokked).max())
-    cell = Cell(label, p=p, members=chosen, block=S, budget_steps=budget, arm=ARMS[arm], loss=loss, train_frac=number("alpha"), rho=rho,
+    cell = Cell(label, p=p, members=chosen, block=S, budget_steps=budget, arm=ARMS[arm], loss=loss, model=model, train_frac=number("alpha"), rho=rho,
                 tau=number("tau", 1), gamma=number("gamma") if arm == "alloc" else None, lr=number("lr"), weight_decay=number("lam"),
                 clamp_start=start, w_c=w_c, held=(held,) * len(chosen), expected_steps=expected, decay_last=True)
     return Released(cell, data["T_mem_per_seed"].astype(int), data["T_grok_per_seed"].astype(int), data["steps"].astype(int),
@@ -138,7 +141,7 @@ def describe_fork(data: dict[str, np.ndarray], label: str, members: tuple[int, .
             and EVAL_EVERY <= step < FORK_BUDGET and step % EVAL_EVERY == 0 and all(data[key].shape == (S,) for key in per_seed)
             and data["steps"].shape == data["logit_scale"].shape == (len(data["steps"]),)):
         raise ValueError("a number is out of its range or an array has the wrong length")
-    check_shape(data)
+    check_shape(data, 256)
     t_mem, t_grok = data["T_mem_per_seed"], data["T_grok_per_seed"]
     if not ((t_mem > 0) & (t_mem <= step) & ((t_grok < 0) | (t_grok > step))).all():
         raise ValueError("a member had not memorised, or had grokked, at the fork")

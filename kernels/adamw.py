@@ -18,22 +18,29 @@ import torch
 from torch import Tensor
 
 from .dialect import divide, power_of_two, square_root, tl, triton
-from .layout import Layout
+from .layout import GROUPS, Layout, TransformerLayout
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 _BETA1, _BETA2, _EPS = tl.constexpr(BETA1), tl.constexpr(BETA2), tl.constexpr(EPS)
 BLOCK = 1024       # elements of a row in one program
-SCALARS = ("tau", "decay", "step_size", "bias2_sqrt", "target_total", "target_E", "target_W1", "target_W2")  # targets: 0 = not held
 
 
-def group_norms_ref(weights: Tensor, layout: Layout) -> Tensor:
-    """`||E||, ||W1||, ||W2||` of a row, float64 `(3,)`."""
+def scalar_names(groups: tuple[str, ...]) -> tuple[str, ...]:
+    """What a step takes besides the data, in order; a target of 0 holds nothing."""
+    return ("tau", "decay", "step_size", "bias2_sqrt", "target_total", *(f"target_{group}" for group in groups))
+
+
+SCALARS = scalar_names(GROUPS)   # of the MLP
+
+
+def group_norms_ref(weights: Tensor, layout: Layout | TransformerLayout) -> Tensor:
+    """Norm of each of the layout's groups of weight matrices in a row, float64 `(groups,)`."""
     return torch.stack([weights[part].double().square().sum() for part in layout.group_slices()]).sqrt()
 
 
 def adamw_project_ref(params: Tensor, moment1: Tensor, moment2: Tensor, gradient: Tensor, scalars: Tensor,
-                      layout: Layout, decay_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """New `params, moment1, moment2`, each `(n_params,)`, from the gradient row and `scalars (8,)` named by `SCALARS`."""
+                      layout: Layout | TransformerLayout, decay_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """New `params, moment1, moment2`, each `(n_params,)`, from the gradient row and the scalars of `scalar_names`."""
     _, decay, step_size, bias2_sqrt = scalars[:4]
     n = layout.n_weights
     moment1 = moment1 + (1 - BETA1) * (gradient - moment1)
@@ -44,7 +51,7 @@ def adamw_project_ref(params: Tensor, moment1: Tensor, moment2: Tensor, gradient
     norms = group_norms_ref(weights, layout)
     held = torch.cat([norms.square().sum().sqrt()[None], norms]).clamp_min(torch.finfo(torch.float64).tiny)
     targets = scalars[4:].double()
-    ratio = torch.where(targets > 0, targets / held, 1.0).to(params.dtype)     # (4,): total, E, W1, W2
+    ratio = torch.where(targets > 0, targets / held, 1.0).to(params.dtype)     # (1 + groups,): total, then each group
     parts = [weights[part] * (ratio[0] * ratio[1 + i]) for i, part in enumerate(layout.group_slices())]
     return torch.cat([*parts, biases]), moment1, moment2
 

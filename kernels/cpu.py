@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .layout import Layout
+from .adamw import scalar_names
+from .layout import Layout, TransformerLayout
 from .step import evaluate_ref, train_step_ref
 
 # cpp_wrapper: one C++ call a step, which also releases the interpreter lock; threshold: keep gelu' instead of evaluating erf twice.
@@ -25,13 +26,13 @@ def has_compiler() -> bool:
 class CpuKernels:
     """`step` and `evaluate` for runs of one shape, after one warm-up call each so that nothing compiles inside a worker."""
 
-    def __init__(self, layout: Layout, n_train: int, loss: str, dtype: torch.dtype, compiled: bool, decay_last: bool = False):
+    def __init__(self, layout: Layout | TransformerLayout, n_train: int, loss: str, dtype: torch.dtype, compiled: bool, decay_last: bool = False):
         self.step = functools.partial(train_step_ref, layout=layout, loss=loss, decay_last=decay_last)
         self.evaluate = functools.partial(evaluate_ref, layout=layout, loss=loss)
         if compiled:
             rows = [torch.zeros(layout.n_params, dtype=dtype) for _ in range(3)]
             a, b = torch.zeros(2, n_train, dtype=torch.int64)
-            self.step = compile_for(self.step, *rows, a, b, torch.ones(8, dtype=dtype))
+            self.step = compile_for(self.step, *rows, a, b, torch.ones(len(scalar_names(layout.groups)), dtype=dtype))
             self.evaluate = compile_for(self.evaluate, rows[0], torch.ones(layout.p**2, dtype=dtype), a, b, torch.ones((), dtype=dtype))
 
 
@@ -58,7 +59,7 @@ class single_thread:
 
 def advance(kernels: CpuKernels, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, train: Tensor,
             scalars: Tensor) -> list[float]:
-    """`k` steps in place on one run's rows `(n_params,)`, then its metrics. `scalars (k, 8)`, `a, b (n,)`, `train (p*p,)`."""
+    """`k` steps in place on one run's rows `(n_params,)`, then its metrics. `scalars (k, 5 + groups)`, `a, b (n,)`, `train (p*p,)`."""
     for row in scalars:
         kernels.step(params, moment1, moment2, a, b, row)
     return kernels.evaluate(params, train, a, b, scalars[-1, 0]).tolist()

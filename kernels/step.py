@@ -5,18 +5,27 @@ And the evaluation, which is the same forward over all p*p pairs. Both are compo
 import torch
 from torch import Tensor
 
+from . import transformer
 from .adamw import adamw_project_ref, group_norms_ref
 from .first_layer import tables_backward_ref, tables_ref
 from .hidden import gelu_ref, hidden_backward_ref, hidden_ref
-from .layout import Layout
+from .layout import GROUPS, Layout, TransformerLayout
 from .loss import AUDIT, loss_gradient_ref, loss_ref, softmax_audit_ref, softmax_ref
 
-METRICS = ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "logit_scale", "saturated",
-           "norm", "norm_E", "norm_W1", "norm_W2", *AUDIT)
+
+def metric_names(groups: tuple[str, ...]) -> tuple[str, ...]:
+    """What is measured at one step, in order: one norm for each of a model's groups."""
+    return ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "logit_scale", "saturated", "norm",
+            *(f"norm_{group}" for group in groups), *AUDIT)
 
 
-def gradient_ref(params: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: Layout, loss: str) -> Tensor:
+METRICS = metric_names(GROUPS)   # of the MLP
+
+
+def gradient_ref(params: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: Layout | TransformerLayout, loss: str) -> Tensor:
     """Gradient row `(n_params,)` of the mean loss over the training pairs `a, b (n,)`."""
+    if isinstance(layout, TransformerLayout):
+        return transformer.gradient_ref(params, a, b, tau, layout, loss)
     p = layout.p
     E, W1, W2, b1, b2 = layout.views(params)
     U, V = tables_ref(E, W1, b1)                                    # (p, H) each
@@ -30,38 +39,40 @@ def gradient_ref(params: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: Layo
 
 
 def train_step_ref(params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor,
-                   layout: Layout, loss: str, decay_last: bool = False) -> None:
-    """One step in place on the rows `(n_params,)`; `scalars (8,)` as `adamw.SCALARS` names them."""
+                   layout: Layout | TransformerLayout, loss: str, decay_last: bool = False) -> None:
+    """One step in place on the rows `(n_params,)`; `scalars (5 + groups,)` as `adamw.SCALARS` names them."""
     gradient = gradient_ref(params, a, b, scalars[0], layout, loss)
     new = adamw_project_ref(params, moment1, moment2, gradient, scalars, layout, decay_last)
     for row, value in zip((params, moment1, moment2), new, strict=True):
         row.copy_(value)
 
 
-def all_logits_ref(params: Tensor, layout: Layout) -> Tensor:
+def all_logits_ref(params: Tensor, layout: Layout | TransformerLayout) -> Tensor:
     """Logits of all p*p pairs, pair `i` being `(i // p, i % p)`: `(p*p, p_pad)`."""
+    if isinstance(layout, TransformerLayout):
+        return transformer.all_logits_ref(params, layout)
     E, W1, W2, b1, b2 = layout.views(params)
     U, V = tables_ref(E, W1, b1)
     h, _ = gelu_ref((U[:, None, :] + V[None, :, :]).reshape(-1, layout.H))
     return h @ W2 + b2
 
 
-def evaluate_ref(params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: Layout, loss: str) -> Tensor:
-    """Everything measured at one step, float64 `(15,)`: `METRICS`, of which the last five (`loss.AUDIT`) are over the training pairs.
+def evaluate_ref(params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: Layout | TransformerLayout, loss: str) -> Tensor:
+    """Everything measured at one step, float64, as `metric_names` names it; the last five (`loss.AUDIT`) are over the training pairs.
 
     `train (p*p,)` is 1 on training pairs. A pair counts as correct when its label's logit exceeds every other one.
     """
-    p = layout.p
+    p, classes = layout.p, layout.classes
     logits = all_logits_ref(params, layout)                         # (p*p, p_pad)
     pair = torch.arange(p * p, device=params.device)
     labels = (pair // p + pair % p) % p
     column = torch.arange(layout.p_pad, device=params.device)
     is_label = column == labels[:, None]
     at_label = torch.where(is_label, logits, 0).sum(-1)
-    rival = torch.where(is_label | (column >= p), -torch.inf, logits).amax(-1)
+    rival = torch.where(is_label | (column >= classes), -torch.inf, logits).amax(-1)
     correct = (at_label > rival).double()
-    losses = loss_ref(logits, labels, tau, p, loss).double()
-    scaled = torch.where(column < p, logits / tau, 0)
+    losses = loss_ref(logits, labels, tau, classes, loss).double()
+    scaled = torch.where(column < classes, logits / tau, 0)
     on_train, on_test = train.double(), 1 - train.double()
     n_train, n_test = on_train.sum(), on_test.sum()
     norms = group_norms_ref(params, layout)
@@ -69,7 +80,7 @@ def evaluate_ref(params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tenso
         (correct * on_train).sum() / n_train, (correct * on_test).sum() / n_test,
         (losses * on_train).sum() / n_train, (losses * on_test).sum() / n_test,
         scaled.square().sum(-1).sqrt().double().mean(),
-        (softmax_ref(logits / tau, p).amax(-1) > 0.999).double().mean(),
+        (softmax_ref(logits / tau, classes).amax(-1) > 0.999).double().mean(),
         norms.square().sum().sqrt(), *norms,
     ]
-    return torch.cat([torch.stack(values), softmax_audit_ref(logits[a * p + b], (a + b) % p, tau, p)])
+    return torch.cat([torch.stack(values), softmax_audit_ref(logits[a * p + b], (a + b) % p, tau, classes)])

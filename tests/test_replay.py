@@ -76,7 +76,8 @@ def zipped(name: str, content: bytes) -> bytes:
     (packed(p=7.5), "not a whole number"),
     (packed(H=512), "only 256 is trained"),
     (packed(steps=np.array([]), logit_scale=np.array([])), "no logged steps"),
-    (packed(arch="tfnoln"), "a transformer run"),
+    (packed(arch="tfnoln", H=256), "only 512 is trained"),
+    (packed(arch="resnet"), "a network that is not replayed (resnet)"),
     (packed(t_fork=800), "lacks n_seed, N0, target"),
 ])
 def test_foreign_files_are_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:

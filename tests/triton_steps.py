@@ -197,10 +197,10 @@ def test_workspace_is_at_most_half_of_the_state(p: int, n_slots: int) -> None:
 
 def test_the_trainer_drives_the_kernels_as_it_drives_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cells, one retiring first: lockstep, compaction and bookkeeping on the CUDA path against the CPU path."""
-    to, layout = torch.Tensor.to, common.mlp_layout
+    to = torch.Tensor.to
     if not torch.cuda.is_available():   # the interpreter works on CPU tensors
         monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: self if a and a[0] == "cuda" else to(self, *a, **k))
-    monkeypatch.setattr(common, "mlp_layout", lambda p, dtype: layout(p, 16, 32, dtype))
+    monkeypatch.setattr(common, "model_layout", lambda model, p, dtype: mlp_layout(p, 16, 32, dtype))
     cells = [common.Cell("a", p=5, members=(0, 1), block=2, budget_steps=75, arm="clamp", clamp_start=10, held=((3.0, 0, 0, 0),) * 2),
              common.Cell("b", p=5, members=(1,), block=2, budget_steps=25)]
     ours, theirs = (common.Ensemble(cells, device, backend, torch.float32, "ieee") for device, backend in (("cuda", "auto"), ("cpu", "eager")))
