@@ -286,10 +286,12 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
         files.write_csv(out / "runs.csv", [{"experiment": "fork", **run} for run in result.runs], COLUMNS)
         files.write_csv(out / "trajectories.csv", result.trajectories)
         files.write_json(out / "provenance.json", lab.provenance(desk, result))
-    runs, trajectories = files.read_runs(out / "runs.csv"), files.read_csv(out / "trajectories.csv")   # so that both ways see the same digits
-    cells, answered = cell_rows(runs, trajectories), claims(runs, config)
+    runs, trajectories = files.read_runs(out / "runs.csv"), []            # read back, so that both ways see the same digits
+    if (out / "trajectories.csv").exists():                               # a run of record may come without them
+        trajectories = files.read_csv(out / "trajectories.csv")
+        files.write_csv(out / "cells.csv", cell_rows(runs, trajectories))
+    cells, answered = files.read_csv(out / "cells.csv"), claims(runs, config)
     found = findings(runs, cells, config)
-    files.write_csv(out / "cells.csv", cells)
     files.write_summary(out, answered, found)
     for p in config.p:
         for step in config.fork_steps:
@@ -299,7 +301,8 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
                              if (step, rho, config.lr) == tuple(PAPER.values())}
                 file = f"p{p}_fork{step}_rho{rho:g}"
                 plots.fork_arms(arms, published, out / "figures", f"arms_{file}")
-                plots.fork_trajectories(trajectories, f"trunk_p{p}_b{config.seeds}", arms, out / "figures", f"trajectories_{file}")
+                if trajectories:
+                    plots.fork_trajectories(trajectories, f"trunk_p{p}_b{config.seeds}", arms, out / "figures", f"trajectories_{file}")
     ratios = [row for row in found if row["id"].startswith("raised_over_same.")]
     for axis, other in (("fork_step", "rho"), ("rho", "fork_step")) if ratios else ():
         plots.fork_ratio(ratios, axis, other, out / "figures", f"ratio_over_{axis}")
