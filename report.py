@@ -284,7 +284,7 @@ def markdown(blocks: list[tuple]) -> str:
             out.append(f"{'#' * int(kind[1])} {content}")
         elif kind == "table":
             header, rows = content
-            lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
+            lines = ["| " + " | ".join(field.replace("|", "\\|") for field in row) + " |" for row in [header, *rows]]
             out.append("\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]))
         elif kind == "figure":
             out.append(f"![{content[1]}]({content[0].relative_to(ROOT)})")
