@@ -109,20 +109,28 @@ def dense_budget(rho: float) -> int:
 
 
 def control_cells(config: Config) -> list[Cell]:
+    """The free cells that give the W_c of held ones."""
     cells = []
     if {"dense", "matrix", "oneshot"} & set(config.parts):
         cells += [free(config, p, config.seeds) for p in config.p]
-    if "matrix" in config.parts:
-        cells += [free(config, p, config.seeds, lr) for p in config.p for lr in config.lrs[1:]]
     if "moduli" in config.parts:
         cells += [free(config, p, config.moduli_seeds) for p in config.moduli]
+    return unique(cells)
+
+
+def other_free_cells(config: Config) -> list[Cell]:
+    """The free cells that no other cell needs."""
+    cells = []
+    if "matrix" in config.parts:
+        cells += [free(config, p, config.seeds, lr) for p in config.p for lr in config.lrs[1:]]
     if "concentration" in config.parts:
         block, p0 = config.free_seeds, config.p[0]
         cells += [free(config, p, block) for p in config.free_moduli]
         cells += [free(config, p0, block, frac=frac) for frac in config.train_fracs or (0.30, 0.35, 0.40, 0.50, 0.65)]
         cells += [free(config, p0, block, wd=wd, frac=0.50) for wd in config.weight_decays or (0.3, 1.0, 3.0)]
         cells += [free(config, p0, block, lr=lr, wd=3.0, frac=0.50) for lr in (3e-4, 1e-3, 3e-3)]
-    return unique(cells)
+    controls = {cell.name for cell in control_cells(config)}
+    return [cell for cell in unique(cells) if cell.name not in controls]
 
 
 def clamp_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
@@ -455,9 +463,9 @@ def run(argv: list[str]) -> None:
     desk = lab.Lab("delay_law", config, given, PRESETS)
     if config.figures_only:
         return write(desk, Result(), trained=False)
-    controls = control_cells(config)
+    controls, others = control_cells(config), other_free_cells(config)
     guess = {c.name: 54.8 * (c.p / 59) ** 0.4 for c in controls}   # for the dry run's list only; the real W_c comes from the control
-    lab.announce(config, [*controls, *clamp_cells(config, guess)])
+    lab.announce(config, [*controls, *others, *clamp_cells(config, guess)])
     if config.dry_run:
         return None
     desk.open()
@@ -468,8 +476,7 @@ def run(argv: list[str]) -> None:
             print(f"{cell.name}: no member grokked within {cell.budget_steps} steps: no W_c, so the cells held relative to it are not run")
         else:
             print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}")
-    if clamped := clamp_cells(config, w_c):
-        result += desk.train("clamp", clamped)
+    result += desk.train("cells", [*others, *clamp_cells(config, w_c)], deal=True)
     write(desk, result, trained=True)
     desk.finish()
     return None

@@ -168,7 +168,7 @@ def train(desk: lab.Lab) -> Result:
         norms = state.norms(mlp_layout(p, dtype=state.params.dtype))
         print(f"p={p}, fork at step {step}: norm N0 {' '.join(f'{norm:.2f}' for norm in norms)}", flush=True)
         cells = arm_cells(config, p, step, norms)
-        part = desk.train(f"arms_p{p}_{step}", cells, state.fork(cells))
+        part = desk.train(f"arms_p{p}_{step}", cells, state.fork(cells), deal=True)
         inherit(part.runs, before)
         at_fork = dict(zip(cells[0].members, norms, strict=True))
         for run in part.runs:

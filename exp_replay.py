@@ -23,6 +23,7 @@ import files
 import lab
 import plots
 from common import EVAL_EVERY, Cell, Result, UsageError, inherit, n_train
+from logbook import Trajectories
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,16 +180,16 @@ def train(desk: lab.Lab, released: list[Released]) -> Result:
     """Whole runs in one stage; then, fork by fork, the free phase once and all its arms from there."""
     result = Result()
     if whole := [item.cell for item in released if not item.fork_step]:
-        result += desk.train("replay", whole)
+        result += desk.train("replay", whole, deal=True)
     forks: dict[Cell, list[Cell]] = {}
     for item in released:
         if item.fork_step:
             forks.setdefault(trunk(item), []).append(item.cell)
     for i, (before, arms) in enumerate(forks.items()):
         free = desk.train(f"trunk{i}", [before], keep_state=True)
-        part = desk.train(f"fork{i}", arms, free.state.fork(arms))
+        part = desk.train(f"fork{i}", arms, free.state.fork(arms), deal=True)
         inherit(part.runs, free.runs)
-        result += dataclasses.replace(free, runs=[], trajectories=[]) + part
+        result += dataclasses.replace(free, runs=[], trajectories=Trajectories()) + part
     return result
 
 
@@ -235,20 +236,21 @@ def run(argv: list[str]) -> None:
         return None
     desk.open()
     result = train(desk, released)
+    out = desk.out   # one of several ranks leaves here
     rows = compare(released, result.runs)
     scales = compare_scales(released, result.trajectories, rows)
-    files.write_csv(desk.out / "replay.csv", rows)
-    files.write_csv(desk.out / "cells.csv", scales)
-    files.write_csv(desk.out / "runs.csv", [{"experiment": "replay", **r} for r in result.runs], files.RUN_COLUMNS)
-    files.write_json(desk.out / "provenance.json", lab.provenance(desk, result))
-    plots.replay(rows, desk.out / "figures")
+    files.write_csv(out / "replay.csv", rows)
+    files.write_csv(out / "cells.csv", scales)
+    files.write_csv(out / "runs.csv", [{"experiment": "replay", **r} for r in result.runs], files.RUN_COLUMNS)
+    files.write_json(out / "provenance.json", lab.provenance(desk, result))
+    plots.replay(rows, out / "figures")
     for s in scales:
         L = f"{100 * (s['logit_scale'] / s['logit_scale_released'] - 1):+.2f}%" if s["logit_scale"] else "-"
         print(f"{s['cell']}: {s['exact']}/{s['n']} exact, T_mem equal {s['t_mem_equal']}/{s['n']}, "
               f"largest {100 * s['largest_relative']:.2f}%, L {L}" + ("" if s["n"] == s["block"] else " (not all members ran)"))
     desk.finish()
     differences = [abs(row["difference_steps"]) for row in rows]
-    print(f"results in {desk.out}")
+    print(f"results in {out}")
     print(f"replayed {len(rows)} runs: {differences.count(0)} exact, {sum(d <= EVAL_EVERY for d in differences)} within one evaluation, "
           f"largest difference {max(differences)} steps")
     return None

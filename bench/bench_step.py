@@ -41,6 +41,7 @@ class Ours:
         self.dtype, self.p, self.runs, self.device, self.t = dtype, p, runs, device, 0
         self.backend, self.arithmetic = self.ensemble.backend, arithmetic if device == "cuda" else "ieee"
         if device == "cpu":
+            self.ensemble.compile()
             self.pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
         else:
             from kernels.cuda import CudaKernels
