@@ -308,9 +308,10 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
         plots.fork_ratio(ratios, axis, other, out / "figures", f"ratio_over_{axis}")
     print(stats.table(answered))
     for row in found:
-        if row["ours"] is not None and not row["id"].startswith(COLLAPSE):
+        if not row["id"].startswith(COLLAPSE):
+            ours = "no value, half or more is censored" if row["ours"] is None else f"{row['ours']:.3g}"
             interval = f", 95% interval {row['lo']:.3g} to {row['hi']:.3g}" if row["lo"] is not None and row["hi"] is not None else ""
-            print(f"{row['id']}: {row['ours']:.3g}{interval}, n = {row['n']}, {row['n_censored']} censored")
+            print(f"{row['id']}: {ours}{interval}, n = {row['n']}, {row['n_censored']} censored")
     print(f"results in {out}")
 
 

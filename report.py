@@ -130,10 +130,11 @@ def claims_section(best: dict[str, dict], published: dict[str, dict]) -> list[tu
 
 def doubts_section(folders: list[Folder]) -> list[tuple]:
     blocks = [("h2", "Doubts, and our answers in numbers"),
-              ("p", "Questions that the papers leave open. No verdict and no goal: only what the runs say.")]
-    header = ["finding", "what", "ours", "95% interval or range", "n", "from"]
+              ("p", "Questions that the papers leave open. No verdict and no goal: only what the runs say. A value or an end of an interval that "
+                    "censored runs leave open is empty.")]
+    header = ["finding", "ours", "95% interval or range", "n", "censored", "what", "from"]
     for question, beginnings in DOUBTS:
-        rows = [[f"`{f['id']}`", f["quantity"], number(f["ours"]), interval(f["lo"], f["hi"]), str(f["n"]), folder.name]
+        rows = [[f"`{f['id']}`", number(f["ours"]), interval(f["lo"], f["hi"]), str(f["n"]), number(f.get("n_censored")), f["quantity"], folder.name]
                 for folder in folders for f in folder.summary.get("findings", []) if f["id"].startswith(beginnings)]
         blocks += [("h3", question), ("table", (header, rows)) if rows else ("p", "NOT RUN")]
     return [*blocks, ("h3", "What does dropping the members that never grok do to a median?"), *dropped(folders)]
