@@ -122,14 +122,20 @@ def exactly(x: float, short: str) -> str:
 
 @dataclass
 class State:
-    """Rows `(R, n_params)` of parameters and both moments after `step` steps. Copying it is forking."""
+    """Rows `(R, n_params)` of parameters and both moments, each after its own `step (R,)` steps. Copying it is forking."""
     params: Tensor
     moment1: Tensor
     moment2: Tensor
-    step: int
+    step: np.ndarray
 
     def pick(self, rows: list[int]) -> "State":
-        return State(self.params[rows].clone(), self.moment1[rows].clone(), self.moment2[rows].clone(), self.step)
+        return State(self.params[rows].clone(), self.moment1[rows].clone(), self.moment2[rows].clone(), self.step[rows])
+
+    @staticmethod
+    def join(states: list["State"]) -> "State":
+        """All rows, one state after the other."""
+        return State(*(torch.cat([getattr(state, name) for state in states]) for name in ("params", "moment1", "moment2")),
+                     np.concatenate([state.step for state in states]))
 
     def of_cells(self, cells: list[Cell], chosen: list[int]) -> "State":
         """The rows of the `chosen` of `cells`, of which each has a row per member."""
@@ -213,7 +219,7 @@ class Ensemble:
         self.held = np.zeros((len(runs), 1 + len(self.layout.groups)))   # (R, 1 + groups)
         for row, targets in zip(self.held, (h for cell in cells for h in (cell.held or ((),) * len(cell.members))), strict=True):
             row[: len(targets)] = targets
-        self.start = start.step if start else 0
+        self.start = start.step if start else np.zeros(len(runs), dtype=int)   # (R,) multiples of EVAL_EVERY
         # evaluations, and so every decision, fall on multiples of EVAL_EVERY
         stop = np.array([cells[c].stop_step or cells[c].budget_steps for c in self.cell_of])
         self.end = np.minimum(over_runs("budget_steps"), stop) // EVAL_EVERY * EVAL_EVERY
@@ -228,9 +234,9 @@ class Ensemble:
                 if (c.block, c.seed0, c.members) not in drawn:
                     drawn[c.block, c.seed0, c.members] = initial_rows(self.layout, c.block, c.seed0, c.members, dtype)
             params = torch.cat([drawn[c.block, c.seed0, c.members] for c in cells])
-            self.state = State(params, torch.zeros_like(params), torch.zeros_like(params), 0)
+            self.state = State(params, torch.zeros_like(params), torch.zeros_like(params), self.start)
         R = len(runs)
-        self.step = np.full(R, self.start)
+        self.step = self.start.copy()
         self.crossed = np.full((R, len(CROSSINGS)), -1)                  # first step of each crossing, -1 = not yet
         self.at_grok = np.full((R, len(self.metrics)), np.nan)
         self.norm_at_mem = np.full(R, np.nan)
@@ -239,7 +245,7 @@ class Ensemble:
         self.retire = self.end.copy()                                    # step at which the run's cell leaves
         self.log = Logbook(len(self.metrics) + len(FOURIER), folder)          # (run, step, metrics and Fourier structure)
         self.executed, self.seconds, self.quiescent = 0, 0.0, True
-        digest = hashlib.sha256(repr((cells, str(dtype), arithmetic, self.start)).encode()).digest()
+        digest = hashlib.sha256(repr((cells, str(dtype), arithmetic, self.start.tolist())).encode()).digest()
         self.identity = torch.tensor(list(digest), dtype=torch.uint8)    # a snapshot of other runs must not be taken up
         self.arithmetic, self.on_device, self.kernels = arithmetic, np.arange(R), None
         if device == "cuda":
@@ -253,14 +259,15 @@ class Ensemble:
 
     # -- one interval
 
-    def next_stop(self, step: int) -> int:
-        """Next step at which to evaluate: the first one, then multiples of EVAL_EVERY."""
-        return step + 1 if step == self.start else (step // EVAL_EVERY + 1) * EVAL_EVERY
+    def next_stop(self, run: int) -> int:
+        """Step at which to evaluate `run` next: the first one that it makes here, then multiples of EVAL_EVERY."""
+        step = int(self.step[run])
+        return step + 1 if step == self.start[run] else (step // EVAL_EVERY + 1) * EVAL_EVERY
 
-    def scalars(self, runs: np.ndarray, first: int, last: int) -> Tensor:
-        """Per-run, per-step scalars `(R, k, 5 + groups)` of steps `first..last`, as `kernels.adamw.scalar_names` has them, float64."""
-        t = np.arange(first, last + 1)                                   # (k,)
-        out = np.empty((len(runs), len(t), 4 + self.held.shape[1]))
+    def scalars(self, runs: np.ndarray, k: int) -> Tensor:
+        """Per-run, per-step scalars `(R, k, 5 + groups)` of each run's next `k` steps, as `kernels.adamw.scalar_names` has them, float64."""
+        t = self.step[runs, None] + np.arange(1, k + 1)                  # (R, k)
+        out = np.empty((len(runs), k, 4 + self.held.shape[1]))
         lr, decay = self.lr[runs, None], self.lr[runs, None] * self.weight_decay[runs, None]
         out[:, :, 0] = self.tau[runs, None]
         out[:, :, 1] = 1 - decay
@@ -270,15 +277,17 @@ class Ensemble:
         out[:, :, 4:] = inside[:, :, None] * self.held[runs, None, :]
         return torch.from_numpy(out)
 
-    def record(self, runs: np.ndarray, step: int, metrics: np.ndarray) -> None:
-        """Take in the evaluation `metrics (len(runs), metrics)` at `step`; retire the cells that it completes."""
-        self.step[runs] = step
+    def record(self, runs: np.ndarray, k: int, metrics: np.ndarray) -> None:
+        """Take in the evaluation `metrics (len(runs), metrics)` of `runs` after `k` more steps; retire the cells that it completes."""
+        self.step[runs] += k
+        step = self.step[runs]                                           # (len(runs),), all on the grid of evaluations or none
         broken = ~np.isfinite(metrics[:, [self.metrics.index("train_loss"), self.metrics.index("norm")]]).all(1)
-        self.diverged[runs[broken & (self.diverged[runs] < 0)]] = step
-        if step % EVAL_EVERY == 0:
+        new = broken & (self.diverged[runs] < 0)
+        self.diverged[runs[new]] = step[new]
+        if step[0] % EVAL_EVERY == 0:
             for column, (name, threshold) in enumerate(CROSSINGS):
                 new = (metrics[:, self.metrics.index(name)] >= threshold) & (self.crossed[runs, column] < 0)
-                self.crossed[runs[new], column] = step
+                self.crossed[runs[new], column] = step[new]
                 if column == GROK:
                     self.at_grok[runs[new]] = metrics[new]
                 elif column == MEM:
@@ -290,9 +299,9 @@ class Ensemble:
             done = np.where(self.crossed[mine, GROK] >= 0, self.crossed[mine, GROK], self.diverged[mine])
             if (done >= 0).all():
                 self.retire[mine] = np.minimum(done.max() + self.cells[c].after_grok, self.end[mine])
-        if step % LOG_EVERY == 0 or step == self.start + 1:
-            for run, values in zip(runs, metrics.tolist(), strict=True):
-                self.log.append(int(run), step, [*values, *fourier_structure(self.layout.views(self.state.params[run])[0][: self.layout.p])])
+        for i in np.flatnonzero((step % LOG_EVERY == 0) | (step == self.start[runs] + 1)):
+            E = self.layout.views(self.state.params[runs[i]])[0][: self.layout.p]
+            self.log.append(int(runs[i]), int(step[i]), [*metrics[i].tolist(), *fourier_structure(E)])
 
     def live(self) -> np.ndarray:
         return np.flatnonzero((self.step < self.retire) & (self.diverged < 0))
@@ -323,7 +332,7 @@ class Ensemble:
                     save(self.snapshot())
                     save_every = max(save_every, 100 * (time.monotonic() - started))
         except (KeyboardInterrupt, SystemExit):                          # from `tick`, where the state is whole
-            if save and self.quiescent and self.step.max() > self.start:
+            if save and self.quiescent and (self.step > self.start).any():
                 save(self.snapshot())
             raise
 
@@ -384,14 +393,14 @@ class Ensemble:
                         continue
                     busy[run] = step
                 try:
-                    until = self.next_stop(step)
+                    until = self.next_stop(run)
                     rows = (t[run] for t in (self.state.params, self.state.moment1, self.state.moment2, self.a, self.b, self.train_mask))
-                    scalars = self.scalars(np.array([run]), step + 1, until)[0].to(self.dtype)
+                    scalars = self.scalars(np.array([run]), until - step)[0].to(self.dtype)
                     with torch.no_grad():
                         metrics = cpu.advance(self.kernels, *rows, scalars)
                     with ready:
                         self.executed += until - step
-                        self.record(np.array([run]), until, np.array([metrics]))
+                        self.record(np.array([run]), until - step, np.array([metrics]))
                         del busy[run]
                         if until < self.retire[run] and self.diverged[run] < 0:
                             heapq.heappush(idle, (until, run))
@@ -435,14 +444,13 @@ class Ensemble:
                 self._fetch()
                 self.kernels.keep(torch.from_numpy(np.flatnonzero(np.isin(self.on_device, live))))
                 self.on_device = live
-            step = int(self.step[live[0]])
-            until = self.next_stop(step)
-            metrics = self.kernels.interval(self.scalars(self.on_device, step + 1, until)).numpy()
-            self.executed += len(self.on_device) * (until - step)
-            if until % LOG_EVERY == 0 or step == self.start:
+            k = self.next_stop(live[0]) - int(self.step[live[0]])        # the same for all: every start is on the grid
+            metrics = self.kernels.interval(self.scalars(self.on_device, k)).numpy()
+            self.executed += len(self.on_device) * k
+            if k == 1 or ((self.step[live] + k) % LOG_EVERY == 0).any():
                 self.state.params[self.on_device] = self.kernels.state.params.cpu()   # for the Fourier structure of E
             training = np.isin(self.on_device, live)
-            self.record(live, until, metrics[training])
+            self.record(live, k, metrics[training])
             self.quiescent = True
             try:
                 tick(self)
@@ -458,7 +466,7 @@ class Ensemble:
 
     def result(self) -> Result:
         """Rows for runs.csv and trajectories.csv, final state, run-steps. What a run did past its cell's retirement is dropped."""
-        out = Result(executed=self.executed, seconds=self.seconds, state=dataclasses.replace(self.state, step=int(self.step.max())))
+        out = Result(executed=self.executed, seconds=self.seconds, state=dataclasses.replace(self.state, step=self.step.copy()))
         for c in range(len(self.cells)):
             rows = self.rows(c)
             out.runs += rows.runs
@@ -476,7 +484,7 @@ class Ensemble:
             t_mem, t_80, t_grok, t_95 = (within(step) for step in self.crossed[r])
             diverged = within(self.diverged[r])
             steps = int(min(self.step[r], last))
-            out.needed += steps - self.start
+            out.needed += steps - int(self.start[r])
             at_grok = dict(zip(self.metrics, self.at_grok[r].tolist(), strict=True)) if t_grok is not None else {}
             held = [h or None for h in self.held[r].tolist()]
             out.runs.append({

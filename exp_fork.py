@@ -164,14 +164,20 @@ def train(desk: lab.Lab) -> Result:
     """Trunks, forks, arms. Rows of the arms; log rows of all."""
     config = desk.config
     total, at = trunks(desk)
-    for (p, step), (state, before) in at.items():
-        norms = state.norms(mlp_layout(p, dtype=state.params.dtype))
-        print(f"p={p}, fork at step {step}: norm N0 {' '.join(f'{norm:.2f}' for norm in norms)}", flush=True)
-        cells = arm_cells(config, p, step, norms)
-        part = desk.train(f"arms_p{p}_{step}", cells, state.fork(cells), deal=True)
-        inherit(part.runs, before)
-        at_fork = dict(zip(cells[0].members, norms, strict=True))
+    for p in config.p:
+        cells, states, origin = [], [], {}
+        for step in sorted(config.fork_steps):
+            state, before = at[p, step]
+            norms = state.norms(mlp_layout(p, dtype=state.params.dtype))
+            print(f"p={p}, fork at step {step}: norm N0 {' '.join(f'{norm:.2f}' for norm in norms)}", flush=True)
+            arms = arm_cells(config, p, step, norms)
+            cells += arms
+            states.append(state.fork(arms))
+            origin |= {cell.name: (step, before, dict(zip(cell.members, norms, strict=True))) for cell in arms}
+        part = desk.train(f"arms_p{p}", cells, State.join(states), deal=True)      # every fork step and rho in one ensemble
         for run in part.runs:
+            step, before, at_fork = origin[run["cell"]]
+            inherit([run], before)
             grok = run["t_grok_step"]
             run.update(fork_step=step, delay_steps=None if grok is None else grok - step, norm_at_fork=at_fork[run["member"]])
         total += part

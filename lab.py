@@ -430,7 +430,8 @@ class Lab:
         size, shares = max(self.rank.size, self.shares) if deal else 1, {self.shard: [*range(len(cells))]}
         if size > 1:
             self.loads = self.loads or [0.0] * size
-            owners = ranks.deal([ranks.cost(cell, start.step if start else 0) for cell in cells], self.loads)
+            first = np.cumsum([0, *(len(cell.members) for cell in cells)])
+            owners = ranks.deal([ranks.cost(cell, int(start.step[row]) if start else 0) for cell, row in zip(cells, first, strict=False)], self.loads)
             shares = {f".{number}of{size}": [i for i, owner in enumerate(owners) if owner == number] for number in range(size)}
             if self.shard:
                 shares = {self.shard: shares[self.shard]}

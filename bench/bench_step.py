@@ -38,7 +38,7 @@ class Ours:
         cell = Cell("bench", p=p, members=tuple(range(runs)), block=runs, budget_steps=10**6, clamp_start=1, lr=LR, weight_decay=WEIGHT_DECAY,
                     held=((TARGET, 0.0, 0.0, 0.0),) * runs)
         self.ensemble = Ensemble([cell], device, "auto", dtype, arithmetic)
-        self.dtype, self.p, self.runs, self.device, self.t = dtype, p, runs, device, 0
+        self.dtype, self.p, self.runs, self.device = dtype, p, runs, device
         self.backend, self.arithmetic = self.ensemble.backend, arithmetic if device == "cuda" else "ieee"
         if device == "cpu":
             self.ensemble.compile()
@@ -51,8 +51,8 @@ class Ours:
 
     def steps(self, k: int) -> None:
         e, every = self.ensemble, np.arange(self.runs)
-        scalars = e.scalars(every, self.t + 1, self.t + k)
-        self.t += k
+        scalars = e.scalars(every, k)
+        e.step += k
         if self.device == "cuda":
             self.kernels.steps(scalars)
             return
