@@ -47,23 +47,32 @@ NEEDED = ("p", "alpha", "lam", "lr", "max_steps", "arm", "T_mem_per_seed", "T_gr
 FORK_NEEDED = ("p", "alpha", "lam", "lr", "arm", "t_fork", "n_seed", "N0", "target", "T_mem_per_seed", "T_grok_per_seed", "steps", "logit_scale")
 ARMS = {"none": "free", "clamp": "clamp", "alloc": "alloc"}
 FORK_ARMS = {"free": "free", "clamp_same": "same", "clamp_raised": "raised", "clamp_lowered": "lowered"}
+LARGEST_FILE = 64 << 20   # bytes
 FORK_BUDGET = 60_000   # steps; fork files store none, the paper has it in its methods
 
 
 def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
     """The released cell in `path`. Raises UsageError, naming the file, if it cannot be read, is foreign, or is of a kind not replayed."""
     try:
+        with zipfile.ZipFile(path) as packed:
+            if (size := sum(entry.file_size for entry in packed.infolist())) > LARGEST_FILE:
+                raise UsageError(f"{label}: {size / 2**20:.0f} MB unpacked, more than the {LARGEST_FILE >> 20} that any released run has")
         with np.load(path, allow_pickle=False) as archive:
             data = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # whatever is wrong with a file, it is refused by name
         raise UsageError(f"{label}: not a readable .npz of plain arrays ({type(error).__name__}); expected a file as released with paper B") from None
     forked = "t_fork" in data
     if missing := [key for key in (FORK_NEEDED if forked else NEEDED) if key not in data]:
         raise UsageError(f"{label}: not a released run, it lacks {', '.join(missing)}")
     try:
         return describe_fork(data, label, members) if forked else describe(data, label, members)
-    except (TypeError, ValueError, IndexError, OverflowError) as error:
-        raise UsageError(f"{label}: a value in it cannot be used ({error}); expected a file as released with paper B") from None
+    except UsageError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise UsageError(f"{label}: a value in it cannot be used ({why}); expected a file as released with paper B") from None
 
 
 def scalar(data: dict[str, np.ndarray], key: str, default: float | None = None) -> float:

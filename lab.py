@@ -410,6 +410,8 @@ class Lab:
             self.checkpoint.rename(spent)
         for folder in (spent, self.checkpoint):
             self._clear(folder)
+        with contextlib.suppress(OSError):   # files of others go back to where they were put
+            spent.rename(self.checkpoint)
         self._unlock()
 
     def _clear(self, folder: Path) -> None:
