@@ -67,6 +67,8 @@ def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
     if missing := [key for key in (FORK_NEEDED if forked else NEEDED) if key not in data]:
         raise UsageError(f"{label}: not a released run, it lacks {', '.join(missing)}")
     try:
+        if odd := [key for key, array in data.items() if np.asarray(array).dtype.kind not in "biufUS"]:
+            raise ValueError(f"{odd[0]} holds neither numbers nor text")
         return describe_fork(data, label, members) if forked else describe(data, label, members)
     except UsageError:
         raise
@@ -95,8 +97,11 @@ def check_shape(data: dict[str, np.ndarray]) -> None:
                           ("batch_size", n_train(whole(data, "p"), scalar(data, "alpha")))):
         if key in data and whole(data, key) != expected:
             raise ValueError(f"{key} is {whole(data, key)}, only {expected} is trained")
-    if len(data["steps"]) == 0 or not np.isfinite(data["steps"]).all():
+    if len(data["steps"]) == 0:
         raise ValueError("no logged steps")
+    for key in ("steps", "T_mem_per_seed", "T_grok_per_seed"):
+        if not (np.isfinite(data[key]) & (np.abs(data[key]) < 2**53)).all():
+            raise ValueError(f"{key} is not finite")
 
 
 def choose(members: tuple[int, ...], S: int, label: str) -> tuple[int, ...]:
@@ -127,8 +132,9 @@ def describe(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) 
         held = (rho * w_c, 0.0, 0.0, 0.0)
     elif arm == "alloc":
         held = (0.0, *(float(data[key][-1]) for key in ("wn_E", "wn_W1", "wn_W2")))
-    if arm in ("clamp", "alloc") and not max(held) > 0:
-        raise ValueError("the held norm is not positive")
+    wanted = {"clamp": held[:1], "alloc": held[1:]}.get(arm, ())
+    if not all(0 < norm < np.inf for norm in wanted):
+        raise ValueError("the held norm is not positive and finite")
     grokked = data["T_grok_per_seed"][list(chosen)]
     expected = int(np.where(grokked < 0, budget, grokked).max())
     cell = Cell(label, p=p, members=chosen, block=S, budget_steps=budget, arm=ARMS[arm], loss=loss, train_frac=number("alpha"), rho=rho,
@@ -155,7 +161,7 @@ def describe_fork(data: dict[str, np.ndarray], label: str, members: tuple[int, .
     chosen = choose(members, S, label)
     targets = data["target"][list(chosen)].astype(float)
     if arm != "free" and not (np.isfinite(targets) & (targets > 0)).all():
-        raise ValueError("the held norm is not positive")
+        raise ValueError("the held norm is not positive and finite")
     grokked = t_grok[list(chosen)]
     expected = int(np.where(grokked < 0, FORK_BUDGET, grokked).max())
     cell = Cell(label, p=p, members=chosen, block=S, budget_steps=FORK_BUDGET, arm=FORK_ARMS[arm], train_frac=number("alpha"), lr=number("lr"),

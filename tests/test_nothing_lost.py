@@ -66,28 +66,25 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """SIGKILL, wherever it strikes: importing, training, saving, writing results. Each start goes on from what the one before left."""
-    flags = [*FLAGS, "--budget", str(250 + 75 * KILLS), "--parts", "same", "free"]
+    """SIGKILL, wherever it strikes: starting, training, saving, writing results. Each start goes on from what the one before left."""
+    flags = [*FLAGS, "--budget", str(300 + 75 * KILLS), "--parts", "same", "free"]
     exp_fork.run([*flags, "--out", str(tmp_path / "whole")])
-    out, moments, continued = tmp_path / "out", random.Random(KILLS), 0
-    kills = 0
+    out, moments, kills, continued = tmp_path / "out", random.Random(KILLS), 0, 0
     while kills < KILLS:
-        process = start(out, flags, save_every=0.05)
-        while not (out / "config.json").exists() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 6 if continued else 2))   # a later start imports first
+        process = start(out, flags, 0.05, PYTHONUNBUFFERED="1")
+        process.stdout.readline()   # it has imported and begins
+        time.sleep(moments.uniform(0, 2.5))
         process.kill()
         text, errors = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL) and not errors, errors
         if process.returncode == 0:   # too quick for us: from the start
             shutil.rmtree(out)
         else:
-            kills += 1
-        continued += "continuing from" in text
+            kills, continued = kills + 1, continued + ("continuing from" in text)
     exp_fork.run([*flags, "--out", str(out)])
     assert tables(out) == tables(tmp_path / "whole")
     assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
-    print(f"{kills} of {kills} kills survived, {continued} of them continued from a checkpoint")
+    print(f"{kills} of {KILLS} kills survived; {continued} of the killed had continued from a checkpoint")
 
 
 def test_a_second_command_in_the_folder_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
