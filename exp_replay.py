@@ -48,23 +48,34 @@ FORK_NEEDED = ("p", "alpha", "lam", "lr", "arm", "t_fork", "n_seed", "N0", "targ
 ARMS = {"none": "free", "clamp": "clamp", "alloc": "alloc"}
 FORK_ARMS = {"free": "free", "clamp_same": "same", "clamp_raised": "raised", "clamp_lowered": "lowered"}
 ARCHS = {"mlp": ("mlp", 256), "tfnoln": ("transformer_b", 512)}   # model and hidden width
+LARGEST_FILE = 64 << 20   # bytes
 FORK_BUDGET = 60_000   # steps; fork files store none, the paper has it in its methods
 
 
 def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
     """The released cell in `path`. Raises UsageError, naming the file, if it cannot be read, is foreign, or is of a kind not replayed."""
     try:
+        with zipfile.ZipFile(path) as packed:
+            if (size := sum(entry.file_size for entry in packed.infolist())) > LARGEST_FILE:
+                raise UsageError(f"{label}: {size / 2**20:.0f} MB unpacked, more than the {LARGEST_FILE >> 20} that any released run has")
         with np.load(path, allow_pickle=False) as archive:
             data = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # whatever is wrong with a file, it is refused by name
         raise UsageError(f"{label}: not a readable .npz of plain arrays ({type(error).__name__}); expected a file as released with paper B") from None
     forked = "t_fork" in data
     if missing := [key for key in (FORK_NEEDED if forked else NEEDED) if key not in data]:
         raise UsageError(f"{label}: not a released run, it lacks {', '.join(missing)}")
     try:
+        if odd := [key for key, array in data.items() if np.asarray(array).dtype.kind not in "biufUS"]:
+            raise ValueError(f"{odd[0]} holds neither numbers nor text")
         return describe_fork(data, label, members) if forked else describe(data, label, members)
-    except (TypeError, ValueError, IndexError, OverflowError) as error:
-        raise UsageError(f"{label}: a value in it cannot be used ({error}); expected a file as released with paper B") from None
+    except UsageError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise UsageError(f"{label}: a value in it cannot be used ({why}); expected a file as released with paper B") from None
 
 
 def scalar(data: dict[str, np.ndarray], key: str, default: float | None = None) -> float:
@@ -87,8 +98,11 @@ def check_shape(data: dict[str, np.ndarray], H: int) -> None:
                           ("batch_size", n_train(whole(data, "p"), scalar(data, "alpha")))):
         if key in data and whole(data, key) != expected:
             raise ValueError(f"{key} is {whole(data, key)}, only {expected} is trained")
-    if len(data["steps"]) == 0 or not np.isfinite(data["steps"]).all():
+    if len(data["steps"]) == 0:
         raise ValueError("no logged steps")
+    for key in ("steps", "T_mem_per_seed", "T_grok_per_seed"):
+        if not (np.isfinite(data[key]) & (np.abs(data[key]) < 2**53)).all():
+            raise ValueError(f"{key} is not finite")
 
 
 def choose(members: tuple[int, ...], S: int, label: str) -> tuple[int, ...]:
@@ -121,8 +135,9 @@ def describe(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) 
         held = (rho * w_c, 0.0, 0.0, 0.0)
     elif arm == "alloc" and model == "mlp":
         held = (0.0, *(float(data[key][-1]) for key in ("wn_E", "wn_W1", "wn_W2")))
-    if arm in ("clamp", "alloc") and not max(held) > 0:
-        raise ValueError("the held norm is not positive")
+    wanted = {"clamp": held[:1], "alloc": held[1:]}.get(arm, ())
+    if not all(0 < norm < np.inf for norm in wanted):
+        raise ValueError("the held norm is not positive and finite")
     grokked = data["T_grok_per_seed"][list(chosen)]
     expected = int(np.where(grokked < 0, budget, grokked).max())
     cell = Cell(label, p=p, members=chosen, block=S, budget_steps=budget, arm=ARMS[arm], loss=loss, model=model, train_frac=number("alpha"), rho=rho,
@@ -149,7 +164,7 @@ def describe_fork(data: dict[str, np.ndarray], label: str, members: tuple[int, .
     chosen = choose(members, S, label)
     targets = data["target"][list(chosen)].astype(float)
     if arm != "free" and not (np.isfinite(targets) & (targets > 0)).all():
-        raise ValueError("the held norm is not positive")
+        raise ValueError("the held norm is not positive and finite")
     grokked = t_grok[list(chosen)]
     expected = int(np.where(grokked < 0, FORK_BUDGET, grokked).max())
     cell = Cell(label, p=p, members=chosen, block=S, budget_steps=FORK_BUDGET, arm=FORK_ARMS[arm], train_frac=number("alpha"), lr=number("lr"),

@@ -364,7 +364,7 @@ class Lab:
         else:
             self._find_shards(found)
         if found:
-            print(f"continuing from {self.checkpoint}")
+            print(f"continuing from {self.checkpoint}", flush=True)
 
     def _find_shards(self, names: set[str]) -> None:
         """Sets `shares` to the number of ranks whose shards are all there. Raises UsageError if some are missing."""
@@ -410,6 +410,8 @@ class Lab:
             self.checkpoint.rename(spent)
         for folder in (spent, self.checkpoint):
             self._clear(folder)
+        with contextlib.suppress(OSError):   # files of others go back to where they were put
+            spent.rename(self.checkpoint)
         self._unlock()
 
     def _clear(self, folder: Path) -> None:
@@ -569,7 +571,7 @@ def main(run: Callable[[list[str]], None]) -> None:
     try:
         start(run, sys.argv[1:])
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)   # one line, whatever was typed
         code = 2
     except OSError as error:   # disk full, folder gone: files are written whole, so what was there is intact
         print(f"error: {error.strerror or error}: {error.filename or 'a file'}; nothing is left half-written, mend this (disk full? folder gone?) "

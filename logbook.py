@@ -5,6 +5,7 @@ has of it is a copy.
 """
 import struct
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -20,7 +21,8 @@ class Logbook:
 
     def __init__(self, width: int, folder: Path | None = None):
         self.row, self.count = struct.Struct(f"{width + 2}d"), 0
-        self.file = tempfile.TemporaryFile(dir=folder)   # noqa: SIM115, closed with the last reader
+        self.file = tempfile.TemporaryFile(dir=folder)   # noqa: SIM115, closed with its last reader
+        weakref.finalize(self, self.file.close)
 
     def append(self, run: int, step: int, values: list[float]) -> None:
         self.file.write(self.row.pack(run, step, *values))
