@@ -32,7 +32,7 @@ import lab
 import plots
 import stats
 from common import EVAL_EVERY, Cell, Result, State, UsageError, inherit
-from kernels.layout import mlp_layout
+from kernels.layout import model_layout
 
 ARMS = ("lowered", "free", "same", "raised")   # by the delay that the paper finds
 
@@ -165,7 +165,7 @@ def train(desk: lab.Lab) -> Result:
     config = desk.config
     total, at = trunks(desk)
     for (p, step), (state, before) in at.items():
-        norms = state.norms(mlp_layout(p, dtype=state.params.dtype))
+        norms = state.norms(model_layout(config.model, p, state.params.dtype))
         print(f"p={p}, fork at step {step}: norm N0 {' '.join(f'{norm:.2f}' for norm in norms)}", flush=True)
         cells = arm_cells(config, p, step, norms)
         part = desk.train(f"arms_p{p}_{step}", cells, state.fork(cells))
@@ -204,7 +204,7 @@ def claims(runs: list[dict], config: Config) -> list[dict]:
     for key, row in stats.published(lab.ROOT / "published.csv", "B.fork.").items():
         _, _, modulus, what = key.split(".")
         groups = [pick(runs, int(modulus[1:]), PAPER["fork_step"], arm, PAPER["rho"]) for arm in (("raised", "same") if what == "ratio" else (what,))]
-        if config.lr == PAPER["lr"] and all(groups):
+        if config.lr == PAPER["lr"] and config.model == "mlp" and all(groups):
             table = delays(*groups)
             censored = ~np.isfinite(table)
             ours = stats.bootstrap(table, ratio if what == "ratio" else middle)
