@@ -1,4 +1,4 @@
-"""The weight norm sets the grokking timescale: paper A (arXiv 2606.13753), the MLP.
+"""The weight norm sets the grokking timescale: paper A (arXiv 2606.13753).
 
 Claims (section of the paper)
   sec 4  free networks grok at a critical norm W_c that varies by 1-2% over seeds and learning rates and grows as p^0.38
@@ -12,6 +12,7 @@ W_c is the median, over the members that grok, of the norm at their own T_grok i
 
     python exp_delay_law.py                    laptop preset: control and four doses at p=59, 3 members, minutes on 2 cores
     python exp_delay_law.py --preset paper     all tables of the paper; meant for a GPU
+    python exp_delay_law.py --model transformer   section 7, parts dense, groups, concentration: see delay_law_transformer.py
     python exp_delay_law.py --parts dense --rhos 0.9 1.1 --members 0 1 2 --out results/mine
 """
 import dataclasses
@@ -20,13 +21,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import delay_law_transformer as transformer
 import files
 import lab
 import plots
 import stats
 from common import CLAMP_START, Cell, Result, UsageError, exactly, unique
 
-PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")
+PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")   # of the MLP; the transformers have parts of their own
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Config(lab.Config):
     moduli_seeds: int = lab.option(12, "block size of the moduli part")
     free_moduli: tuple[int, ...] = lab.option((29, 41, 59, 79, 97), "moduli of the concentration part; --p replaces them")
     free_seeds: int = lab.option(20, "block size of the concentration part")
+    group_moduli: tuple[int, ...] = lab.option((71,), "moduli of the transformers' groups part; --p replaces them")
 
 
 PRESETS = {
@@ -62,7 +65,11 @@ def expected(p: int, rho: float = 1.04, lr: float = 1e-3) -> int:
 
 
 def narrowed(config: Config, given: dict) -> Config:
-    """`--p` narrows every part. Raises UsageError if a part has no member to train."""
+    """`--p` narrows every part. Raises UsageError if a part has no member to train, or is not the model's."""
+    if config.model != "mlp":
+        return transformer.adapted(config, given)
+    for part in set(config.parts) - set(PARTS):
+        raise UsageError(f"--parts {part} is of the transformers; for the MLP there are {' '.join(PARTS)}")
     if "p" in given:
         config = dataclasses.replace(config, moduli=given.get("moduli", config.p), free_moduli=given.get("free_moduli", config.p))
     blocks = {"moduli": config.moduli_seeds, "concentration": config.free_seeds}
@@ -421,27 +428,29 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
         files.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
         files.write_csv(out / "contraction.csv", contraction(runs, trajectories))
     contracted = files.read_csv(out / "contraction.csv")                    # a run of record may come without its long trajectories
-    claims, fits = measure(runs, config)
+    claims, fits, found = transformer.measure(runs, config) if config.model != "mlp" else (*measure(runs, config), [])
     known = stats.published(lab.ROOT / "published.csv", "A.")
     answered = [claims.get(key) or stats.claim(row, None) for key, row in known.items()]
-    found = findings(runs, fits, contracted)
+    found += findings(runs, fits, contracted)
     files.write_summary(out, answered, found)
     figures = out / "figures"
-    for block, moduli, prefix, published in ((config.seeds, config.p, "dense", "A.dense.rho"),
+    for block, moduli, prefix, published in ((config.seeds, config.p, "dense", "A.dense.rho" if config.model == "mlp" else "A.tf.rho"),
                                              (config.moduli_seeds, config.moduli, "moduli", "A.pscan.p{p}.rho")):
         if prefix == "moduli" and "moduli" not in config.parts:
             continue
         mine = [r for r in runs if r["block"] == block and r["p"] in moduli
                 and (r["lr"], r["weight_decay"], r["train_frac"]) == (config.lrs[0], 1, 0.40)]
-        if any(r["arm"] == "clamp" for r in mine):
-            plots.dose(mine, "clamp", "Delay law", figures, prefix, fits, prefix, published)
+        total = [r for r in mine if r["arm"] != "clamp" or r["held_norm"] is not None]     # without the clamps of single groups
+        if any(r["arm"] == "clamp" for r in total):
+            plots.dose(total, "clamp", "Delay law", figures, prefix, fits, prefix, published)
         if any(r["arm"] == "rescale" for r in mine):
             plots.dose(mine, "rescale", "One rescale at step 500", figures, "oneshot", fits, prefix, published)
     for p in config.p if "matrix" in config.parts else ():
         if any(r["arm"] == "clamp" and r["p"] == p for r in runs):
             plots.matrix([r for r in runs if r["p"] == p and r["block"] == config.seeds], figures, f"matrix_p{p}")
     if any(r["norm_at_grok"] is not None for r in runs if r["arm"] == "free"):
-        plots.critical_norm(runs, figures)
+        for group in ("",) if config.model == "mlp" else ("", "unembed"):
+            plots.critical_norm(runs, figures, group)
     if contracted:
         plots.contraction(contracted, figures)
     if trajectories:
@@ -458,25 +467,27 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
 
 
 def run(argv: list[str]) -> None:
-    config, given = lab.parse(Config, PRESETS, PARTS, argv)
+    config, given = lab.parse(Config, PRESETS, (*PARTS, "groups"), argv)
     config = narrowed(config, given)
     desk = lab.Lab("delay_law", config, given, PRESETS)
     if config.figures_only:
         return write(desk, Result(), trained=False)
-    controls, others = control_cells(config), other_free_cells(config)
+    held = transformer.clamp_cells if config.model != "mlp" else clamp_cells
+    controls, others = (transformer.control_cells(config), []) if config.model != "mlp" else (control_cells(config), other_free_cells(config))
     guess = {c.name: 54.8 * (c.p / 59) ** 0.4 for c in controls}   # for the dry run's list only; the real W_c comes from the control
-    lab.announce(config, [*controls, *others, *clamp_cells(config, guess)])
+    lab.announce(config, [*controls, *others, *held(config, transformer.guess(controls) if config.model != "mlp" else guess)])
     if config.dry_run:
         return None
     desk.open()
     result = desk.train("control", controls)
-    w_c = stats.critical_norms(result.runs)
+    w_c = stats.critical_norms(result.runs) if config.model == "mlp" else transformer.critical_norms(result.runs)
     for cell in controls:
         if cell.name not in w_c:
             print(f"{cell.name}: no member grokked within {cell.budget_steps} steps: no W_c, so the cells held relative to it are not run")
         else:
-            print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}")
-    result += desk.train("cells", [*others, *clamp_cells(config, w_c)], deal=True)
+            print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}" if config.model == "mlp" else
+                  f"{cell.name}: norms at own T_grok " + ", ".join(f"{group or 'total'} {norm:.2f}" for group, norm in w_c[cell.name].items()))
+    result += desk.train("cells", [*others, *held(config, w_c)], deal=True)
     write(desk, result, trained=True)
     desk.finish()
     return None

@@ -1,4 +1,4 @@
-"""What the weight norm acts through: paper B (arXiv 2606.18465), the MLP.
+"""What the weight norm acts through: paper B (arXiv 2606.18465).
 
 Claims (section or table of the paper)
   Table 2   raising the held norm to 1.15 W_c delays grokking 3.4x under cross-entropy; a temperature that brings the effective logit scale L
@@ -14,6 +14,7 @@ L of a cell: mean over members of the effective logit scale at the logged step n
 
     python exp_logit_scale.py                     laptop preset: mediation under cross-entropy and MSE at p=59, 3 members, about 6 minutes
     python exp_logit_scale.py --preset paper      all tables; meant for a GPU
+    python exp_logit_scale.py --model transformer_b --w-c 32.49      mediation as in the paper's transformer table, p=59; about an hour on 2 cores
     python exp_logit_scale.py --parts audit --audit-cells 1.15 1.20 1.15:1.7 --members 0 1
 """
 import dataclasses
@@ -27,7 +28,7 @@ import files
 import lab
 import plots_logit_scale as plots
 import stats
-from common import CLAMP_START, EVAL_EVERY, LOG_EVERY, Cell, Result, UsageError, exactly, unique
+from common import EVAL_EVERY, LOG_EVERY, MODELS, Cell, Result, UsageError, clamp_start, exactly, unique
 from measured import Measured
 
 PARTS = ("mediation", "mse", "grid", "dose", "audit", "allocation")
@@ -47,6 +48,8 @@ class Config(lab.Config):
     dose_seeds: int = lab.option(0, "block size of the dose part; 0 = the paper's, 16 at p=59 and 97, else 8")
     audit_cells: tuple[str, ...] = lab.option(("1.15", "1.20", "1.25"), "cells of the audit, each RHO or RHO:TAU")
     audit_seeds: int = lab.option(8, "block size of the audit")
+    w_c: float = lab.option(0.0, "hold multiples of this norm and train no control (paper B's transformers: 32.49, the norm at the end of theirs); "
+                            "0 = the control's")
     budget: int = lab.option(120_000, "largest step at which a run that has not grokked is censored; parts with a smaller one keep it")
 
 
@@ -60,7 +63,6 @@ GRID_RHOS, GRID_TAUS = (1.00, 1.05, 1.10, 1.15), (1.0, 1.3, 1.7)  # Table 3
 DOSE_RHOS = (0.85, 0.90, 0.95, 1.00, 1.05, 1.10, 1.15, 1.20, 1.25)
 DOSE_CELLS = {43: 6}                  # cells behind a published row of Table 1; elsewhere 7
 COLLAPSE_FREE, JUMP = 1.15, 2.5       # Table 1 fits rho up to the first, and stops before the first jump of L by more than the second
-PAPER_LR = 1e-3
 EARLY = 600                           # step right after the clamp engages, where L is not yet an outcome
 BUDGET = {"free": 60_000, "base": 40_000, "up": 120_000, "grid": 120_000, "alloc": 50_000, "audit": 60_000}   # steps
 CONFOUNDED = {"collapse": 0.05, "factor": 1.3}
@@ -100,6 +102,12 @@ def checked(config: Config, given: dict) -> Config:
     """`--p` narrows every part. Raises UsageError for values that do not fit each other."""
     if "p" in given:
         config = dataclasses.replace(config, moduli=given.get("moduli", config.p))
+    if config.model != "mlp":
+        config = dataclasses.replace(config, **{k: v for k, v in (("p", (59,)), ("parts", ("mediation",))) if k not in given})
+        if "allocation" in config.parts:
+            raise UsageError(f"--parts allocation splits the norm between E and W2 of the MLP; leave it out with --model {config.model}")
+    if config.w_c < 0 or (config.w_c and (len(config.p) > 1 or not set(config.parts) <= {"mediation", "grid", "audit"})):
+        raise UsageError("--w-c is one positive norm: it goes with one --p and with --parts mediation, grid and audit")
     audited(config)
     if config.budget < EVAL_EVERY:
         raise UsageError(f"--budget must be at least {EVAL_EVERY} steps, where runs are first evaluated; got {config.budget}")
@@ -141,7 +149,7 @@ class Plan:
         steps = expected(p, rho if arm == "clamp" else 1.04, tau, c.lr, loss)
         return Cell(name(arm, p, block, loss, None if arm == "alloc" else rho, tau, gamma, wd, dtype if arm == "clamp" else ""), p=p,
                     members=members, block=block, budget_steps=min(c.budget, budget), arm=arm, loss=loss, model=c.model, seed0=c.seed0, rho=rho,
-                    tau=tau, gamma=gamma, lr=c.lr, weight_decay=wd, clamp_start=CLAMP_START[loss], w_c=w_c, dtype=dtype,
+                    tau=tau, gamma=gamma, lr=c.lr, weight_decay=wd, clamp_start=clamp_start(c.model, loss), w_c=w_c, dtype=dtype,
                     held=(held,) * len(members) if held else (), expected_steps=int(steps / max(wd, 0.3) ** 0.7), after_grok=c.after_grok)
 
     def controls(self) -> list[Cell]:
@@ -228,7 +236,8 @@ def around_grok(runs: list[dict], trajectories: list[dict]) -> list[dict]:
 
 
 def measure(runs: list[dict], log: list[dict], config: Config) -> Measured:
-    m, plan = Measured(runs, log, "B.", answers=config.lr == PAPER_LR and config.model == "mlp"), Plan(config)
+    m, plan = Measured(runs, log, "B.", answers=config.lr == MODELS[config.model]), Plan(config)
+    m.known = {key: m.known[key] for key in published(config) if key in m.known}
     for p in config.p:
         for loss in plan.losses:
             mediation(m, plan, p, loss)
@@ -241,6 +250,13 @@ def measure(runs: list[dict], log: list[dict], config: Config) -> Measured:
     if "audit" in config.parts:
         audit(m, config)
     return m
+
+
+def published(config: Config) -> dict[str, dict]:
+    """The published rows that runs of this network may answer: those of the transformer were made with `transformer_b`."""
+    model = {"mlp": "mlp", "transformer_b": "transformer"}.get(config.model)
+    return {key: row for key, row in stats.published(lab.ROOT / "published.csv", "B.").items()
+            if row["model"] == model and not key.startswith("B.fork.")}
 
 
 def ups(plan: Plan, p: int, loss: str) -> tuple[str, ...]:
@@ -260,6 +276,11 @@ def mediation(m: Measured, plan: Plan, p: int, loss: str) -> None:
         m.claim(f"{key}.T_grok", (cell,), m.T(cell))
         m.claim(f"{key}.T_mem", (cell,), lambda picks, cell=cell: stats.median(m.mem[cell][picks]))
         m.claim(f"{key}.L", (cell,), m.at(cell))
+        if loss == "ce":
+            m.claim(f"B.tf.rho{rho:.2f}.tau{tau:.2f}.T_grok", (cell,), m.T(cell))
+            m.claim(f"B.tf.rho{rho:.2f}.tau{tau:.2f}.L", (cell,), m.at(cell))
+    if plan.up == UP and plan.taus[-1] == TAUS[-1] and loss == "ce":
+        m.claim("B.tf.effect", (up, sweep[-1]), m.ratio(up, sweep[-1]))
     if plan.up == UP:
         m.claim(f"B.med.{loss}.p{p}.T0", (base,), m.T(base))
         m.claim(f"B.med.{loss}.p{p}.T1", (up,), m.T(up))
@@ -487,8 +508,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
         if all(run["censored"] for run in mine):
             print(f"{cell}: no member grokked within {mine[0]['budget_steps']} steps; its median is later than that")
     m = measure(runs, files.read_csv(out / "around_grok.csv"), config)      # a run of record may come without its long trajectories
-    answered = [m.claims.get(key) or stats.claim(row, None) for key, row in stats.published(lab.ROOT / "published.csv", "B.").items()
-                if not key.startswith(("B.fork.", "B.tf."))]
+    answered = [m.claims.get(key) or stats.claim(row, None) for key, row in published(config).items()]
     files.write_summary(out, answered, m.findings)
     draw(m, config, desk)
     print(stats.table(answered))
@@ -505,20 +525,22 @@ def run(argv: list[str]) -> None:
     desk, plan = lab.Lab("logit_scale", config, given, PRESETS), Plan(config)
     if config.figures_only:
         return write(desk, Result(), trained=False)
-    controls = plan.controls()
+    controls = [] if config.w_c else plan.controls()
+    given_norms = {c.name: config.w_c for c in plan.controls()} if config.w_c else {}
     guess = {c.name: (54.5 if c.loss == "ce" else 36.5) * (c.p / 59) ** 0.4 for c in controls}   # for the list and estimate only
-    lab.announce(config, [*controls, *plan.frontier(), *plan.held(guess, dict.fromkeys(guess, (0.15, 0.64, 0.21)))])
+    lab.announce(config, [*controls, *plan.frontier(), *plan.held(given_norms or guess, dict.fromkeys(guess, (0.15, 0.64, 0.21)))])
     if config.dry_run:
         return None
     desk.open()
     result = desk.train("control", controls)
-    w_c = stats.critical_norms(result.runs)
+    w_c = given_norms or stats.critical_norms(result.runs)
     for cell in controls:
         if cell.name not in w_c:
             print(f"{cell.name}: no member grokked within {cell.budget_steps} steps: no W_c, so the cells held relative to it are not run")
         else:
             print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}")
-    result += desk.train("cells", [*plan.frontier(), *plan.held(w_c, power_shares(result.runs))], deal=True)
+    shares = power_shares(result.runs) if "allocation" in config.parts else {}
+    result += desk.train("cells", [*plan.frontier(), *plan.held(w_c, shares)], deal=True)
     write(desk, result, trained=True)
     desk.finish()
     return None

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import files
 import ranks
-from common import EVAL_EVERY, Cell, Ensemble, Result, State, UsageError, n_train
+from common import EVAL_EVERY, MODELS, Cell, Ensemble, Result, State, UsageError, n_train
 from kernels.cpu import has_compiler
 
 ROOT = Path(__file__).resolve().parent
@@ -61,13 +61,14 @@ class Config(Machine):
     seeds: int = option(16, "block size: members drawn from one generator; member 3 of 12 is not member 3 of 8")
     seed0: int = option(0, "first seed: weights use seed0, the split of member s uses 1000 + seed0 + s")
     parts: tuple[str, ...] = option((), "parts of the experiment to run")
-    model: str = option("mlp", "mlp")
+    model: str = option("mlp", "mlp, transformer, transformer_ln (with LayerNorm) or transformer_b (as in paper B's released runs); "
+                        "learning rates default to the model's")
     after_grok: int = option(0, "steps to train a cell on past its last member's grokking")
 
 
 NOT_SCIENCE = ("out", "resume", "dry_run", "figures_only", "metrics_dir", "twin_of")   # settings that change no number
 CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "eager", "triton"), "dtype": ("float32", "float64"),
-           "arithmetic": ("ieee", "tf32x3"), "model": ("mlp",)}
+           "arithmetic": ("ieee", "tf32x3"), "model": tuple(MODELS)}
 POSITIVE = ("rhos", "lrs", "lr", "taus", "rho", "fork_steps", "budget", "train_fracs")
 
 LARGEST = {"rhos": 100, "rho": 100, "taus": 1e6, "weight_decays": 1e6}   # far past anything that trains
@@ -98,7 +99,12 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
     device = given.get("device", "auto")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
-    if device == "auto":
+    model = given.get("model", "mlp")
+    if device == "cuda" and model != "mlp":
+        raise UsageError(f"--model {model} has no CUDA kernels yet; use --device cpu")
+    if device == "auto" and model != "mlp":
+        device = "cpu"
+    elif device == "auto":
         device = "cuda" if torch.cuda.is_available() and given.get("backend", "auto") in ("auto", "triton") else "cpu"
     if (given.get("backend") == "triton") != (device == "cuda") and given.get("backend", "auto") != "auto":
         raise UsageError(f"--backend {given['backend']} does not run on --device {device}; triton needs cuda, compiled and eager need cpu")
@@ -108,6 +114,9 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
     if presets:
         preset = given.get("preset", "paper" if device == "cuda" else "laptop")
         settings = {"parts": parts, **presets[preset], **settings, "preset": preset}
+    if model != "mlp":   # a preset's learning rates are those of the MLP
+        rates = {"lr": MODELS[model], "lrs": (MODELS[model],)}
+        settings |= {f.name: rates[f.name] for f in dataclasses.fields(cls) if f.name in rates and f.name not in given}
     config = cls(**settings)
     check(config)
     if presets:
@@ -140,7 +149,7 @@ def check(config: Machine) -> None:
 
 def check_grid(config: Config, parts: tuple[str, ...]) -> None:
     """Values that must fit each other, or UsageError."""
-    for p in (*config.p, *getattr(config, "moduli", ()), *getattr(config, "free_moduli", ())):
+    for p in (*config.p, *getattr(config, "moduli", ()), *getattr(config, "free_moduli", ()), *getattr(config, "group_moduli", ())):
         if not 2 <= p <= 1000:
             raise UsageError(f"--p must be between 2 and 1000, got {p}")
         for fraction in getattr(config, "train_fracs", ()) or (0.4,):
@@ -227,6 +236,7 @@ def announce(config: Machine, cells: list[Cell]) -> None:
     runs = sum(len(cell.members) for cell in cells)
     steps = sum(min(cell.expected_steps or cell.budget_steps, cell.budget_steps) * len(cell.members) for cell in cells)
     per_step = 5e-6 if config.device == "cuda" else 3.5e-3 / max(torch.get_num_threads(), 1) * (3 if config.dtype == "float64" else 1)
+    per_step *= 1 if cells[0].model == "mlp" else 3
     growth = 2 if config.device == "cuda" else 2.75   # of a step's time with p; on a CPU p=113 was seen to cost 6 times p=59: it leaves the cache
     seconds = sum(min(c.expected_steps or c.budget_steps, c.budget_steps) * len(c.members) * per_step * (c.p / 59) ** growth for c in cells)
     if config.dry_run:

@@ -93,25 +93,27 @@ def matrix(runs: list[dict], folder: Path, file: str) -> None:
     plt.close(figure)
 
 
-def critical_norm(runs: list[dict], folder: Path) -> None:
-    """Norm at own T_grok of free runs: against p (with the published values) and cell by cell."""
-    mine = [r for r in runs if r["arm"] == "free" and r["norm_at_grok"] is not None]
+def critical_norm(runs: list[dict], folder: Path, group: str = "") -> None:
+    """Total norm at own T_grok of free runs, or that of a group: against p (with the published W_c of the model) and cell by cell."""
+    column = f"norm_{group}_at_grok" if group else "norm_at_grok"
+    mine = [r for r in runs if r["arm"] == "free" and r[column] is not None]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
-    known = stats.published(lab.ROOT / "published.csv", "A.wc.p")
     plain = [r for r in mine if r["weight_decay"] == 1 and r["train_frac"] == 0.40]
-    left.plot([r["p"] for r in plain], [r["norm_at_grok"] for r in plain], ".", alpha=0.5, label="ours, every member")
-    points = [(int(k["p"]), k["value"]) for key, k in known.items() if k["value"] and key in (f"A.wc.p{k['p']}", f"A.wc.pscan.p{k['p']}")]
-    left.plot(*zip(*points, strict=True), "s", mfc="none", color="black", label="published W_c")
-    left.set(xscale="log", yscale="log", xlabel="p", ylabel="norm at T_grok, free", title="Critical norm over p")
+    left.plot([r["p"] for r in plain], [r[column] for r in plain], ".", alpha=0.5, label="ours, every member")
+    points = [(int(k["p"]), k["value"]) for key, k in stats.published(lab.ROOT / "published.csv", "A.").items() if k["value"] and not group
+              and k["model"] == mine[0]["model"] and key in (f"A.wc.p{k['p']}", f"A.wc.pscan.p{k['p']}", "A.tf.wc")]
+    if points:
+        left.plot(*zip(*points, strict=True), "s", mfc="none", color="black", label="published W_c")
+    left.set(xscale="log", yscale="log", xlabel="p", ylabel=f"{group} norm at T_grok, free".strip(), title="Critical norm over p")
     left.legend(fontsize=7)
     names = list(dict.fromkeys(r["cell"] for r in mine))
     for i, cell in enumerate(names):
-        values = [r["norm_at_grok"] for r in mine if r["cell"] == cell]
+        values = [r[column] for r in mine if r["cell"] == cell]
         right.plot([i] * len(values), values, ".", alpha=0.5)
         right.plot(i, np.median(values), "_", color="black", ms=14)
     right.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-    right.set(ylabel="norm at T_grok, free", title="Concentration")
-    save_figure(figure, folder, "critical_norm")
+    right.set(ylabel=f"{group} norm at T_grok, free".strip(), title="Concentration")
+    save_figure(figure, folder, f"critical_norm_{group}" if group else "critical_norm")
     plt.close(figure)
 
 

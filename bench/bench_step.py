@@ -21,11 +21,13 @@ from torch import Tensor
 import files
 import lab
 import plots
-from common import Cell, Ensemble, UsageError, n_train
+from common import MODELS, Cell, Ensemble, UsageError, n_train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from peers import peers
+
+from kernels.layout import GROUPS
 
 TARGET, LR, WEIGHT_DECAY = 40.0, 1e-3, 1.0   # any held norm would do: the work is the same
 
@@ -34,9 +36,9 @@ class Ours:
     """The project's step as the trainer drives it: on a CPU one single-threaded worker per core, each walking its share of the runs."""
     name = "ours"
 
-    def __init__(self, p: int, runs: int, dtype: torch.dtype, device: str, arithmetic: str):
+    def __init__(self, p: int, runs: int, dtype: torch.dtype, device: str, arithmetic: str, model: str = "mlp"):
         cell = Cell("bench", p=p, members=tuple(range(runs)), block=runs, budget_steps=10**6, clamp_start=1, lr=LR, weight_decay=WEIGHT_DECAY,
-                    held=((TARGET, 0.0, 0.0, 0.0),) * runs)
+                    model=model, held=((TARGET,),) * runs)
         self.ensemble = Ensemble([cell], device, "auto", dtype, arithmetic)
         self.dtype, self.p, self.runs, self.device = dtype, p, runs, device
         self.backend, self.arithmetic = self.ensemble.backend, arithmetic if device == "cuda" else "ieee"
@@ -66,14 +68,17 @@ class Ours:
 
     def weights(self, i: int) -> list[Tensor]:
         row = self.kernels.state.params[i].cpu() if self.device == "cuda" else self.ensemble.state.params[i]
-        E, W1, W2, b1, b2 = self.ensemble.layout.views(row)
-        return [E, W1, W2[:, : self.p], b1, b2[: self.p]]
+        *whole, last = self.ensemble.layout.views(row)
+        if self.ensemble.layout.groups != GROUPS:
+            return [*whole, last[:, : self.ensemble.layout.classes]]
+        E, W1, W2, b1 = whole
+        return [E, W1, W2[:, : self.p], b1, last[: self.p]]
 
 
 def stacked(ours: Ours) -> list[Tensor]:
-    """`E (R, p, d)`, `W1`, `W2`, `b1 (R, 1, H)`, `b2 (R, 1, p)`: the common start, for the peers."""
+    """`E (R, p, d)`, `W1`, `W2`, `b1 (R, 1, H)`, `b2 (R, 1, p)`, or the nine matrices of a transformer: the common start, for the peers."""
     rows = [ours.weights(i) for i in range(ours.runs)]
-    return [torch.stack([row[j] if j < 3 else row[j][None] for row in rows]).clone() for j in range(5)]
+    return [torch.stack([torch.atleast_2d(row[j]) for row in rows]).clone() for j in range(len(rows[0]))]
 
 
 def agreement(contenders: list, ours: Ours) -> float:
@@ -82,7 +87,8 @@ def agreement(contenders: list, ours: Ours) -> float:
     any difference in the recipe (one missing decay step is 1e-3 on its own)."""
     worst = 0.0
     for contender in contenders:
-        for mine, theirs in zip(ours.weights(ours.runs - 1)[:3], contender.weights(ours.runs - 1)[:3], strict=True):
+        pairs = zip(ours.weights(ours.runs - 1), contender.weights(ours.runs - 1), strict=True)
+        for mine, theirs in (pair for pair in pairs if pair[0].dim() == 2):
             difference = float((mine.double() - theirs.double().cpu().reshape(mine.shape)).norm() / mine.double().norm())
             if not difference < 2e-4:
                 raise SystemExit(f"{contender.name} disagrees with ours after 3 steps: {difference:.1e} of a tensor's norm; nothing is timed")
@@ -90,8 +96,12 @@ def agreement(contenders: list, ours: Ours) -> float:
     return worst
 
 
-def flops(p: int, d: int = 128, H: int = 256) -> float:
-    """Of one run-step with the separable first layer: three products over the n pairs, six over the p rows."""
+def flops(model: str, p: int, d: int = 128, H: int = 256) -> float:
+    """Of the matrix products of one run-step of ours: three over the n pairs and six over the p rows, or those of `kernels/transformer.py`."""
+    if model != "mlp":
+        c, H, n = p + 1, 512, n_train(p, 0.40)
+        pairs, F, rest = (6 * n * d * (H + c), H + d, 0) if model == "transformer_ln" else (6 * n * H * c, H + c, 6 * H * d * c)
+        return pairs + rest + 6 * 2 * p * d * (d + F) + 6 * d * d * F
     return 6 * n_train(p, 0.40) * H * p + 12 * p * d * H
 
 
@@ -117,16 +127,16 @@ def seconds(contender: object, k: int, device: str) -> float:
     return time.perf_counter() - started
 
 
-def measure(p: int, runs: int, rounds: int, device: str, only: list[str] | None) -> list[dict]:
+def measure(model: str, p: int, runs: int, rounds: int, device: str, only: list[str] | None) -> list[dict]:
     modes = [(torch.float32, "ieee"), (torch.float64, "ieee")] + ([(torch.float32, "tf32x3")] if device == "cuda" else [])
-    ours = [Ours(p, runs, dtype, device, arithmetic) for dtype, arithmetic in modes]
+    ours = [Ours(p, runs, dtype, device, arithmetic, model) for dtype, arithmetic in modes]
     start, e = stacked(ours[0]), ours[0].ensemble
-    chosen = [peer for peer in peers() if only is None or peer.name in only]
+    chosen = [peer for peer in peers(model) if only is None or peer.name in only]
     rivals = [peer([w.to(device) for w in start], e.a.to(device), e.b.to(device), p, TARGET, LR, WEIGHT_DECAY) for peer in chosen]
     for contender in [*ours, *rivals]:
         contender.steps(3)
     worst = agreement([*ours[1:], *rivals], ours[0])
-    print(f"p={p}: {len(rivals)} peers agree with ours after 3 steps to {worst:.1e} of a tensor's norm", flush=True)
+    print(f"{model}, p={p}: {len(rivals)} peers agree with ours after 3 steps to {worst:.1e} of a tensor's norm", flush=True)
     taken: dict[int, list[float]] = {}
     for contender in [*ours, *rivals]:   # enough steps for 0.3 s a visit, chosen once
         one = min(seconds(contender, 1, device) for _ in range(2))
@@ -141,12 +151,12 @@ def measure(p: int, runs: int, rounds: int, device: str, only: list[str] | None)
 
     def row(name: str, backend: str, arithmetic: str, dtype: str, samples: list[float]) -> dict:
         middle = float(np.median(samples))
-        return {"name": name, "device": device, "backend": backend, "arithmetic": arithmetic, "dtype": dtype, "p": p, "runs": runs,
+        return {"name": name, "model": model, "device": device, "backend": backend, "arithmetic": arithmetic, "dtype": dtype, "p": p, "runs": runs,
                 "us_per_run_step": round(middle, 3), "low": round(float(np.percentile(samples, 10)), 3),
                 "high": round(float(np.percentile(samples, 90)), 3), "ratio_to_ours": round(middle / base, 4)}
     rows = [row("ours", o.backend, o.arithmetic, str(o.dtype).split(".")[1], taken[id(o)]) for o in ours]
     rows += [row(r.name, "jax" if r.name == "jax_vmap" else "torch", "ieee", "float32", taken[id(r)]) for r in rivals]
-    rows.append(row("roofline", "matmul", "ieee", "float32", [1e6 * flops(p) / rate for rate in rates]))
+    rows.append(row("roofline", "matmul", "ieee", "float32", [1e6 * flops(model, p) / rate for rate in rates]))
     return rows
 
 
@@ -180,7 +190,7 @@ def figure(rows: list[dict], folder: Path) -> None:
         axis.barh(labels, [row["us_per_run_step"] for row in mine], color=colors, edgecolor="black")
         for i, row in enumerate(mine):
             axis.text(row["us_per_run_step"], i, f" {row['us_per_run_step']:.0f} us, {row['ratio_to_ours']:.2g}x", va="center", fontsize=7)
-        axis.set(xscale="log", xlabel="microseconds per run-step", title=f"p={p}, {mine[0]['runs']} runs, {mine[0]['device']}")
+        axis.set(xscale="log", xlabel="microseconds per run-step", title=f"{mine[0]['model']}, p={p}, {mine[0]['runs']} runs, {mine[0]['device']}")
         axis.set_xlim(right=axis.get_xlim()[1] * 4)
     plots.save_figure(picture, folder, "step")
     plt.close(picture)
@@ -188,23 +198,27 @@ def figure(rows: list[dict], folder: Path) -> None:
 
 def run(argv: list[str]) -> None:
     parser = lab.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--model", choices=tuple(MODELS), default="mlp", help="network; its peers differ")
     parser.add_argument("--p", type=int, nargs="+", default=[59, 97], help="moduli")
     parser.add_argument("--runs", type=int, default=12, help="runs in the ensemble")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved repeats")
     parser.add_argument("--peers", nargs="+", default=None, help="only these peers; default: all that can be imported")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
     parser.add_argument("--sweep", action="store_true", help="instead: our step alone over R and over p, with memory per run, to sweep.csv")
-    parser.add_argument("--out", default=str(lab.ROOT / "results" / "bench"), help="folder for step.csv and figures")
+    parser.add_argument("--out", default="", help="folder for step.csv and figures; default: results/bench, with the model's name behind it")
     options = parser.parse_args(argv)
     if min(options.p) < 2 or options.runs < 1 or options.rounds < 1:
         raise UsageError("--p must be >= 2, --runs and --rounds >= 1")
-    if unknown := set(options.peers or ()) - {peer.name for peer in peers()}:
-        raise UsageError(f"--peers {' '.join(unknown)}: not here; there are {' '.join(peer.name for peer in peers())}")
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    names = [peer.name for peer in peers(options.model)]
+    if unknown := set(options.peers or ()) - set(names):
+        raise UsageError(f"--peers {' '.join(unknown)}: not here; there are {' '.join(names)}")
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() and options.model == "mlp" else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
+    if options.model != "mlp" and (device == "cuda" or options.sweep):
+        raise UsageError(f"--model {options.model} has no CUDA kernels yet, and --sweep is of the MLP; use --device cpu")
     torch._dynamo.config.recompile_limit = 256
-    out, rows = Path(options.out), []
+    out, rows = Path(options.out or lab.ROOT / "results" / ("bench" if options.model == "mlp" else f"bench_{options.model}")), []
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -213,7 +227,7 @@ def run(argv: list[str]) -> None:
         counts = [1, 4, 16, 64, 160, 640, 4096] if device == "cuda" else [1, 2, 4, 12, 48]
         return sweep(out, device, counts, [59, 29, 43, 67, 97, 113], options.rounds)
     for p in options.p:
-        rows += measure(p, options.runs, options.rounds, device, options.peers)
+        rows += measure(options.model, p, options.runs, options.rounds, device, options.peers)
         files.write_csv(out / "step.csv", rows)
         for row in rows[-sum(r["p"] == p for r in rows):]:
             print(f"p={p} {row['name']:18s} {row['dtype']} {row['arithmetic']:6s} {row['us_per_run_step']:10.1f} us per run-step "

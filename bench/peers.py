@@ -15,15 +15,15 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 class EagerAutograd:
     """How the released runners work: batched leaf tensors, all p*p pairs forward and backward with the test pairs masked out of the loss,
     autograd, AdamW tensor by tensor."""
-    name = "eager_autograd"
+    name, n_weights = "eager_autograd", 3
 
     def __init__(self, weights: list, a: torch.Tensor, b: torch.Tensor, p: int, target: float, lr: float, weight_decay: float):
         self.parameters = [w.clone().requires_grad_() for w in weights]                  # E (R, p, d), W1, W2, b1 (R, 1, H), b2
         self.target, R = target, len(a)
         self.take_pairs(a, b, p)
         self.run = torch.arange(R, device=a.device)[:, None]
-        self.optimizer = torch.optim.AdamW([{"params": self.parameters[:3], "weight_decay": weight_decay},
-                                            {"params": self.parameters[3:], "weight_decay": 0.0}], lr=lr, betas=BETAS, eps=EPS)
+        self.optimizer = torch.optim.AdamW([{"params": self.parameters[: self.n_weights], "weight_decay": weight_decay},
+                                            {"params": self.parameters[self.n_weights:], "weight_decay": 0.0}], lr=lr, betas=BETAS, eps=EPS)
 
     def take_pairs(self, a: torch.Tensor, b: torch.Tensor, p: int) -> None:
         pair = torch.arange(p * p, device=a.device).expand(len(a), -1)                   # (R, p*p)
@@ -46,8 +46,8 @@ class EagerAutograd:
 
     @torch.no_grad()
     def clamp(self) -> None:
-        squared = sum(w.flatten(1).square().sum(1) for w in self.parameters[:3])         # (R,)
-        for w in self.parameters[:3]:
+        squared = sum(w.flatten(1).square().sum(1) for w in self.parameters[: self.n_weights])      # (R,)
+        for w in self.parameters[: self.n_weights]:
             w.mul_((self.target / squared.sqrt())[:, None, None])
 
     def weights(self, i: int) -> list[torch.Tensor]:
@@ -67,7 +67,7 @@ class CompiledAutograd(EagerAutograd):
     name = "compiled_autograd"
 
     def __init__(self, *args: object):
-        super().__init__(*args)
+        EagerAutograd.__init__(self, *args)
         self.loss = torch.compile(self.loss, dynamic=False)
         self.update = torch.compile(self.optimizer.step, dynamic=False)
         self.clamp = torch.compile(self.clamp, dynamic=False)
@@ -225,6 +225,46 @@ class JaxVmap:
         return [torch.from_numpy(np.array(w[i])) for w in self.state[0]]
 
 
-def peers() -> list[type]:
+class Transformer(EagerAutograd):
+    """Three tokens a pair, attention and MLP at the last position only; nine matrices, all decayed and held."""
+    n_weights, normed = 9, False
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:]) if self.normed else x
+
+    def loss(self) -> torch.Tensor:
+        E, pos, Wq, Wk, Wv, Wo, Win, Wout, U = self.parameters
+        tokens = torch.stack([self.a, self.b, torch.full_like(self.a, E.shape[1] - 1)], 2)          # (R, pairs, 3)
+        x = E[self.run[:, :, None], tokens] + pos[:, None]                                          # (R, pairs, 3, d)
+        y, last = self.norm(x).flatten(1, 2), x[:, :, 2]
+        q = (self.norm(last) @ Wq).unflatten(-1, (4, 1, -1))                                        # (R, pairs, heads, 1, dh)
+        k, v = ((y @ W).unflatten(1, (-1, 3)).unflatten(-1, (4, -1)).transpose(2, 3) for W in (Wk, Wv))
+        o = F.scaled_dot_product_attention(q, k, v).flatten(2)                                      # (R, pairs, d)
+        r = last + o @ Wo
+        r = r + F.gelu(self.norm(r) @ Win) @ Wout
+        z = self.norm(r) @ U
+        each = F.cross_entropy(z.flatten(0, 1), self.labels.flatten(), reduction="none").view(self.labels.shape)
+        return (each * self.share).sum()
+
+
+class TransformerTrainPairs(Transformer):
+    """The same without the wasted test pairs."""
+    name, take_pairs = "eager_train_pairs", EagerTrainPairs.take_pairs
+
+
+class CompiledTransformer(Transformer):
+    """The released way under torch.compile."""
+    name, __init__, steps = "compiled_autograd", CompiledAutograd.__init__, CompiledAutograd.steps
+
+
+class CompiledTransformerTrainPairs(CompiledTransformer):
+    """The strongest general code: training pairs only, compiled."""
+    name, take_pairs = "compiled_train_pairs", EagerTrainPairs.take_pairs
+
+
+def peers(model: str = "mlp") -> list[type]:
     """JAX is an optional extra: its row is there where it can be imported."""
+    if model != "mlp":
+        kinds = Transformer, TransformerTrainPairs, CompiledTransformer, CompiledTransformerTrainPairs
+        return [type(kind.__name__, (kind,), {"normed": model == "transformer_ln"}) for kind in kinds]
     return [EagerAutograd, EagerTrainPairs, CompiledAutograd, Vmap, GraphSeparable] + ([JaxVmap] if importlib.util.find_spec("jax") else [])

@@ -1,0 +1,114 @@
+"""The experiments on transformers: what they refuse, the cells they plan, planted rows that come out as claims, a run end to end."""
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import delay_law_transformer as transformer
+import exp_delay_law
+import exp_fork
+import exp_logit_scale
+import files
+from common import UsageError
+
+
+@pytest.mark.parametrize("run, flags, message", [
+    (exp_delay_law, "--model gpt", "--model must be one of mlp, transformer, transformer_ln, transformer_b"),
+    (exp_delay_law, "--model transformer --parts matrix", "--parts matrix is of the MLP; for --model transformer there are dense groups"),
+    (exp_delay_law, "--parts groups", "--parts groups is of the transformers"),
+    (exp_delay_law, "--model transformer_ln --moduli 31", "--moduli is read by parts of the MLP only"),
+    (exp_delay_law, "--model transformer --parts concentration --free-seeds 2 --members 3", "not in the block of the concentration part, 0..1"),
+    (exp_logit_scale, "--model transformer --parts allocation", "--parts allocation splits the norm between E and W2 of the MLP"),
+    (exp_logit_scale, "--w-c -1", "--w-c is one positive norm"),
+    (exp_logit_scale, "--w-c 30 --p 59 97", "goes with one --p"),
+    (exp_fork, "--model transformer --fork-steps 801", "--fork-steps must be multiples of 25"),
+])
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, run: object, flags: str, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        run.run([*flags.split(), "--out", str(tmp_path / "out")])
+    assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_gpu_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UsageError, match="--model transformer has no CUDA kernels yet; use --device cpu"):
+        exp_delay_law.run(["--model", "transformer", "--device", "cuda", "--out", str(tmp_path / "out")])
+    exp_delay_law.run(["--model", "transformer", "--dry-run", "--out", str(tmp_path / "out")])
+    assert "preset laptop on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, cells", [
+    ("--model transformer --preset paper --parts dense", ["free_p59_b16", "clamp_p59_b16_rho1.20: 16 members of a block of 16, budget 200000"]),
+    ("--model transformer_ln --preset paper",
+     ["clamp_unembed_p71_b16_rho1.30", "clamp_embed_p71_b16_rho1.30", "free_p59_b20_frac0.25", "free_p97_b20"]),
+])
+def test_dry_run_lists_the_papers_cells(tmp_path: Path, capsys: pytest.CaptureFixture, flags: str, cells: list[str]) -> None:
+    exp_delay_law.run([*flags.split(), "--dry-run", "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert all(cell in text for cell in cells) and not (tmp_path / "out").exists()
+
+
+CONFIG = exp_delay_law.Config(model="transformer", p=(59,), lrs=(5e-4,), parts=transformer.PARTS, preset="paper")
+NORMS = {"": 36.9, "embed": 6.0, "attn": 22.0, "mlp": 26.0, "unembed": 8.0}
+
+
+def rows(cell: object, grok: list[int], norms: dict[str, float] = NORMS) -> list[dict]:
+    """One row a member; norms spread by 0 and 2% over members."""
+    held = cell.held[0] if cell.held else (0.0,) * 5
+    return [{"cell": cell.name, "member": i, "arm": cell.arm, "p": cell.p, "block": cell.block, "rho": cell.rho, "lr": cell.lr, "seed0": 0,
+             "train_frac": cell.train_frac, "weight_decay": 1, "t_grok_step": t, "t_mem_step": 200, "censored": int(t is None),
+             "held_norm": held[0] or None, **{f"held_{g}": h or None for g, h in zip(transformer.GROUPS, held[1:], strict=True)},
+             **{transformer.column(g): None if t is None else norm * (1 + 0.02 * (i % 2)) for g, norm in norms.items()}}
+            for i, t in enumerate(grok)]
+
+
+def test_planted_exponent_critical_norm_and_saturation_come_out() -> None:
+    config = dataclasses.replace(CONFIG, members=tuple(range(8)), parts=("dense",))
+    (control,) = transformer.control_cells(config)
+    runs = rows(control, [7000] * 8)
+    w_c = transformer.critical_norms(runs)
+    assert w_c[control.name][""] == pytest.approx(36.9 * 1.01) and w_c[control.name]["unembed"] == pytest.approx(8 * 1.01)
+    for cell in transformer.clamp_cells(config, w_c):
+        assert cell.held[0] == (pytest.approx(cell.rho * 36.9 * 1.01), 0, 0, 0, 0) and cell.clamp_start == 600
+        times = 6608 * np.exp(15 * (cell.rho - 1)) * (0.5 if cell.rho == 1.20 else 1)
+        runs += rows(cell, [int(times)] * 7 + [None])                        # a censored member counts as later
+    claims, fits, findings = transformer.measure(runs, config)
+    assert claims["A.tf.alpha"]["ours"] == pytest.approx(15, abs=0.01) and claims["A.tf.saturation"]["ours"] == pytest.approx(0.5, abs=0.01)
+    assert claims["A.tf.wc"]["verdict"] == "REPRODUCED" and claims["A.tf.rho1.00"]["verdict"] == "REPRODUCED"
+    assert claims["A.tf.rho0.85"]["n_censored"] == 1 and fits["dense.p59"]["rhos"] == [0.85, 1.0, 1.15]
+    assert findings[0]["ours"] == pytest.approx(0.5 * np.exp(15 * 0.35), rel=0.01) and not any(key.startswith("A.ln") for key in claims)
+    other = transformer.measure(runs, dataclasses.replace(config, lrs=(1e-3,)))[0]
+    assert not other                                                         # another learning rate answers nothing
+
+
+def test_planted_concentration_and_group_clamps_come_out() -> None:
+    config = dataclasses.replace(CONFIG, model="transformer_ln", lrs=(1e-3,), members=tuple(range(10)), parts=("groups", "concentration"))
+    controls, runs = transformer.control_cells(config), []
+    for cell in controls:
+        wide = 36.9 * (1 + cell.train_frac)                                   # total norm moves with the fraction, the unembedding's with p
+        runs += rows(cell, [1900] * 10, {**NORMS, "": wide, "unembed": 8 * (cell.p / 59) ** 0.77})
+    for cell in transformer.clamp_cells(config, transformer.critical_norms(runs)):
+        assert sum(h > 0 for h in cell.held[0]) == 1 and cell.held[0][0] == 0
+        runs += rows(cell, [int(1900 * cell.rho)] * 10)
+    claims, _, findings = transformer.measure(runs, config)
+    assert claims["A.ln.unembed_power"]["ours"] == pytest.approx(0.77, abs=1e-3)
+    totals = np.array([36.9 * (1 + f) * (1 + 0.02 * (i % 2)) for f in transformer.FRACTIONS for i in range(10)])
+    assert claims["A.ln.total_cv"]["ours"] == pytest.approx(totals.std(ddof=1) / totals.mean(), abs=1e-5)
+    assert claims["A.ln.unembed_cv"]["ours"] == pytest.approx(0.01 * np.sqrt(70 / 69) / 1.01, abs=1e-5)
+    assert claims["A.ln.unembed1.3"]["ours"] == 2470 and claims["A.ln.mlp0.85"]["ours"] == 1615 and claims["A.ln.none"]["ours"] == 1900
+    assert {"A.ln.unembed0.85", "A.ln.unembed1.0", "A.ln.unembed1.15", "A.ln.mlp1.3", "A.ln.embed1.3"} <= set(claims)
+    assert {"cv.total.over_fraction.p59", "cv.unembed.over_lr.p59"} <= {row["id"] for row in findings}
+
+
+def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    whole = transformer.cell
+    monkeypatch.setattr(transformer, "cell", lambda *a, **k: dataclasses.replace(whole(*a, **k), budget_steps=50))
+    out = tmp_path / "out"
+    exp_delay_law.run(["--model", "transformer_ln", "--parts", "dense", "groups", "--p", "13", "--members", "0", "1", "--backend", "eager",
+                       "--out", str(out)])
+    assert "no W_c" in capsys.readouterr().out
+    runs = files.read_runs(out / "runs.csv")
+    assert [run["model"] for run in runs] == ["transformer_ln"] * 2 and {"norm_unembed_at_grok", "held_embed"} <= set(runs[0])
+    assert {"cells.csv", "trajectories.csv", "summary.json"} <= {path.name for path in out.iterdir()}
