@@ -4,13 +4,15 @@ Every experiment describes its runs as `Cell`s and hands them to `train`. Everyt
 starts from the same bits on every device. Source: arXiv 2606.13753 and 2606.18465, methods sections.
 """
 import dataclasses
+import functools
 import hashlib
 import heapq
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from kernels import cpu
 from kernels.adamw import BETA1, BETA2, group_norms_ref
 from kernels.layout import Layout, TransformerLayout, model_layout
 from kernels.step import metric_names
+from logbook import Logbook, Trajectories
 
 EVAL_EVERY = 25        # steps between evaluations: the resolution of every T_mem and T_grok
 LOG_EVERY = 200        # steps between rows of trajectories.csv
@@ -57,13 +60,16 @@ def clamp_start(model: str, loss: str) -> int:
 
 
 def initial_rows(layout: Layout | TransformerLayout, block: int, seed0: int, members: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Starting parameters `(len(members), n_params)`: the whole block is drawn from one generator, then members are picked."""
+    """Starting parameters `(len(members), n_params)`: the whole block is drawn from one generator, members are kept as they come by.
+
+    Member by member gives the bits of `torch.randn(block, ...)`, which fills 16 numbers at a time: a matrix is a multiple of 16 long."""
     generator = torch.Generator().manual_seed(seed0)
-    drawn = [torch.randn(block, rows, columns, generator=generator)[list(members)] / divisor for rows, columns, divisor in layout.draws()]
-    rows = torch.zeros(len(members), layout.n_params, dtype=dtype)
-    for i, row in enumerate(rows):
-        for view, matrices in zip(layout.views(row), drawn, strict=False):   # biases, which come last, stay 0
-            view[:, : matrices.shape[2]].copy_(matrices[i])
+    rows, at = torch.zeros(len(members), layout.n_params, dtype=dtype), {member: i for i, member in enumerate(members)}
+    for matrix, (inputs, outputs, divisor) in enumerate(layout.draws()):
+        for member in range(block):
+            drawn = torch.randn(inputs, outputs, generator=generator)
+            if member in at:
+                layout.views(rows[at[member]])[matrix][:, :outputs].copy_(drawn / divisor)
     return rows
 
 
@@ -116,14 +122,25 @@ def exactly(x: float, short: str) -> str:
 
 @dataclass
 class State:
-    """Rows `(R, n_params)` of parameters and both moments after `step` steps. Copying it is forking."""
+    """Rows `(R, n_params)` of parameters and both moments, each after its own `step (R,)` steps. Copying it is forking."""
     params: Tensor
     moment1: Tensor
     moment2: Tensor
-    step: int
+    step: np.ndarray
 
     def pick(self, rows: list[int]) -> "State":
-        return State(self.params[rows].clone(), self.moment1[rows].clone(), self.moment2[rows].clone(), self.step)
+        return State(self.params[rows].clone(), self.moment1[rows].clone(), self.moment2[rows].clone(), self.step[rows])
+
+    @staticmethod
+    def join(states: list["State"]) -> "State":
+        """All rows, one state after the other."""
+        return State(*(torch.cat([getattr(state, name) for state in states]) for name in ("params", "moment1", "moment2")),
+                     np.concatenate([state.step for state in states]))
+
+    def of_cells(self, cells: list[Cell], chosen: list[int]) -> "State":
+        """The rows of the `chosen` of `cells`, of which each has a row per member."""
+        ends = np.cumsum([0, *(len(cell.members) for cell in cells)])
+        return self if len(chosen) == len(cells) else self.pick([r for i in chosen for r in range(ends[i], ends[i + 1])])
 
     def norms(self, layout: Layout | TransformerLayout) -> list[float]:
         """Total norm of every row's weight matrices, summed in float64."""
@@ -145,7 +162,7 @@ class State:
 class Result:
     """What training left: one dict per run (columns of runs.csv), log rows, final state, run-steps executed and needed."""
     runs: list[dict] = field(default_factory=list)
-    trajectories: list[dict] = field(default_factory=list)
+    trajectories: Trajectories = field(default_factory=Trajectories)
     state: State | None = None
     executed: int = 0
     needed: int = 0
@@ -184,7 +201,8 @@ class Ensemble:
     """
     PROGRESS = ("step", "crossed", "at_grok", "norm_at_mem", "below_after_grok", "diverged", "retire")   # arrays that change while training
 
-    def __init__(self, cells: list[Cell], device: str, backend: str, dtype: torch.dtype, arithmetic: str, start: State | None = None):
+    def __init__(self, cells: list[Cell], device: str, backend: str, dtype: torch.dtype, arithmetic: str, start: State | None = None,
+                 folder: Path | None = None):
         self.cells, first = cells, cells[0]
         self.layout = model_layout(first.model, first.p, dtype)
         self.metrics = metric_names(self.layout.groups)
@@ -201,7 +219,7 @@ class Ensemble:
         self.held = np.zeros((len(runs), 1 + len(self.layout.groups)))   # (R, 1 + groups)
         for row, targets in zip(self.held, (h for cell in cells for h in (cell.held or ((),) * len(cell.members))), strict=True):
             row[: len(targets)] = targets
-        self.start = start.step if start else 0
+        self.start = start.step if start else np.zeros(len(runs), dtype=int)   # (R,) multiples of EVAL_EVERY
         # evaluations, and so every decision, fall on multiples of EVAL_EVERY
         stop = np.array([cells[c].stop_step or cells[c].budget_steps for c in self.cell_of])
         self.end = np.minimum(over_runs("budget_steps"), stop) // EVAL_EVERY * EVAL_EVERY
@@ -216,36 +234,40 @@ class Ensemble:
                 if (c.block, c.seed0, c.members) not in drawn:
                     drawn[c.block, c.seed0, c.members] = initial_rows(self.layout, c.block, c.seed0, c.members, dtype)
             params = torch.cat([drawn[c.block, c.seed0, c.members] for c in cells])
-            self.state = State(params, torch.zeros_like(params), torch.zeros_like(params), 0)
+            self.state = State(params, torch.zeros_like(params), torch.zeros_like(params), self.start)
         R = len(runs)
-        self.step = np.full(R, self.start)
+        self.step = self.start.copy()
         self.crossed = np.full((R, len(CROSSINGS)), -1)                  # first step of each crossing, -1 = not yet
         self.at_grok = np.full((R, len(self.metrics)), np.nan)
         self.norm_at_mem = np.full(R, np.nan)
         self.below_after_grok = np.zeros(R, dtype=int)                   # evaluations under 0.90 after T_grok
         self.diverged = np.full(R, -1)                                   # step at which loss or norm was found not finite
         self.retire = self.end.copy()                                    # step at which the run's cell leaves
-        self.log: list[tuple[int, int, list[float]]] = []                # (run, step, metrics and Fourier structure)
+        self.log = Logbook(len(self.metrics) + len(FOURIER), folder)          # (run, step, metrics and Fourier structure)
         self.executed, self.seconds, self.quiescent = 0, 0.0, True
-        digest = hashlib.sha256(repr((cells, str(dtype), arithmetic, self.start)).encode()).digest()
+        digest = hashlib.sha256(repr((cells, str(dtype), arithmetic, self.start.tolist())).encode()).digest()
         self.identity = torch.tensor(list(digest), dtype=torch.uint8)    # a snapshot of other runs must not be taken up
+        self.arithmetic, self.on_device, self.kernels = arithmetic, np.arange(R), None
         if device == "cuda":
-            self.backend, self.kernels, self.arithmetic, self.on_device = "triton", None, arithmetic, np.arange(R)
-        else:
-            compiled = backend == "compiled" or (backend == "auto" and cpu.has_compiler())   # of nothing else: bits depend on it
-            self.backend = "compiled" if compiled else "eager"
-            self.kernels = cpu.CpuKernels(self.layout, self.n, self.loss, dtype, compiled, self.decay_last)
+            self.backend = "triton"
+        else:   # of nothing else: bits depend on it
+            self.backend = "compiled" if backend == "compiled" or (backend == "auto" and cpu.has_compiler()) else "eager"
+
+    def compile(self) -> None:
+        """The CPU's kernels; nothing is compiled for an ensemble that has finished."""
+        self.kernels = self.kernels or cpu.CpuKernels(self.layout, self.n, self.loss, self.dtype, self.backend == "compiled", self.decay_last)
 
     # -- one interval
 
-    def next_stop(self, step: int) -> int:
-        """Next step at which to evaluate: the first one, then multiples of EVAL_EVERY."""
-        return step + 1 if step == self.start else (step // EVAL_EVERY + 1) * EVAL_EVERY
+    def next_stop(self, run: int) -> int:
+        """Step at which to evaluate `run` next: the first one that it makes here, then multiples of EVAL_EVERY."""
+        step = int(self.step[run])
+        return step + 1 if step == self.start[run] else (step // EVAL_EVERY + 1) * EVAL_EVERY
 
-    def scalars(self, runs: np.ndarray, first: int, last: int) -> Tensor:
-        """Per-run, per-step scalars `(R, k, 5 + groups)` of steps `first..last`, as `kernels.adamw.scalar_names` has them, float64."""
-        t = np.arange(first, last + 1)                                   # (k,)
-        out = np.empty((len(runs), len(t), 4 + self.held.shape[1]))
+    def scalars(self, runs: np.ndarray, k: int) -> Tensor:
+        """Per-run, per-step scalars `(R, k, 5 + groups)` of each run's next `k` steps, as `kernels.adamw.scalar_names` has them, float64."""
+        t = self.step[runs, None] + np.arange(1, k + 1)                  # (R, k)
+        out = np.empty((len(runs), k, 4 + self.held.shape[1]))
         lr, decay = self.lr[runs, None], self.lr[runs, None] * self.weight_decay[runs, None]
         out[:, :, 0] = self.tau[runs, None]
         out[:, :, 1] = 1 - decay
@@ -255,15 +277,17 @@ class Ensemble:
         out[:, :, 4:] = inside[:, :, None] * self.held[runs, None, :]
         return torch.from_numpy(out)
 
-    def record(self, runs: np.ndarray, step: int, metrics: np.ndarray) -> None:
-        """Take in the evaluation `metrics (len(runs), metrics)` at `step`; retire the cells that it completes."""
-        self.step[runs] = step
+    def record(self, runs: np.ndarray, k: int, metrics: np.ndarray) -> None:
+        """Take in the evaluation `metrics (len(runs), metrics)` of `runs` after `k` more steps; retire the cells that it completes."""
+        self.step[runs] += k
+        step = self.step[runs]                                           # (len(runs),), all on the grid of evaluations or none
         broken = ~np.isfinite(metrics[:, [self.metrics.index("train_loss"), self.metrics.index("norm")]]).all(1)
-        self.diverged[runs[broken & (self.diverged[runs] < 0)]] = step
-        if step % EVAL_EVERY == 0:
+        new = broken & (self.diverged[runs] < 0)
+        self.diverged[runs[new]] = step[new]
+        if step[0] % EVAL_EVERY == 0:
             for column, (name, threshold) in enumerate(CROSSINGS):
                 new = (metrics[:, self.metrics.index(name)] >= threshold) & (self.crossed[runs, column] < 0)
-                self.crossed[runs[new], column] = step
+                self.crossed[runs[new], column] = step[new]
                 if column == GROK:
                     self.at_grok[runs[new]] = metrics[new]
                 elif column == MEM:
@@ -275,9 +299,9 @@ class Ensemble:
             done = np.where(self.crossed[mine, GROK] >= 0, self.crossed[mine, GROK], self.diverged[mine])
             if (done >= 0).all():
                 self.retire[mine] = np.minimum(done.max() + self.cells[c].after_grok, self.end[mine])
-        if step % LOG_EVERY == 0 or step == self.start + 1:
-            for run, values in zip(runs, metrics.tolist(), strict=True):
-                self.log.append((int(run), step, [*values, *fourier_structure(self.layout.views(self.state.params[run])[0][: self.layout.p])]))
+        for i in np.flatnonzero((step % LOG_EVERY == 0) | (step == self.start[runs] + 1)):
+            E = self.layout.views(self.state.params[runs[i]])[0][: self.layout.p]
+            self.log.append(int(runs[i]), int(step[i]), [*metrics[i].tolist(), *fourier_structure(E)])
 
     def live(self) -> np.ndarray:
         return np.flatnonzero((self.step < self.retire) & (self.diverged < 0))
@@ -292,8 +316,10 @@ class Ensemble:
 
     def train(self, tick: Callable[["Ensemble"], None], save: Callable[[dict], None] | None = None, save_every: float = 180) -> None:
         """Train until every cell has retired. `tick` is called a few times a second from the main thread; `save` gets a snapshot
-        every `save_every` seconds, and one more if an exception (Ctrl-C among them) ends training early."""
+        every `save_every` seconds, later if saving would take over 1% of the time, and one more if Ctrl-C or SIGTERM ends training early."""
         advance = self._train_lockstep if self.backend == "triton" else self._train_workers
+        if self.backend != "triton" and len(self.live()):
+            self.compile()
         try:
             while len(self.live()):
                 started = time.monotonic()
@@ -302,29 +328,31 @@ class Ensemble:
                 finally:
                     self.seconds += time.monotonic() - started
                 if save and len(self.live()):
+                    started = time.monotonic()
                     save(self.snapshot())
+                    save_every = max(save_every, 100 * (time.monotonic() - started))
         except (KeyboardInterrupt, SystemExit):                          # from `tick`, where the state is whole
-            if save and self.quiescent and self.step.max() > self.start:
+            if save and self.quiescent and (self.step > self.start).any():
                 save(self.snapshot())
             raise
 
     def snapshot(self) -> dict[str, Tensor]:
         """All that is needed to continue to the same bits, as tensors."""
         arrays = {name: torch.from_numpy(getattr(self, name)) for name in self.PROGRESS}
-        log = torch.tensor([[run, step, *values] for run, step, values in self.log], dtype=torch.float64)
-        return {"params": self.state.params, "moment1": self.state.moment1, "moment2": self.state.moment2, **arrays, "log": log,
+        return {"params": self.state.params, "moment1": self.state.moment1, "moment2": self.state.moment2, **arrays, "log": self.log.tensor(),
                 "executed": torch.tensor(self.executed), "seconds": torch.tensor(self.seconds), "identity": self.identity}
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
         """Continue from `snapshot`. Raises UsageError if it is not of this ensemble."""
         mine = self.snapshot()
-        if set(snapshot) != set(mine) or any(snapshot[k].shape != mine[k].shape or snapshot[k].dtype != mine[k].dtype
-                                             for k in mine if k != "log") or not torch.equal(snapshot["identity"], self.identity):
+        kind = lambda k, tensor: (tensor.shape[k == "log":], tensor.dtype, tensor.layout, tensor.device)  # noqa: E731
+        if (set(snapshot) != set(mine) or any(kind(k, snapshot[k]) != kind(k, mine[k]) for k in mine)
+                or not torch.equal(snapshot["identity"], self.identity)):
             raise UsageError("checkpoint holds another ensemble; remove it or choose another --out")
         for name in self.PROGRESS:
             setattr(self, name, snapshot[name].numpy().copy())
         self.state = State(snapshot["params"], snapshot["moment1"], snapshot["moment2"], self.start)
-        self.log = [(int(run), int(step), values) for run, step, *values in snapshot["log"].tolist()]
+        self.log.replace(snapshot["log"])
         self.executed, self.seconds = int(snapshot["executed"]), float(snapshot["seconds"])
 
     def _train_workers(self, tick: Callable[["Ensemble"], None], deadline: float) -> None:
@@ -365,14 +393,14 @@ class Ensemble:
                         continue
                     busy[run] = step
                 try:
-                    until = self.next_stop(step)
+                    until = self.next_stop(run)
                     rows = (t[run] for t in (self.state.params, self.state.moment1, self.state.moment2, self.a, self.b, self.train_mask))
-                    scalars = self.scalars(np.array([run]), step + 1, until)[0].to(self.dtype)
+                    scalars = self.scalars(np.array([run]), until - step)[0].to(self.dtype)
                     with torch.no_grad():
                         metrics = cpu.advance(self.kernels, *rows, scalars)
                     with ready:
                         self.executed += until - step
-                        self.record(np.array([run]), until, np.array([metrics]))
+                        self.record(np.array([run]), until - step, np.array([metrics]))
                         del busy[run]
                         if until < self.retire[run] and self.diverged[run] < 0:
                             heapq.heappush(idle, (until, run))
@@ -416,14 +444,13 @@ class Ensemble:
                 self._fetch()
                 self.kernels.keep(torch.from_numpy(np.flatnonzero(np.isin(self.on_device, live))))
                 self.on_device = live
-            step = int(self.step[live[0]])
-            until = self.next_stop(step)
-            metrics = self.kernels.interval(self.scalars(self.on_device, step + 1, until)).numpy()
-            self.executed += len(self.on_device) * (until - step)
-            if until % LOG_EVERY == 0 or step == self.start:
+            k = self.next_stop(live[0]) - int(self.step[live[0]])        # the same for all: every start is on the grid
+            metrics = self.kernels.interval(self.scalars(self.on_device, k)).numpy()
+            self.executed += len(self.on_device) * k
+            if k == 1 or ((self.step[live] + k) % LOG_EVERY == 0).any():
                 self.state.params[self.on_device] = self.kernels.state.params.cpu()   # for the Fourier structure of E
             training = np.isin(self.on_device, live)
-            self.record(live, until, metrics[training])
+            self.record(live, k, metrics[training])
             self.quiescent = True
             try:
                 tick(self)
@@ -438,19 +465,30 @@ class Ensemble:
             getattr(self.state, name)[self.on_device] = getattr(self.kernels.state, name).cpu()
 
     def result(self) -> Result:
-        """Rows for runs.csv and trajectories.csv. What a run did past its cell's retirement is dropped."""
-        out = Result(executed=self.executed, seconds=self.seconds, state=dataclasses.replace(self.state, step=int(self.step.max())))
-        for r, (c, member) in enumerate(zip(self.cell_of, self.member, strict=True)):
-            cell, last = self.cells[c], int(self.retire[r])
+        """Rows for runs.csv and trajectories.csv, final state, run-steps. What a run did past its cell's retirement is dropped."""
+        out = Result(executed=self.executed, seconds=self.seconds, state=dataclasses.replace(self.state, step=self.step.copy()))
+        for c in range(len(self.cells)):
+            rows = self.rows(c)
+            out.runs += rows.runs
+            out.trajectories += rows.trajectories
+            out.needed += rows.needed
+        return out
+
+    def rows(self, c: int) -> Result:
+        """The part of `result` that belongs to cell number `c`: its rows, and the run-steps it needed."""
+        cell, out = self.cells[c], Result()
+        mine = np.flatnonzero(self.cell_of == c)
+        for r in mine:
+            last = int(self.retire[r])
             within = lambda step: int(step) if 0 <= step <= last else None  # noqa: B023, E731
             t_mem, t_80, t_grok, t_95 = (within(step) for step in self.crossed[r])
             diverged = within(self.diverged[r])
             steps = int(min(self.step[r], last))
-            out.needed += steps - self.start
+            out.needed += steps - int(self.start[r])
             at_grok = dict(zip(self.metrics, self.at_grok[r].tolist(), strict=True)) if t_grok is not None else {}
             held = [h or None for h in self.held[r].tolist()]
             out.runs.append({
-                **{name: getattr(cell, name) for name in CELL_COLUMNS}, "cell": cell.name, "member": int(member), "n_train": self.n,
+                **{name: getattr(cell, name) for name in CELL_COLUMNS}, "cell": cell.name, "member": int(self.member[r]), "n_train": self.n,
                 "dtype": str(self.dtype).removeprefix("torch."),
                 **dict(zip(("held_norm", *(f"held_{group}" for group in self.layout.groups)), held, strict=True)),
                 "t_mem_step": t_mem, "t_80_step": t_80, "t_grok_step": t_grok, "t_95_step": t_95,
@@ -462,8 +500,11 @@ class Ensemble:
             if not any(held):
                 out.runs[-1].update(clamp_start=None, clamp_stop=None)
         names = (*self.metrics, *FOURIER)
-        for r, step, values in sorted(self.log, key=lambda row: row[:2]):
-            if step <= self.retire[r]:
-                out.trajectories.append({"cell": self.cells[self.cell_of[r]].name, "member": int(self.member[r]), "step": step,
-                                         **dict(zip(names, values, strict=True))})
+        out.trajectories = Trajectories(functools.partial(log_rows, self.log, mine, cell.name, names, self.member, self.retire))
         return out
+
+
+def log_rows(log: Logbook, runs: np.ndarray, cell: str, names: tuple[str, ...], member: np.ndarray, retire: np.ndarray) -> Iterator[dict]:
+    for r, step, values in log.of(runs):
+        if step <= retire[r]:
+            yield {"cell": cell, "member": int(member[r]), "step": step, **dict(zip(names, values, strict=True))}

@@ -116,20 +116,28 @@ def dense_budget(rho: float) -> int:
 
 
 def control_cells(config: Config) -> list[Cell]:
+    """The free cells that give the W_c of held ones."""
     cells = []
     if {"dense", "matrix", "oneshot"} & set(config.parts):
         cells += [free(config, p, config.seeds) for p in config.p]
-    if "matrix" in config.parts:
-        cells += [free(config, p, config.seeds, lr) for p in config.p for lr in config.lrs[1:]]
     if "moduli" in config.parts:
         cells += [free(config, p, config.moduli_seeds) for p in config.moduli]
+    return unique(cells)
+
+
+def other_free_cells(config: Config) -> list[Cell]:
+    """The free cells that no other cell needs."""
+    cells = []
+    if "matrix" in config.parts:
+        cells += [free(config, p, config.seeds, lr) for p in config.p for lr in config.lrs[1:]]
     if "concentration" in config.parts:
         block, p0 = config.free_seeds, config.p[0]
         cells += [free(config, p, block) for p in config.free_moduli]
         cells += [free(config, p0, block, frac=frac) for frac in config.train_fracs or (0.30, 0.35, 0.40, 0.50, 0.65)]
         cells += [free(config, p0, block, wd=wd, frac=0.50) for wd in config.weight_decays or (0.3, 1.0, 3.0)]
         cells += [free(config, p0, block, lr=lr, wd=3.0, frac=0.50) for lr in (3e-4, 1e-3, 3e-3)]
-    return unique(cells)
+    controls = {cell.name for cell in control_cells(config)}
+    return [cell for cell in unique(cells) if cell.name not in controls]
 
 
 def clamp_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
@@ -361,7 +369,9 @@ def contraction(runs: list[dict], trajectories: list[dict]) -> list[dict]:
         rate, rate_peak = (-float(stats.line(*np.array(part).T)[0]) if len(part) >= 3 else None for part in (points, falling))
         weak = 2 * run["lr"] * run["weight_decay"]
         v_mem, v_grok = run["norm_at_mem"] ** 2, run["norm_at_grok"] ** 2
+        end = max((t for t in trajectories if t["cell"] == run["cell"] and t["member"] == run["member"]), key=lambda t: t["step"], default=run)
         rows.append({"cell": run["cell"], "member": run["member"], "v_mem": v_mem, "v_peak": math.exp(ln_peak), "v_grok": v_grok,
+                     "v_end": end["norm"] ** 2 if end.get("norm") else None,
                      "delay_steps": run["t_grok_step"] - run["t_mem_step"], "peak_step": peak_step,
                      "ln_v_ratio": math.log(v_mem / v_grok), "ln_v_peak_ratio": ln_peak - math.log(v_grok),
                      "rate_per_step": rate, "rate_from_peak": rate_peak, "two_lr_wd": weak,
@@ -381,6 +391,14 @@ def findings(runs: list[dict], fits: dict, contracted: list[dict]) -> list[dict]
             ratio = stats.bootstrap(pair, lambda t: stats.median(t)[..., 0] / stats.median(t)[..., 1])
             out.append({"id": f"clamp_over_free.{run['cell']}", "quantity": "median T_grok, clamp at rho 1 over free, same seeds",
                         "ours": stats.finite(ratio[0]), "lo": stats.finite(ratio[1]), "hi": stats.finite(ratio[2]), "n": pair.shape[1]})
+    for slow in {r["cell"]: r for r in runs if r["arm"] == "clamp" and r["lr"] == min(run["lr"] for run in runs)}.values():
+        fast = max((r for r in runs if all(r[k] == slow[k] for k in ("arm", "p", "block", "rho", "seed0"))), key=lambda r: r["lr"])
+        if fast["lr"] > slow["lr"]:
+            pair = np.array([list(stats.times(runs, c).values()) for c in (slow["cell"], fast["cell"])])
+            ratio = stats.bootstrap(pair, lambda t: stats.median(t)[..., 0] / stats.median(t)[..., 1])
+            out.append({"id": f"lr_factor.{slow['cell']}", "n": pair.shape[1],
+                        "quantity": f"median T_grok, learning rate {slow['lr']:g} over {fast['lr']:g}, same held norm",
+                        "ours": stats.finite(ratio[0]), "lo": stats.finite(ratio[1]), "hi": stats.finite(ratio[2])})
     for key, fit in fits.items():
         if isinstance(fit, dict) and "lack_of_fit_p" in fit:
             out.append({"id": f"lack_of_fit.{key}", "quantity": "p-value: ln T_grok is a straight line in rho, against seed noise",
@@ -414,7 +432,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     known = stats.published(lab.ROOT / "published.csv", "A.")
     answered = [claims.get(key) or stats.claim(row, None) for key, row in known.items()]
     found += findings(runs, fits, contracted)
-    files.write_json(out / "summary.json", {"claims": answered, "findings": found, "provenance": files.read_json(out / "provenance.json")})
+    files.write_summary(out, answered, found)
     figures = out / "figures"
     for block, moduli, prefix, published in ((config.seeds, config.p, "dense", "A.dense.rho" if config.model == "mlp" else "A.tf.rho"),
                                              (config.moduli_seeds, config.moduli, "moduli", "A.pscan.p{p}.rho")):
@@ -455,9 +473,9 @@ def run(argv: list[str]) -> None:
     if config.figures_only:
         return write(desk, Result(), trained=False)
     held = transformer.clamp_cells if config.model != "mlp" else clamp_cells
-    controls = transformer.control_cells(config) if config.model != "mlp" else control_cells(config)
+    controls, others = (transformer.control_cells(config), []) if config.model != "mlp" else (control_cells(config), other_free_cells(config))
     guess = {c.name: 54.8 * (c.p / 59) ** 0.4 for c in controls}   # for the dry run's list only; the real W_c comes from the control
-    lab.announce(config, [*controls, *held(config, transformer.guess(controls) if config.model != "mlp" else guess)])
+    lab.announce(config, [*controls, *others, *held(config, transformer.guess(controls) if config.model != "mlp" else guess)])
     if config.dry_run:
         return None
     desk.open()
@@ -469,8 +487,7 @@ def run(argv: list[str]) -> None:
         else:
             print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}" if config.model == "mlp" else
                   f"{cell.name}: norms at own T_grok " + ", ".join(f"{group or 'total'} {norm:.2f}" for group, norm in w_c[cell.name].items()))
-    if clamped := held(config, w_c):
-        result += desk.train("clamp", clamped)
+    result += desk.train("cells", [*others, *held(config, w_c)], deal=True)
     write(desk, result, trained=True)
     desk.finish()
     return None

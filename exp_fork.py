@@ -169,14 +169,20 @@ def train(desk: lab.Lab) -> Result:
     """Trunks, forks, arms. Rows of the arms; log rows of all."""
     config = desk.config
     total, at = trunks(desk)
-    for (p, step), (state, before) in at.items():
-        norms = state.norms(model_layout(config.model, p, state.params.dtype))
-        print(f"p={p}, fork at step {step}: norm N0 {' '.join(f'{norm:.2f}' for norm in norms)}", flush=True)
-        cells = arm_cells(config, p, step, norms)
-        part = desk.train(f"arms_p{p}_{step}", cells, state.fork(cells))
-        inherit(part.runs, before)
-        at_fork = dict(zip(cells[0].members, norms, strict=True))
+    for p in config.p:
+        cells, states, origin = [], [], {}
+        for step in sorted(config.fork_steps):
+            state, before = at[p, step]
+            norms = state.norms(model_layout(config.model, p, state.params.dtype))
+            print(f"p={p}, fork at step {step}: norm N0 {' '.join(f'{norm:.2f}' for norm in norms)}", flush=True)
+            arms = arm_cells(config, p, step, norms)
+            cells += arms
+            states.append(state.fork(arms))
+            origin |= {cell.name: (step, before, dict(zip(cell.members, norms, strict=True))) for cell in arms}
+        part = desk.train(f"arms_p{p}", cells, State.join(states), deal=True)      # every fork step and rho in one ensemble
         for run in part.runs:
+            step, before, at_fork = origin[run["cell"]]
+            inherit([run], before)
             grok = run["t_grok_step"]
             run.update(fork_step=step, delay_steps=None if grok is None else grok - step, norm_at_fork=at_fork[run["member"]])
         total += part
@@ -291,11 +297,13 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
         files.write_csv(out / "runs.csv", [{"experiment": "fork", **run} for run in result.runs], COLUMNS)
         files.write_csv(out / "trajectories.csv", result.trajectories)
         files.write_json(out / "provenance.json", lab.provenance(desk, result))
-    runs, trajectories = files.read_runs(out / "runs.csv"), files.read_csv(out / "trajectories.csv")   # so that both ways see the same digits
-    cells, answered = cell_rows(runs, trajectories), claims(runs, config)
+    runs, trajectories = files.read_runs(out / "runs.csv"), []            # read back, so that both ways see the same digits
+    if (out / "trajectories.csv").exists():                               # a run of record may come without them
+        trajectories = files.read_csv(out / "trajectories.csv")
+        files.write_csv(out / "cells.csv", cell_rows(runs, trajectories))
+    cells, answered = files.read_csv(out / "cells.csv"), claims(runs, config)
     found = findings(runs, cells, config)
-    files.write_csv(out / "cells.csv", cells)
-    files.write_json(out / "summary.json", {"claims": answered, "findings": found, "provenance": files.read_json(out / "provenance.json")})
+    files.write_summary(out, answered, found)
     for p in config.p:
         for step in config.fork_steps:
             for rho in config.rho:
@@ -304,15 +312,17 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
                              if (step, rho, config.lr) == tuple(PAPER.values())}
                 file = f"p{p}_fork{step}_rho{rho:g}"
                 plots.fork_arms(arms, published, out / "figures", f"arms_{file}")
-                plots.fork_trajectories(trajectories, f"trunk_p{p}_b{config.seeds}", arms, out / "figures", f"trajectories_{file}")
+                if trajectories:
+                    plots.fork_trajectories(trajectories, f"trunk_p{p}_b{config.seeds}", arms, out / "figures", f"trajectories_{file}")
     ratios = [row for row in found if row["id"].startswith("raised_over_same.")]
     for axis, other in (("fork_step", "rho"), ("rho", "fork_step")) if ratios else ():
         plots.fork_ratio(ratios, axis, other, out / "figures", f"ratio_over_{axis}")
     print(stats.table(answered))
     for row in found:
-        if row["ours"] is not None and not row["id"].startswith(COLLAPSE):
+        if not row["id"].startswith(COLLAPSE):
+            ours = "no value, half or more is censored" if row["ours"] is None else f"{row['ours']:.3g}"
             interval = f", 95% interval {row['lo']:.3g} to {row['hi']:.3g}" if row["lo"] is not None and row["hi"] is not None else ""
-            print(f"{row['id']}: {row['ours']:.3g}{interval}, n = {row['n']}, {row['n_censored']} censored")
+            print(f"{row['id']}: {ours}{interval}, n = {row['n']}, {row['n_censored']} censored")
     print(f"results in {out}")
 
 

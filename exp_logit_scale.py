@@ -153,18 +153,23 @@ class Plan:
                     held=(held,) * len(members) if held else (), expected_steps=int(steps / max(wd, 0.3) ** 0.7), after_grok=c.after_grok)
 
     def controls(self) -> list[Cell]:
-        """Free runs: one control for every p, loss and block; the dose part's weight decays."""
+        """The free runs that give the W_c of held ones: one for every p, loss and block."""
         c, cells = self.config, []
         if {"mediation", "grid", "allocation"} & set(c.parts):
             cells += [self.cell("free", p, c.seeds, "ce", BUDGET["free"]) for p in c.p]
         if "mse" in c.parts:
             cells += [self.cell("free", p, c.seeds, "mse", BUDGET["free"]) for p in c.p]
         if "dose" in c.parts:
-            decays = dict.fromkeys((1.0, *c.weight_decays))
-            cells += [self.cell("free", p, dose_block(c, p), "ce", BUDGET["free"], wd=wd) for p in c.moduli for wd in decays]
+            cells += [self.cell("free", p, dose_block(c, p), "ce", BUDGET["free"]) for p in c.moduli]
         if "audit" in c.parts:
             cells += [self.cell("free", c.p[0], c.audit_seeds, "ce", BUDGET["free"])]
         return unique(cells)
+
+    def frontier(self) -> list[Cell]:
+        """The free runs of the dose part at other weight decays."""
+        c = self.config
+        return [self.cell("free", p, dose_block(c, p), "ce", BUDGET["free"], wd=wd)
+                for p in c.moduli for wd in c.weight_decays if wd != 1] if "dose" in c.parts else []
 
     def held(self, w_c: dict[str, float], shares: dict[str, tuple[float, float, float]]) -> list[Cell]:
         """Cells relative to the W_c of their control; those whose control has none are left out (said by `run`)."""
@@ -498,9 +503,13 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
         trajectories = files.read_csv(out / "trajectories.csv")
         files.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
         files.write_csv(out / "around_grok.csv", around_grok(runs, trajectories))
+    for cell in dict.fromkeys(run["cell"] for run in runs if run["arm"] != "free"):
+        mine = [run for run in runs if run["cell"] == cell]
+        if all(run["censored"] for run in mine):
+            print(f"{cell}: no member grokked within {mine[0]['budget_steps']} steps; its median is later than that")
     m = measure(runs, files.read_csv(out / "around_grok.csv"), config)      # a run of record may come without its long trajectories
     answered = [m.claims.get(key) or stats.claim(row, None) for key, row in published(config).items()]
-    files.write_json(out / "summary.json", {"claims": answered, "findings": m.findings, "provenance": files.read_json(out / "provenance.json")})
+    files.write_summary(out, answered, m.findings)
     draw(m, config, desk)
     print(stats.table(answered))
     for row in m.findings:
@@ -519,7 +528,7 @@ def run(argv: list[str]) -> None:
     controls = [] if config.w_c else plan.controls()
     given_norms = {c.name: config.w_c for c in plan.controls()} if config.w_c else {}
     guess = {c.name: (54.5 if c.loss == "ce" else 36.5) * (c.p / 59) ** 0.4 for c in controls}   # for the list and estimate only
-    lab.announce(config, [*controls, *plan.held(given_norms or guess, dict.fromkeys(guess, (0.15, 0.64, 0.21)))])
+    lab.announce(config, [*controls, *plan.frontier(), *plan.held(given_norms or guess, dict.fromkeys(guess, (0.15, 0.64, 0.21)))])
     if config.dry_run:
         return None
     desk.open()
@@ -530,11 +539,8 @@ def run(argv: list[str]) -> None:
             print(f"{cell.name}: no member grokked within {cell.budget_steps} steps: no W_c, so the cells held relative to it are not run")
         else:
             print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}")
-    if held := plan.held(w_c, power_shares(result.runs) if "allocation" in config.parts else {}):
-        result += desk.train("held", held)
-        for cell in held:
-            if all(run["censored"] for run in result.runs if run["cell"] == cell.name):
-                print(f"{cell.name}: no member grokked within {cell.budget_steps} steps; its median is later than that")
+    shares = power_shares(result.runs) if "allocation" in config.parts else {}
+    result += desk.train("cells", [*plan.frontier(), *plan.held(w_c, shares)], deal=True)
     write(desk, result, trained=True)
     desk.finish()
     return None

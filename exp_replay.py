@@ -23,6 +23,7 @@ import files
 import lab
 import plots
 from common import EVAL_EVERY, Cell, Result, UsageError, inherit, n_train
+from logbook import Trajectories
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +48,34 @@ FORK_NEEDED = ("p", "alpha", "lam", "lr", "arm", "t_fork", "n_seed", "N0", "targ
 ARMS = {"none": "free", "clamp": "clamp", "alloc": "alloc"}
 FORK_ARMS = {"free": "free", "clamp_same": "same", "clamp_raised": "raised", "clamp_lowered": "lowered"}
 ARCHS = {"mlp": ("mlp", 256), "tfnoln": ("transformer_b", 512)}   # model and hidden width
+LARGEST_FILE = 64 << 20   # bytes
 FORK_BUDGET = 60_000   # steps; fork files store none, the paper has it in its methods
 
 
 def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
     """The released cell in `path`. Raises UsageError, naming the file, if it cannot be read, is foreign, or is of a kind not replayed."""
     try:
+        with zipfile.ZipFile(path) as packed:
+            if (size := sum(entry.file_size for entry in packed.infolist())) > LARGEST_FILE:
+                raise UsageError(f"{label}: {size / 2**20:.0f} MB unpacked, more than the {LARGEST_FILE >> 20} that any released run has")
         with np.load(path, allow_pickle=False) as archive:
             data = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # whatever is wrong with a file, it is refused by name
         raise UsageError(f"{label}: not a readable .npz of plain arrays ({type(error).__name__}); expected a file as released with paper B") from None
     forked = "t_fork" in data
     if missing := [key for key in (FORK_NEEDED if forked else NEEDED) if key not in data]:
         raise UsageError(f"{label}: not a released run, it lacks {', '.join(missing)}")
     try:
+        if odd := [key for key, array in data.items() if np.asarray(array).dtype.kind not in "biufUS"]:
+            raise ValueError(f"{odd[0]} holds neither numbers nor text")
         return describe_fork(data, label, members) if forked else describe(data, label, members)
-    except (TypeError, ValueError, IndexError, OverflowError) as error:
-        raise UsageError(f"{label}: a value in it cannot be used ({error}); expected a file as released with paper B") from None
+    except UsageError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise UsageError(f"{label}: a value in it cannot be used ({why}); expected a file as released with paper B") from None
 
 
 def scalar(data: dict[str, np.ndarray], key: str, default: float | None = None) -> float:
@@ -86,8 +98,11 @@ def check_shape(data: dict[str, np.ndarray], H: int) -> None:
                           ("batch_size", n_train(whole(data, "p"), scalar(data, "alpha")))):
         if key in data and whole(data, key) != expected:
             raise ValueError(f"{key} is {whole(data, key)}, only {expected} is trained")
-    if len(data["steps"]) == 0 or not np.isfinite(data["steps"]).all():
+    if len(data["steps"]) == 0:
         raise ValueError("no logged steps")
+    for key in ("steps", "T_mem_per_seed", "T_grok_per_seed"):
+        if not (np.isfinite(data[key]) & (np.abs(data[key]) < 2**53)).all():
+            raise ValueError(f"{key} is not finite")
 
 
 def choose(members: tuple[int, ...], S: int, label: str) -> tuple[int, ...]:
@@ -120,8 +135,9 @@ def describe(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) 
         held = (rho * w_c, 0.0, 0.0, 0.0)
     elif arm == "alloc" and model == "mlp":
         held = (0.0, *(float(data[key][-1]) for key in ("wn_E", "wn_W1", "wn_W2")))
-    if arm in ("clamp", "alloc") and not max(held) > 0:
-        raise ValueError("the held norm is not positive")
+    wanted = {"clamp": held[:1], "alloc": held[1:]}.get(arm, ())
+    if not all(0 < norm < np.inf for norm in wanted):
+        raise ValueError("the held norm is not positive and finite")
     grokked = data["T_grok_per_seed"][list(chosen)]
     expected = int(np.where(grokked < 0, budget, grokked).max())
     cell = Cell(label, p=p, members=chosen, block=S, budget_steps=budget, arm=ARMS[arm], loss=loss, model=model, train_frac=number("alpha"), rho=rho,
@@ -148,7 +164,7 @@ def describe_fork(data: dict[str, np.ndarray], label: str, members: tuple[int, .
     chosen = choose(members, S, label)
     targets = data["target"][list(chosen)].astype(float)
     if arm != "free" and not (np.isfinite(targets) & (targets > 0)).all():
-        raise ValueError("the held norm is not positive")
+        raise ValueError("the held norm is not positive and finite")
     grokked = t_grok[list(chosen)]
     expected = int(np.where(grokked < 0, FORK_BUDGET, grokked).max())
     cell = Cell(label, p=p, members=chosen, block=S, budget_steps=FORK_BUDGET, arm=FORK_ARMS[arm], train_frac=number("alpha"), lr=number("lr"),
@@ -179,16 +195,16 @@ def train(desk: lab.Lab, released: list[Released]) -> Result:
     """Whole runs in one stage; then, fork by fork, the free phase once and all its arms from there."""
     result = Result()
     if whole := [item.cell for item in released if not item.fork_step]:
-        result += desk.train("replay", whole)
+        result += desk.train("replay", whole, deal=True)
     forks: dict[Cell, list[Cell]] = {}
     for item in released:
         if item.fork_step:
             forks.setdefault(trunk(item), []).append(item.cell)
     for i, (before, arms) in enumerate(forks.items()):
         free = desk.train(f"trunk{i}", [before], keep_state=True)
-        part = desk.train(f"fork{i}", arms, free.state.fork(arms))
+        part = desk.train(f"fork{i}", arms, free.state.fork(arms), deal=True)
         inherit(part.runs, free.runs)
-        result += dataclasses.replace(free, runs=[], trajectories=[]) + part
+        result += dataclasses.replace(free, runs=[], trajectories=Trajectories()) + part
     return result
 
 
@@ -235,20 +251,21 @@ def run(argv: list[str]) -> None:
         return None
     desk.open()
     result = train(desk, released)
+    out = desk.out   # one of several ranks leaves here
     rows = compare(released, result.runs)
     scales = compare_scales(released, result.trajectories, rows)
-    files.write_csv(desk.out / "replay.csv", rows)
-    files.write_csv(desk.out / "cells.csv", scales)
-    files.write_csv(desk.out / "runs.csv", [{"experiment": "replay", **r} for r in result.runs], files.RUN_COLUMNS)
-    files.write_json(desk.out / "provenance.json", lab.provenance(desk, result))
-    plots.replay(rows, desk.out / "figures")
+    files.write_csv(out / "replay.csv", rows)
+    files.write_csv(out / "cells.csv", scales)
+    files.write_csv(out / "runs.csv", [{"experiment": "replay", **r} for r in result.runs], files.RUN_COLUMNS)
+    files.write_json(out / "provenance.json", lab.provenance(desk, result))
+    plots.replay(rows, out / "figures")
     for s in scales:
         L = f"{100 * (s['logit_scale'] / s['logit_scale_released'] - 1):+.2f}%" if s["logit_scale"] else "-"
         print(f"{s['cell']}: {s['exact']}/{s['n']} exact, T_mem equal {s['t_mem_equal']}/{s['n']}, "
               f"largest {100 * s['largest_relative']:.2f}%, L {L}" + ("" if s["n"] == s["block"] else " (not all members ran)"))
     desk.finish()
     differences = [abs(row["difference_steps"]) for row in rows]
-    print(f"results in {desk.out}")
+    print(f"results in {out}")
     print(f"replayed {len(rows)} runs: {differences.count(0)} exact, {sum(d <= EVAL_EVERY for d in differences)} within one evaluation, "
           f"largest difference {max(differences)} steps")
     return None

@@ -1,28 +1,50 @@
-"""Files: written whole or not at all, read with one line on what is wrong. CSV, JSON, tensors."""
+"""Files: written whole or not at all, read with one line on what is wrong. CSV, JSON, checkpoints, locks."""
+import contextlib
 import csv
+import hashlib
 import io
+import itertools
 import json
 import math
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from torch import Tensor
 
 from common import UsageError
+
+try:
+    import fcntl
+except ImportError:   # Windows
+    fcntl = None
 
 RUN_COLUMNS = ("experiment", "cell", "model", "loss", "p", "train_frac", "n_train", "block", "seed0", "member", "arm", "rho", "tau", "gamma",
                "lr", "weight_decay", "clamp_start", "clamp_stop", "held_norm", "w_c", "budget_steps", "t_mem_step", "t_grok_step",
                "censored", "norm_at_grok", "logit_scale_at_grok", "steps_run", "diverged")
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """The whole file or none of it: temporary name, fsync, rename."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` when the block ends well, and nothing at all otherwise: temporary name, fsync, rename."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    with whole(path) as f:
         f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
 
 
 def cell_text(value: object) -> object:
@@ -32,13 +54,15 @@ def cell_text(value: object) -> object:
     return f"{value:.9g}" if isinstance(value, float) else value
 
 
-def write_csv(path: Path, rows: list[dict], first: tuple[str, ...] = ()) -> None:
-    names = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([cell_text(row.get(name)) for name in names] for row in rows)
-    write_atomic(path, text.getvalue().encode())
+def write_csv(path: Path, rows: Iterable[dict], first: tuple[str, ...] = ()) -> None:
+    """`rows` is walked through twice, for the columns and for the lines, and not kept."""
+    names = list(dict.fromkeys(itertools.chain(first, (name for row in rows for name in row))))
+    with whole(path) as f:
+        text = io.TextIOWrapper(f, "utf-8", newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows([cell_text(row.get(name)) for name in names] for row in rows)
+        text.detach()
 
 
 def read_csv(path: Path) -> list[dict]:
@@ -78,17 +102,90 @@ def write_json(path: Path, content: object) -> None:
     write_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def save_tensors(path: Path, tensors: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    write_atomic(path, buffer.getvalue())
+def digests(folder: Path) -> dict[str, str]:
+    """What summary and figures of `folder` are made from: name of the table -> start of its SHA-256."""
+    return {"runs.csv": hashlib.sha256((folder / "runs.csv").read_bytes()).hexdigest()[:16]}
 
 
-def load_tensors(path: Path) -> dict:
+def write_summary(folder: Path, claims: list[dict], findings: list[dict]) -> None:
+    """summary.json: claims, findings, where the runs came from (provenance.json), and which table all of it was made from."""
+    write_json(folder / "summary.json", {"claims": claims, "findings": findings, "provenance": read_json(folder / "provenance.json"),
+                                         "data": digests(folder)})
+
+
+# ---------------------------------------------------------------- checkpoints
+
+class Damaged(Exception):
+    """A file that is not a checkpoint as it was written."""
+
+
+class Hashing:
+    """A file to write that knows the SHA-256 of what went into it, and why it could not be written: torch hides that."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.flush, self.sha256, self.error = file, file.flush, hashlib.sha256(), None
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """`tensors` as torch writes them, then the 32 bytes of the SHA-256 of that."""
+    with whole(path) as f:
+        hashing = Hashing(f)
+        try:
+            torch.save(tensors, hashing)
+        except RuntimeError as error:
+            raise hashing.error or error from None
+        f.write(hashing.sha256.digest())
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """What `save_tensors` wrote to `path`. Raises Damaged if it is anything else; nothing in it is executed."""
     try:
-        tensors = torch.load(path, weights_only=True)
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise ValueError(path)
-        return tensors
-    except Exception as error:  # whatever is wrong with a file, it is refused by name
-        raise UsageError(f"{path} is not a checkpoint that can be read ({type(error).__name__}); remove it to train that stage again") from None
+        data = path.read_bytes()
+        if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:
+            raise Damaged("truncated or altered")
+        tensors = torch.load(io.BytesIO(memoryview(data)[:-32]), weights_only=True)
+    except Damaged:
+        raise
+    except Exception as error:  # whatever is wrong with its content
+        if isinstance(error, OSError) and not isinstance(error, IsADirectoryError):
+            raise
+        raise Damaged(f"not a checkpoint, {type(error).__name__}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise Damaged("not a checkpoint, no tensors")
+    return tensors
+
+
+# ---------------------------------------------------------------- one process at a time
+
+HELD: dict[Path, BinaryIO] = {}   # locks of this process; the system frees them when it ends, however it ends
+
+
+def lock(path: Path, shared: bool = False) -> BinaryIO | None:
+    """The file `path`, made if need be, locked for this process alone, or with others that share it; None if another process has it.
+
+    A lock of this process on the same path is given up first. Where the system or the file system has no locks, nobody is refused."""
+    unlock(path)
+    file = open(path, "a+b")   # noqa: SIM115, held until `unlock`
+    try:
+        if fcntl:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        pass
+    HELD[path] = file
+    return file
+
+
+def unlock(path: Path) -> None:
+    if path in HELD:
+        HELD.pop(path).close()

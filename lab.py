@@ -3,6 +3,7 @@
 An experiment subclasses `Config`, lists its presets, and is run by `main`. Nothing is written before every setting has been checked.
 """
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,10 +25,13 @@ import torch
 from tqdm import tqdm
 
 import files
+import ranks
 from common import EVAL_EVERY, MODELS, Cell, Ensemble, Result, State, UsageError, n_train
 from kernels.cpu import has_compiler
 
 ROOT = Path(__file__).resolve().parent
+SAVE_EVERY = 180   # seconds between checkpoints: what a kill can cost
+LOCK_TRIES = 100   # of 50 ms each, while another rank writes the settings of a new folder
 
 
 def option(default: object, text: str, kind: type = str) -> object:
@@ -249,40 +254,54 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+class Dealt(Exception):
+    """A process has trained its share of a command: nothing is left for it to do, or only to merge."""
+
+    def __init__(self, message: str, complete: bool):
+        super().__init__(message)
+        self.complete = complete
+
+
 class Lab:
-    """The output folder of one run of an experiment: its settings, its checkpoints, its results."""
+    """The output folder of one run of an experiment: its settings, its checkpoints, its results.
+
+    Of several processes with a rank each trains its share of every dealt stage and writes checkpoints of its own, `STAGE.RANKofSIZE`. At
+    `out`, where results would be written, it leaves; when all shares are there, the same command without ranks takes them up and goes on."""
+    merging = False   # this process left as a rank, and now works alone
 
     def __init__(self, experiment: str, config: Machine, given: dict, presets: dict[str, dict]):
         self.experiment, self.config = experiment, config
+        self.rank = ranks.Rank() if Lab.merging else ranks.rank_of(os.environ)
+        if config.device == "cuda" and self.rank.size > 1:
+            torch.cuda.set_device(self.rank.local % torch.cuda.device_count())
+        self.shard = f".{self.rank.number}of{self.rank.size}" if self.rank.size > 1 else ""
         preset = getattr(config, "preset", "all")
         changed = [f"{k}{'_'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in sorted(given.items())
                    if k not in (*NOT_SCIENCE, "preset", "device") and presets.get(preset, {}).get(k, getattr(type(config), k, None)) != v]
         folder = re.sub(r"[^A-Za-z0-9.+_-]+", "-", "_".join([preset, *changed]))[:120]
-        self.out = Path(config.out) if config.out else ROOT / "results" / experiment / folder
-        self.checkpoint = self.out / "checkpoint"
+        self.folder = Path(config.out) if config.out else ROOT / "results" / experiment / folder
+        self.checkpoint, self.config_file = self.folder / "checkpoint", self.folder / "config.json"
         self.backend, self.said = "none", set()
         self.commit, self.dirty = git("rev-parse", "HEAD") or "unknown", bool(git("status", "--porcelain", "--untracked-files=no"))
         self.created: list[Path] = []     # folders that `open` had to make, innermost first
+        self.opened, self.shares = False, 1
+        self.loads: list[float] = []      # expected work of every share so far
         wanted = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE}))
         self.settings = {"experiment": experiment, **wanted}
-        defaults = json.loads(json.dumps({f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}))
-        if self.out.exists() and not self.out.is_dir():
-            raise UsageError(f"--out {self.out} is a file; name a folder")
-        try:
-            held = dict(json.loads((self.out / "config.json").read_text()))
-        except FileNotFoundError:
-            if self.out.exists() and any(self.out.iterdir()):
-                raise UsageError(f"--out {self.out} exists and is no results folder; name a new or empty folder") from None
-        except (OSError, ValueError, TypeError) as error:
-            raise UsageError(f"cannot read {self.out / 'config.json'} ({error}); choose another --out") from None
-        else:
-            for key in dict.fromkeys([*self.settings, *held]):
-                theirs, ours = held.get(key, defaults.get(key)), self.settings.get(key)   # a setting newer than the folder had its default
-                if theirs != ours:
-                    raise UsageError(f"--out {self.out} holds another configuration: {key} is {theirs}, this command has {ours}; "
-                                     "choose another --out")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"--out {self.folder} is a file; name a folder")
+        self._check_settings()
         if config.resume and not self.checkpoint.is_dir():
-            raise UsageError(f"--resume: no checkpoint in {self.out}; run without --resume to start")
+            raise UsageError(f"--resume: no checkpoint in {self.folder}; run without --resume to start")
+        if config.figures_only and self.config_file.exists():
+            self._lock()
+
+    @property
+    def out(self) -> Path:
+        """The folder, to write results to. A process that has only its share of them leaves here."""
+        if self.opened and self.shard:
+            self._leave()
+        return self.folder
 
     def say(self, text: str) -> None:
         """Print `text` unless it has been said."""
@@ -290,75 +309,235 @@ class Lab:
             self.said.add(text)
             print(text, flush=True)
 
-    def open(self) -> None:
-        """Create the folder. A checkpoint found in it is announced."""
-        self.created = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
+    # -- the folder
+
+    def _check_settings(self) -> bool:
+        """Whether the folder holds these very settings; False if it holds nothing. Raises UsageError if it holds anything else."""
+        defaults = json.loads(json.dumps({f.name: f.default for f in dataclasses.fields(self.config) if f.default is not dataclasses.MISSING}))
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            files.write_json(self.out / "config.json", self.settings)           # first: a folder without it is refused
+            text = self.config_file.read_text() if self.config_file.exists() else ""
+            if not text:   # never opened, or killed before the first byte
+                if self.folder.exists() and {path.name for path in self.folder.iterdir()} - {"config.json", "checkpoint"}:
+                    raise UsageError(f"--out {self.folder} exists and is no results folder; name a new or empty folder")
+                return False
+            held = dict(json.loads(text))
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"cannot read {self.config_file} ({error}); choose another --out") from None
+        for key in dict.fromkeys([*self.settings, *held]):
+            theirs, ours = held.get(key, defaults.get(key)), self.settings.get(key)   # a setting newer than the folder had its default
+            if theirs != ours:
+                raise UsageError(f"--out {self.folder} holds another configuration: {key} is {theirs}, this command has {ours}; "
+                                 "choose another --out")
+        return True
+
+    def _lock(self) -> None:
+        """The folder for this process alone; as one of several ranks, shared with the others. Raises UsageError, or Dealt if another rank merges."""
+        for _ in range(LOCK_TRIES if self.shard else 1):   # a rank lets another one write the settings
+            if file := files.lock(self.config_file):
+                if not self._check_settings():
+                    file.write((json.dumps(self.settings, indent=1) + "\n").encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                break
+            if self.shard and self.config_file.stat().st_size and files.lock(self.config_file, shared=True):
+                break
+            time.sleep(0.05)
+        else:
+            if Lab.merging:
+                raise Dealt("another process merges the shards", complete=False)
+            raise UsageError(f"another process works in {self.folder}; wait for it or choose another --out")
+        if self.shard:
+            files.lock(self.config_file, shared=True)
+            self.checkpoint.mkdir(exist_ok=True)
+            if not files.lock(self.checkpoint / f"lock{self.shard}"):
+                raise UsageError(f"rank {self.rank.number} of {self.rank.size} already works in {self.folder}; wait for it or choose another --out")
+
+    def _unlock(self) -> None:
+        files.unlock(self.config_file)
+        files.unlock(self.checkpoint / f"lock{self.shard}")
+
+    def open(self) -> None:
+        """Create the folder and take it for this process. Checkpoints found in it are announced."""
+        self.created = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            self._clear(self.folder / "checkpoint.spent")
             self.checkpoint.mkdir(exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cannot write to {self.out}: {error.strerror}; choose another --out") from None
-        if any(self.checkpoint.iterdir()):
-            print(f"continuing from {self.checkpoint}")
+            raise UsageError(f"cannot write to {self.folder}: {error.strerror}; choose another --out") from None
+        self.opened, found = True, {path.name for path in self.checkpoint.iterdir() if path.suffix == ".pt"}
+        if self.shard:
+            if (self.folder / "runs.csv").exists() and not found:
+                raise Dealt(f"the results are in {self.folder}; remove them to train again", complete=False)
+            (self.checkpoint / f"done{self.shard}").unlink(missing_ok=True)
+        else:
+            self._find_shards(found)
+        if found:
+            print(f"continuing from {self.checkpoint}", flush=True)
 
-    def train(self, stage: str, cells: list[Cell], start: State | None = None, keep_state: bool = False) -> Result:
-        """Train `cells`, one ensemble per shape; finished stages and snapshots in OUT/checkpoint are taken up."""
-        groups: dict[tuple, list[Cell]] = {}
-        for cell in cells:
-            groups.setdefault(cell.ensemble_key(), []).append(cell)
-        results = [self._train_group(f"{stage}-{i}" if len(groups) > 1 else stage, group, start, keep_state)
-                   for i, group in enumerate(groups.values())]
-        return sum(results[1:], results[0]) if results else Result()
+    def _find_shards(self, names: set[str]) -> None:
+        """Sets `shares` to the number of ranks whose shards are all there. Raises UsageError if some are missing."""
+        sizes = sorted({int(found[1]) for name in names if (found := re.search(r"\.\d+of(\d+)\.", name))})
+        if complete := [size for size in sizes if not self._missing(size)]:
+            self.shares = complete[0]
+        elif Lab.merging:
+            raise Dealt("another process has merged the shards", complete=False)
+        elif sizes:
+            raise UsageError(f"{self.checkpoint} holds shards, {missing_text(self._missing(sizes[0]), sizes[0])}; "
+                             "or remove it to train everything in one process")
 
-    def _train_group(self, stage: str, cells: list[Cell], start: State | None, keep_state: bool) -> Result:
-        done, partial = self.checkpoint / f"{stage}.done.pt", self.checkpoint / f"{stage}.pt"
-        c = self.config
-        if c.device == "cpu" and c.backend == "auto":
-            self.say("the step is compiled on first use, up to a minute per modulus" if has_compiler() else
-                     "no C++ compiler on the PATH: the step runs eagerly, about 3 times slower")
-        ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, cells[0].dtype or c.dtype), c.arithmetic, start)
-        self.backend = ensemble.backend
-        for path in (done, partial):
-            if path.exists():
-                ensemble.restore(files.load_tensors(path))
-                break
-        runs = len(ensemble.step)
-        progress = Progress(stage, runs, ensemble.steps_left())
-        before, started = ensemble.executed, ensemble.seconds
-        Signals.waiting = True
-        try:
-            ensemble.train(progress, lambda snapshot: files.save_tensors(partial, snapshot))
-        finally:
-            Signals.waiting = False
-            progress.bar.close()
-        files.save_tensors(done, ensemble.snapshot())
-        partial.unlink(missing_ok=True)
-        result = ensemble.result()
-        steps, seconds = result.executed - before, result.seconds - started   # of this command; the result counts all
-        if not keep_state:
-            result.state = None
-        n_censored, rest = sum(run["censored"] for run in result.runs), "not yet" if cells[0].stop_step else "censored"
-        print(f"{stage}: {runs} runs, {runs - n_censored} grokked, {n_censored} {rest}, {steps} run-steps in {duration(seconds)}"
-              + (f" ({1e3 * seconds / steps:.2f} ms each)" if steps else " (from the checkpoint)"), flush=True)
-        for run in result.runs:
-            if run["diverged"]:
-                print(f"{stage}: member {run['member']} of {run['cell']} diverged (loss or norm not finite); its row says so")
-        return result
+    def _missing(self, size: int) -> list[int]:
+        return [number for number in range(size) if not (self.checkpoint / f"done.{number}of{size}").exists()]
+
+    def _leave(self) -> None:
+        """The end of a rank's work. It no longer has the folder, so that of ranks that end together the last one can merge."""
+        files.write_atomic(self.checkpoint / f"done{self.shard}", b"")
+        self._unlock()
+        self.opened, missing = False, self._missing(self.rank.size)
+        raise Dealt(f"rank {self.rank.number} of {self.rank.size} has trained its share; "
+                    + (missing_text(missing, self.rank.size) if missing else "all shards are there"), complete=not missing)
 
     def discard(self) -> None:
-        """Input that proved bad only in training: what this command created goes; results of an earlier one stay."""
+        """Input that proved bad only in training: what this command created goes; results of an earlier one stay, and what other ranks hold."""
+        if self.shard:
+            for path in self.checkpoint.glob(f"*{self.shard}.*"):
+                path.unlink()
+            (self.checkpoint / f"lock{self.shard}").unlink()
+            self._unlock()
+            if any(self.checkpoint.iterdir()) or not files.lock(self.config_file):
+                return
         self.finish()
-        if not (self.out / "runs.csv").exists():
-            (self.out / "config.json").unlink()
+        if not (self.folder / "runs.csv").exists():
+            self.config_file.unlink()
         for folder in self.created:
             folder.rmdir()
 
     def finish(self) -> None:
-        """All results are written: the checkpoint has served."""
-        for path in self.checkpoint.iterdir():
-            path.unlink()
-        self.checkpoint.rmdir()
+        """All results are written: the checkpoint has served. It goes at once, by its name, so that a kill leaves it whole or gone."""
+        spent = self.folder / "checkpoint.spent"
+        with contextlib.suppress(OSError):   # it is in the way of itself after a kill: then file by file
+            self.checkpoint.rename(spent)
+        for folder in (spent, self.checkpoint):
+            self._clear(folder)
+        with contextlib.suppress(OSError):   # files of others go back to where they were put
+            spent.rename(self.checkpoint)
+        self._unlock()
+
+    def _clear(self, folder: Path) -> None:
+        """Remove the checkpoints in `folder`, and `folder` if nothing else is in it."""
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_file() and (path.suffix in (".pt", ".part") or path.name.startswith(("done.", "lock."))):
+                path.unlink()
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+    # -- training
+
+    def train(self, stage: str, cells: list[Cell], start: State | None = None, keep_state: bool = False, deal: bool = False) -> Result:
+        """Train `cells`, one ensemble per shape; finished stages and snapshots in OUT/checkpoint are taken up. `start` has a row per run.
+
+        Of several ranks every one trains all cells itself, for what comes after may depend on them; unless they are dealt (`deal`, without
+        `keep_state`): then the result has the rows of this rank's share only, and is good for nothing but to carry on to `out`."""
+        size, shares = max(self.rank.size, self.shares) if deal else 1, {self.shard: [*range(len(cells))]}
+        if size > 1:
+            self.loads = self.loads or [0.0] * size
+            first = np.cumsum([0, *(len(cell.members) for cell in cells)])
+            owners = ranks.deal([ranks.cost(cell, int(start.step[row]) if start else 0) for cell, row in zip(cells, first, strict=False)], self.loads)
+            shares = {f".{number}of{size}": [i for i, owner in enumerate(owners) if owner == number] for number in range(size)}
+            if self.shard:
+                shares = {self.shard: shares[self.shard]}
+                print(f"rank {self.rank.number} of {size}: {len(shares[self.shard])} of the {len(cells)} cells of {stage}", flush=True)
+        trained = {}
+        for shard, mine in shares.items():
+            groups = by_shape(cells, mine)
+            for k, group in enumerate(groups):
+                ensemble = self._train_group(f"{stage}-{k}" if len(groups) > 1 else stage, shard, [cells[i] for i in group],
+                                             start and start.of_cells(cells, group), dealt=size > 1)
+                trained |= {i: (ensemble, c) for c, i in enumerate(group)}
+        ensembles = list({id(ensemble): ensemble for ensemble, _ in trained.values()}.values())
+        total = Result(executed=sum(e.executed for e in ensembles), seconds=sum(e.seconds for e in ensembles))
+        for group in by_shape(cells, [i for i in range(len(cells)) if i in trained]):   # rows lie as in one process
+            for i in group:
+                ensemble, c = trained[i]
+                total = total + ensemble.rows(c)
+        return dataclasses.replace(total, state=ensembles[0].result().state) if keep_state else total
+
+    def _train_group(self, stage: str, shard: str, cells: list[Cell], start: State | None, dealt: bool) -> Ensemble:
+        """An ensemble of `cells`, trained: from its own snapshots, from that of another process if the stage is everybody's, or from `start`."""
+        done, latest, previous, fresh = (self.checkpoint / f"{stage}{shard}{kind}.pt" for kind in (".done", "", ".previous", ".fresh"))
+        anybody = [] if dealt else sorted({*self.checkpoint.glob(f"{stage}.*of*.done.pt"), self.checkpoint / f"{stage}.done.pt"} - {done})
+        c = self.config
+        if c.device == "cpu" and c.backend == "auto":
+            self.say("the step is compiled on first use, up to a minute per modulus" if has_compiler() else
+                     "no C++ compiler on the PATH: the step runs eagerly, about 3 times slower")
+        ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, cells[0].dtype or c.dtype), c.arithmetic, start, self.checkpoint)
+        self.backend = ensemble.backend
+        self._take_up(ensemble, stage + shard, [done, latest, previous], anybody)
+        runs, before, started = len(ensemble.step), ensemble.executed, ensemble.seconds
+        if len(ensemble.live()):
+            if self.shares > 1 and dealt:
+                number = int(re.match(r"\.(\d+)of", shard)[1])
+                (self.checkpoint / f"done{shard}").unlink()
+                raise UsageError(f"the shard of {stage} in {self.checkpoint} is not complete, {missing_text([number], self.shares)}")
+
+            def save(snapshot: dict[str, torch.Tensor], path: Path = latest) -> None:
+                files.save_tensors(fresh, snapshot)
+                if latest.exists():
+                    latest.replace(previous)
+                fresh.replace(path)
+            progress = Progress(stage, runs, ensemble.steps_left())
+            Signals.waiting = True
+            try:
+                ensemble.train(progress, save, SAVE_EVERY)
+            finally:
+                Signals.waiting = False
+                progress.bar.close()
+            save(ensemble.snapshot(), done)
+        rows = ensemble.result().runs
+        steps, seconds = ensemble.executed - before, ensemble.seconds - started   # of this command; the rows count all
+        n_censored, rest = sum(run["censored"] for run in rows), "not yet" if cells[0].stop_step else "censored"
+        print(f"{stage}: {runs} runs, {runs - n_censored} grokked, {n_censored} {rest}, {steps} run-steps in {duration(seconds)}"
+              + (f" ({1e3 * seconds / steps:.2f} ms each)" if steps else " (from the checkpoint)"), flush=True)
+        for run in rows:
+            if run["diverged"]:
+                print(f"{stage}: member {run['member']} of {run['cell']} diverged (loss or norm not finite); its row says so")
+        return ensemble
+
+    def _take_up(self, ensemble: Ensemble, stage: str, own: list[Path], anybody: list[Path]) -> None:
+        """Restore the first good snapshot of: this process's last one, another process's, this process's earlier ones. Bad ones are named."""
+        refused, found = [], "its start"
+        for path in [own[0], *anybody, *own[1:]]:
+            if not path.is_file():
+                continue
+            try:
+                tensors = files.load_tensors(path)
+            except files.Damaged as why:
+                refused.append(f"{path.name} ({why})")
+                if path in own:
+                    path.unlink()   # the next snapshot must not push a good one out for it
+                continue
+            try:
+                ensemble.restore(tensors)
+            except UsageError as error:
+                raise UsageError(f"{path}: {error}") from None
+            found = path.name
+            break
+        if refused:
+            print(f"{self.checkpoint}: refused {', '.join(refused)}; {stage} goes on from {found}", flush=True)
+
+
+def by_shape(cells: list[Cell], chosen: list[int]) -> list[list[int]]:
+    """The numbers of the `chosen` cells, a list for each shape of ensemble."""
+    groups: dict[tuple, list[int]] = {}
+    for i in chosen:
+        groups.setdefault(cells[i].ensemble_key(), []).append(i)
+    return [*groups.values()]
+
+
+def missing_text(missing: list[int], size: int) -> str:
+    which = f"shard {missing[0]} of {size} is" if len(missing) == 1 else f"shards {', '.join(map(str, missing))} of {size} are"
+    return f"{which} missing (RANK={missing[0]} WORLD_SIZE={size} and the same command, if it is not running, makes one)"
 
 
 class Signals:
@@ -378,19 +557,35 @@ class Signals:
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(143)
 
 
-def main(run: callable) -> None:
+def start(run: Callable[[list[str]], None], argv: list[str]) -> None:
+    """`run(argv)`. As one of several ranks; the one that then finds all shards there runs it once more, alone, to merge them."""
+    try:
+        run(argv)
+    except Dealt as end:
+        print(end, flush=True)
+        if end.complete:
+            Lab.merging = True
+            try:
+                run(argv)
+            except Dealt as end:
+                print(end, flush=True)
+            finally:
+                Lab.merging = False
+
+
+def main(run: Callable[[list[str]], None]) -> None:
     """Run an experiment's `run(argv)`: bad input ends in one line and code 2, Ctrl-C in 130, SIGTERM in 143."""
     signal.signal(signal.SIGTERM, Signals.handle)
     signal.signal(signal.SIGINT, Signals.handle)
     code = 0
     try:
-        run(sys.argv[1:])
+        start(run, sys.argv[1:])
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)   # one line, whatever was typed
         code = 2
     except OSError as error:   # disk full, folder gone: files are written whole, so what was there is intact
-        print(f"error: {error.strerror}: {error.filename or 'a file'}; results so far are intact, free the disk or choose another --out",
-              file=sys.stderr)
+        print(f"error: {error.strerror or error}: {error.filename or 'a file'}; nothing is left half-written, mend this (disk full? folder gone?) "
+              "and the same command continues", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

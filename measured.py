@@ -67,6 +67,9 @@ class Measured:
         n, censored, worst = self.count(cells)
         row = self.known[key]                                            # a row without its number of members had the whole block
         row = {**row, "n_seeds": row["n_seeds"] or self.first[cells[0]]["block"]}
+        budget = min(self.first[cell]["budget_steps"] for cell in cells)
+        if row["printed"].startswith("not within ") and worst >= 0.5 and budget < float(row["printed"].split()[-1]):
+            missing = f"censored at {budget} steps, the paper {row['printed']}"
         self.claims[key] = stats.claim(row, stats.resampled(n, statistic), n, censored, missing, 1.0 if missing else worst)
 
     def finding(self, key: str, quantity: str, cells: tuple[str, ...], statistic: Callable[[np.ndarray], np.ndarray] | float) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from scipy.stats import CensoredData, ecdf
 
 import files
 import lab
@@ -14,10 +15,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+LINES, MARKERS = ("-", "--", ":", "-."), "osD^vPX*"   # series differ in print without colour, too
+
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
     """`folder/name.png` and `.pdf`."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "pdf"):
         image = io.BytesIO()
         figure.savefig(image, format=kind, dpi=120, bbox_inches="tight")
@@ -47,7 +50,7 @@ def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: 
         fit = fits.get(f"{prefix}.p{p}")
         if fit and arm == "clamp":
             x = np.array([min(rhos), max(rhos)])
-            axis.plot(x, np.exp(fit["intercept"] + fit["alpha"][0] * x), color=color, lw=1,
+            axis.plot(x, np.exp(fit["intercept"] + fit["alpha"][0] * x), color=color, ls=LINES[i % 4], lw=1,
                       label=f"p={p}: alpha {fit['alpha'][0]:.2f} [{fit['alpha'][1]:.2f}, {fit['alpha'][2]:.2f}]")
         points = [(known[k]["rho"], known[k]["value"]) for k in known if k.startswith(published.format(p=p)) and int(known[k]["p"]) == p]
         if points and arm == "clamp":
@@ -120,7 +123,7 @@ def contraction(rows: list[dict], folder: Path) -> None:
     for i, cell in enumerate(dict.fromkeys(row["cell"] for row in rows)):
         mine = [row for row in rows if row["cell"] == cell]
         delay = [row["delay_steps"] for row in mine]
-        axis.plot([row["ln_v_peak_ratio"] for row in mine], delay, "o", color=f"C{i % 10}", alpha=0.7, label=cell if i < 10 else None)
+        axis.plot([row["ln_v_peak_ratio"] for row in mine], delay, MARKERS[i % 5], color=f"C{i % 10}", alpha=0.7, label=cell if i < 10 else None)
         axis.plot([row["ln_v_ratio"] for row in mine], delay, "x", color=f"C{i % 10}", alpha=0.7)
     axis.plot([], [], "o", color="gray", label="V at its peak")
     axis.plot([], [], "x", color="gray", label="V at T_mem")
@@ -137,7 +140,7 @@ def trajectories(trajectories: list[dict], folder: Path) -> None:
         mine = [t for t in trajectories if t["cell"] == cell and t["step"] > 1 and t["norm"] is not None]   # None: the run diverged
         steps = sorted({t["step"] for t in mine})
         for axis, key in zip(axes, ("test_accuracy", "norm", "logit_scale"), strict=True):
-            axis.plot(steps, [np.median([t[key] for t in mine if t["step"] == s]) for s in steps], color=f"C{i % 10}", ls="-" if i < 10 else "--",
+            axis.plot(steps, [np.median([t[key] for t in mine if t["step"] == s]) for s in steps], color=f"C{i % 10}", ls=LINES[i % 4],
                       label=cell)
             axis.set(xscale="log", xlabel="step", title=key.replace("_", " "))
     axes[0].legend(fontsize=6)
@@ -147,10 +150,10 @@ def trajectories(trajectories: list[dict], folder: Path) -> None:
 
 def replay(rows: list[dict], folder: Path) -> None:
     picture, axis = plt.subplots(figsize=(5.5, 5))
-    for cell in dict.fromkeys(row["cell"] for row in rows):
+    for i, cell in enumerate(dict.fromkeys(row["cell"] for row in rows)):
         points = [(r["t_grok_released"], r["t_grok"]) for r in rows if r["cell"] == cell and r["t_grok_released"] and r["t_grok"]]
         if points:
-            axis.plot(*zip(*points, strict=True), "o", mfc="none", ms=5, alpha=0.7, label=Path(cell).name)
+            axis.plot(*zip(*points, strict=True), MARKERS[i % 8], mfc="none", ms=5, alpha=0.7, label=Path(cell).name if i < 24 else None)
     low, high = axis.get_xlim()
     axis.plot([low, high], [low, high], color="gray", lw=0.7, zorder=0)
     axis.set(xscale="log", yscale="log", xlabel="T_grok as released (steps)", ylabel="T_grok here (steps)", title="Per-seed replay")
@@ -160,7 +163,26 @@ def replay(rows: list[dict], folder: Path) -> None:
     plt.close(picture)
 
 
+def survival(runs: list[dict], name: str, folder: Path) -> None:
+    """Kaplan-Meier curves of T_grok at p=59, tau 1, one line per held norm; censored runs leave at their budget."""
+    figure, axis = plt.subplots(figsize=(6.5, 4.2))
+    lr = next(r["lr"] for r in runs if r["arm"] == "clamp")
+    clamped = [r for r in runs if (r["arm"], r["lr"], r["p"], r["tau"]) == ("clamp", lr, 59, 1)]
+    rhos = sorted({r["rho"] for r in clamped})
+    for i, rho in enumerate(rhos):
+        mine = [r for r in clamped if r["rho"] == rho]
+        times = np.array([r["t_grok_step"] or r["budget_steps"] for r in mine], dtype=float)
+        curve = ecdf(CensoredData.right_censored(times, np.array([r["t_grok_step"] is None for r in mine]))).sf
+        axis.step([times.min() / 2, *curve.quantiles], [1, *curve.probabilities], where="post", color=plt.get_cmap("viridis")(i / max(len(rhos), 2)),
+                  ls=("-", "--", ":", "-.")[i % 4], label=f"rho {rho:g}")
+    axis.set(xscale="log", xlabel="step", ylabel="share not yet grokked", title=f"Kaplan-Meier curves of T_grok, {name}")
+    axis.legend(fontsize=7)
+    save_figure(figure, folder, "survival")
+    plt.close(figure)
+
+
 ARM_COLORS = {"lowered": "C2", "free": "C0", "same": "C1", "raised": "C3"}
+ARM_LINES = {"lowered": ":", "free": "--", "same": "-.", "raised": "-"}
 
 
 def fork_arms(arms: dict[str, list[dict]], published: dict[str, float], folder: Path, file: str) -> None:
@@ -199,7 +221,7 @@ def fork_trajectories(trajectories: list[dict], trunk: str, arms: dict[str, list
             mine = [t for t in trajectories if t["cell"] == cell and fork_step / 8 <= t["step"] and (cell != trunk or t["step"] <= fork_step)]
             for i, member in enumerate(dict.fromkeys(t["member"] for t in mine)):
                 points = [(t["step"], t[key]) for t in mine if t["member"] == member]
-                axis.plot(*zip(*points, strict=True), color=color, lw=1, alpha=0.7, label=None if i else label)
+                axis.plot(*zip(*points, strict=True), color=color, ls=ARM_LINES.get(label, "-"), lw=1, alpha=0.8, label=None if i else label)
         axis.axvline(fork_step, color="gray", ls=":", lw=1)
         axis.set(xscale="log", xlabel="step", title=key.replace("_", " "))
     axes[0].legend(fontsize=7)
@@ -215,7 +237,7 @@ def fork_ratio(ratios: list[dict], over: str, other: str, folder: Path, file: st
         mine = sorted((r for r in ratios if (r["p"], r[other]) == (p, value) and r["ours"] is not None), key=lambda r: r[over])
         y = np.array([r["ours"] for r in mine])
         ends = np.array([[r["ours"] if r[end] is None else r[end] for r in mine] for end in ("lo", "hi")])
-        axis.errorbar([r[over] for r in mine], y, np.maximum([y - ends[0], ends[1] - y], 0), fmt="o-", ms=4, lw=1, capsize=3,
+        axis.errorbar([r[over] for r in mine], y, np.maximum([y - ends[0], ends[1] - y], 0), fmt=MARKERS[i % 8] + LINES[i % 4], ms=4, lw=1, capsize=3,
                       color=f"C{i % 10}", label=f"p={p}, {other.replace('_', ' ')} {value:g}")
     censored = sum(r["ours"] is None for r in ratios)
     axis.set(xlabel=over.replace("_", " "), ylabel="median delay, raised / same",

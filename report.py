@@ -1,65 +1,366 @@
-"""Every published number beside ours: collects results/*/*/summary.json into the README's table. `--check` only compares.
+"""Every published number beside ours, from results/ alone: the README's table, REPORT.md and a self-contained report.html. Trains nothing.
 
-    python report.py            rewrite the table between the two marks in README.md
-    python report.py --check    exit code 1 if the README differs from the summaries
+    python report.py            rewrite README.md's table, REPORT.md, report.html and results/report/*.png
+    python report.py --check    exit code 1 if README.md or REPORT.md differ from the results, or a summary and its figures from their runs.csv
+
+Where several folders answer a number: a verdict goes before none, float32 before float64 (the papers' precision), then most members.
+Equivalence of replayed runs: two one-sided t tests of ln(T_grok ours / released) against a margin of 5%, fixed before the runs.
 """
+import base64
+import html
 import json
+import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from scipy.stats import ttest_1samp
+
 import files
+import plots
 import stats
 from common import UsageError
 
 ROOT = Path(__file__).resolve().parent
 BEGIN, END = "<!-- claims: made by report.py -->", "<!-- end of claims -->"
 STRENGTH = ("NOT RUN", "INCONCLUSIVE", "NOT REPRODUCED", "REPRODUCED")
+MARGIN = 0.05         # of T_grok, for equivalence with the released runs
+HEADLINES = ("A.alpha.dense", "A.alpha.dense.r2", "A.norm_factor", "A.lr_factor", "A.sustained.spread", "A.oneshot.spread", "A.saturation.p59",
+             "A.alpha.shared", "A.wc.power", "A.wc.cv", "B.med.ce.p59.ratio", "B.med.ce.p97.ratio", "B.recovery.p59", "B.recovery.p97",
+             "B.med.mse.p59.ratio", "B.med.mse.p97.ratio", "B.collapse.r2_logit.p59", "B.collapse.dr2.p59", "B.dose.alpha.p59", "B.dose.daic.p59",
+             "B.audit.1.15.T32", "B.audit.1.15.T64", "B.audit.1.25.sc32", "B.audit.1.25.T64", "B.fork.p59.ratio", "B.fork.p97.ratio", "B.tf.effect")
+DOUBTS = (            # question, beginnings of the findings' ids that answer it
+    ("Does a clamp at rho = 1 grok on the free timescale?", ("clamp_over_free.",)),
+    ("Is ln T_grok a straight line in the held norm?", ("lack_of_fit.", "local_slope.")),
+    ("Is there one exponent? alpha times W_c, modulus by modulus", ("alpha_wc.",)),
+    ("Does the learning rate move the delay by a factor of about 2 at every norm?", ("lr_factor.",)),
+    ("Does no weight decay leave a free run at the high norms?", ("free_norm.", "frontier.")),
+    ("Are the high norms inside float32 softmax collapse, and does float64 agree?",
+     ("float32_confounded.", "float32_over_float64.", "collapse.float", "twin.", "collapse32_max.raised")),
+    ("L at grokking is an outcome: does L at step 600, or norm and temperature themselves, explain the grid as well?", ("r2.", "aicc.")),
+    ("Recovery: how much depends on the time axis, on when L is read, and on holding the logit curve fixed?", ("recovery.",)),
+    ("Does MSE dissociate the norm from the logit scale?", ("logit_movement.", "norm_up.", "tau_effect.")),
+    ("Does temperature move memorisation?", ("memorisation.", "delay_share.")),
+    ("Which form of the dose response does AIC prefer once the offset may lie above?", ("daic.",)),
+    ("Allocation at fixed norm: how far do T_grok and L move?", ("allocation_",)),
+    ("Same-state arms: does the ratio hold at other fork steps and norms?", ("raised_over_same.", "ordering.", "same_over_free.")),
+    ("The logarithmic counterpart: how does the free norm contract?", ("contraction.",)),
+)
 
 
-def answers(folder: Path) -> dict[str, dict]:
-    """The best-supported answer to each published id: one with a verdict before an inconclusive one, then the one with most members."""
-    best: dict[str, dict] = {}
-    for path in sorted(folder.glob("*/*/summary.json")):
+@dataclass
+class Folder:
+    """One results folder: its name below results/, its summary and its runs."""
+    name: str
+    summary: dict
+    runs: list[dict]
+
+
+def collect(root: Path) -> list[Folder]:
+    """Every results folder with a summary. Raises UsageError for one that is none."""
+    found = []
+    for path in sorted(root.glob("*/*/summary.json")):
         try:
-            claims = json.loads(path.read_text())["claims"]
+            summary = json.loads(path.read_text())
+            for claim in summary["claims"]:
+                claim["source"], claim["dtype"] = str(path.parent.relative_to(root)), summary["provenance"]["dtype"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} is no summary of an experiment ({type(error).__name__}); remove it or make it again") from None
-        for claim in claims:
-            claim["source"] = str(path.parent.relative_to(folder))
-            held = best.get(claim["id"])
-            rank = lambda c: (c["verdict"] in STRENGTH[2:], c["verdict"] != "NOT RUN", c["n"])  # noqa: E731
-            if held is None or rank(claim) > rank(held):
-                best[claim["id"]] = claim
+        found.append(Folder(str(path.parent.relative_to(root)), summary, files.read_runs(path.parent / "runs.csv")))
+    return found
+
+
+def answers(folders: list[Folder]) -> dict[str, dict]:
+    """The best-supported answer to each published id."""
+    rank = lambda c: (c["verdict"] in STRENGTH[2:], c["verdict"] != "NOT RUN", c["dtype"] == "float32", c["n"])  # noqa: E731
+    best: dict[str, dict] = {}
+    for claim in (claim for folder in folders for claim in folder.summary["claims"]):
+        if claim["id"] not in best or rank(claim) > rank(best[claim["id"]]):
+            best[claim["id"]] = claim
     return best
 
 
-def table(best: dict[str, dict], published: dict[str, dict]) -> str:
-    def text(x: float | None) -> str:
-        return "-" if x is None else f"{x:.4g}"
-    lines = ["| id | quantity | paper | ours | 95% interval | n | censored | verdict |", "|---|---|---|---|---|---|---|---|"]
-    for key in published:
-        claim = best.get(key)
-        if claim and claim["verdict"] != "NOT RUN":
-            lines.append(f"| `{key}` | {claim['quantity']} | {text(claim['published'])} | {text(claim['ours'])} "
-                         f"| {text(claim['lo'])} to {text(claim['hi'])} | {claim['n']} | {claim['n_censored']} | {claim['verdict']} |")
-    verdicts = [best[key]["verdict"] if key in best else "NOT RUN" for key in published]
-    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in reversed(STRENGTH))
-    sources = sorted({c["source"] for c in best.values() if c["verdict"] != "NOT RUN"})
-    return "\n".join([*lines, "", f"Of {len(published)} published numbers: {counts}. From `results/` {', '.join(f'`{s}`' for s in sources)}."])
+# ---------------------------------------------------------------- blocks: (kind, content), rendered twice
+
+def number(x: float | None, digits: int = 4) -> str:
+    if x is None or not math.isfinite(x):
+        return "-"
+    return f"{x:.0f}" if 1000 <= abs(x) < 1e7 else f"{x:.{digits}g}"
+
+
+def interval(lo: float | None, hi: float | None) -> str:
+    return "-" if lo is None and hi is None else f"{number(lo)} to {number(hi)}"
+
+
+def claim_rows(ids: list[str], best: dict[str, dict], published: dict[str, dict]) -> list[list[str]]:
+    rows = []
+    for key in ids:
+        row, c = published[key], best.get(key) or stats.claim(published[key], None)
+        rows.append([f"`{key}`", c["verdict"], row["printed"] or "-", number(c["ours"]), interval(c["lo"], c["hi"]), str(c["n"]),
+                     str(c["n_censored"]), row["quantity"]])
+    return rows
+
+
+CLAIM_HEADER = ["id", "verdict", "paper", "ours", "95% interval", "n", "censored", "quantity"]
+
+
+def counts(ids: list[str], best: dict[str, dict]) -> str:
+    verdicts = [best[key]["verdict"] if key in best else "NOT RUN" for key in ids]
+    return ", ".join(f"{verdicts.count(v)} {v}" for v in reversed(STRENGTH))
+
+
+def readme_table(best: dict[str, dict], published: dict[str, dict]) -> str:
+    return "\n".join([markdown([("table", (CLAIM_HEADER, claim_rows(list(HEADLINES), best, published)))]).strip(), "",
+                      f"Of {len(published)} published numbers: {counts(list(published), best)}. All of them, with the doubts and their answers: "
+                      "[REPORT.md](REPORT.md)."])
+
+
+def claims_section(best: dict[str, dict], published: dict[str, dict]) -> list[tuple]:
+    blocks: list[tuple] = [("h2", "Claims")]
+    for paper, title in (("A.", "A: arXiv 2606.13753"), ("B.", "B: arXiv 2606.18465")):
+        ids = [key for key in published if key.startswith(paper)]
+        blocks += [("h3", title), ("p", f"{len(ids)} numbers: {counts(ids, best)}.")]
+        sections = dict.fromkeys(published[key]["where"] for key in ids)
+        for section in sections:
+            mine = [key for key in ids if published[key]["where"] == section]
+            blocks += [("h4", section), ("table", (CLAIM_HEADER, claim_rows(mine, best, published)))]
+    return blocks
+
+
+def doubts_section(folders: list[Folder]) -> list[tuple]:
+    blocks = [("h2", "Doubts, and our answers in numbers"),
+              ("p", "Questions that the papers leave open. No verdict and no goal: only what the runs say. A value or an end of an interval that "
+                    "censored runs leave open is empty.")]
+    header = ["finding", "ours", "95% interval or range", "n", "censored", "what", "from"]
+    for question, beginnings in DOUBTS:
+        rows = [[f"`{f['id']}`", number(f["ours"]), interval(f["lo"], f["hi"]), str(f["n"]), number(f.get("n_censored")), f["quantity"], folder.name]
+                for folder in folders for f in folder.summary.get("findings", []) if f["id"].startswith(beginnings)]
+        blocks += [("h3", question), ("table", (header, rows)) if rows else ("p", "NOT RUN")]
+    return [*blocks, ("h3", "What does dropping the members that never grok do to a median?"), *dropped(folders)]
+
+
+def dropped(folders: list[Folder]) -> list[tuple]:
+    rows = []
+    for folder in folders:
+        for cell in dict.fromkeys(run["cell"] for run in folder.runs):
+            grok = np.array([*stats.times(folder.runs, cell).values()])
+            kept = grok[np.isfinite(grok)]
+            if 0 < len(kept) < len(grok):
+                middle = float(stats.median(grok))
+                rows.append([cell, number(float(np.median(kept)), 6), number(middle, 6) if math.isfinite(middle) else "> budget", str(len(grok)),
+                             str(len(grok) - len(kept)), folder.name])
+    header = ["cell", "median over those that grok", "median, censored counted as later", "n", "censored", "from"]
+    return [("table", (header, rows))] if rows else [("p", "No cell of the results has a censored run beside one that grokked.")]
+
+
+def sensitivity_section(folders: list[Folder], root: Path) -> list[tuple]:
+    """alpha under three thresholds and both conventions of W_c, from the runs of delay-law folders."""
+    thresholds, conventions, dips = [], [], []
+    for folder in folders:
+        runs = folder.runs
+        doses = {r["cell"]: r for r in runs if r["arm"] == "clamp" and r["loss"] == "ce" and (r["tau"], r["p"]) == (1, 59) and r["rho"] <= 1.25}
+        doses = {cell: r for cell, r in doses.items() if (r["lr"], r["weight_decay"], r["train_frac"], r["model"]) == (1e-3, 1, 0.4, "mlp")}
+        if folder.name.startswith("delay_law/") and len(doses) >= 3:
+            rho = np.array([r["rho"] for r in doses.values()])
+            for column, text in (("t_80_step", "0.80"), ("t_grok_step", "0.90"), ("t_95_step", "0.95")):
+                table = np.array([[*stats.times(runs, cell, column).values()] for cell in doses])
+                e, lo, hi = stats.bootstrap(table, lambda t, rho=rho: stats.line(rho, np.log(stats.median(t)))[0])
+                thresholds.append([folder.name, text, number(e), interval(stats.finite(lo), stats.finite(hi)), str(table.shape[1]),
+                                   str(int((~np.isfinite(table)).sum())), str(len(rho))])
+            free = files.read_csv(root / folder.name / "contraction.csv") if (root / folder.name / "contraction.csv").exists() else []
+            mine = [r for r in free if r["cell"] == f"free_p59_b{next(iter(doses.values()))['block']}" and r.get("v_end")]
+            if mine:
+                own, end = (float(np.median([math.sqrt(r[k]) for r in mine])) for k in ("v_grok", "v_end"))
+                alpha = float(thresholds[-2][2])
+                conventions.append([folder.name, number(own), number(end), number(alpha), number(alpha * end / own), str(len(mine))])
+        after = [r for r in runs if r.get("evals_below_after_grok") is not None]
+        if after:
+            dips.append([folder.name, str(len(after)), str(sum(r["evals_below_after_grok"] > 0 for r in after)),
+                         number(float(np.mean([25 * r["evals_below_after_grok"] / (r["steps_run"] - r["t_grok_step"]) for r in after])))])
+    blocks: list[tuple] = [("h2", "Sensitivity")]
+    for title, header, rows in (
+            ("Threshold of test accuracy", ["from", "threshold", "alpha", "95% interval", "n", "not reached", "doses"], thresholds),
+            ("Convention of W_c: norm at each member's own T_grok, or at the end of the control run (last logged step), after its slowest member",
+             ["from", "W_c, own T_grok", "W_c, end of run", "alpha on the first", "alpha on the second", "n"], conventions),
+            ("First against sustained crossing: test accuracy under 0.90 again after T_grok (--after-grok)",
+             ["from", "runs trained on", "runs that fall below again", "mean share of later evaluations below"], dips)):
+        blocks += [("h3", title), ("table", (header, rows)) if rows else ("p", "NOT RUN")]
+    return blocks
+
+
+# ---------------------------------------------------------------- replay and survival
+
+def replayed(root: Path) -> list[dict]:
+    """Every replayed run; one that several folders hold counts once."""
+    rows: dict[tuple, dict] = {}
+    for path in sorted(root.glob("replay/*/replay.csv")):
+        for row in files.read_csv(path):
+            rows.setdefault((row["cell"], row["member"]), row)
+    return list(rows.values())
+
+
+def equivalence(rows: list[dict]) -> tuple[float, float, float, float, int]:
+    """Mean of ln(ours / released), its 90% interval, the larger p-value of the two one-sided tests, and n (pairs grokked on both sides).
+    Ratios that are all equal have no spread: the interval is their value, and p is not a number."""
+    d = np.log([r["t_grok"] / r["t_grok_released"] for r in rows if r["t_grok"] and r["t_grok_released"]])
+    if len(d) < 2 or np.ptp(d) == 0:
+        mean = float(d.mean()) if len(d) else math.nan
+        return mean, mean, mean, math.nan, len(d)
+    margin = math.log(1 + MARGIN)
+    p = max(ttest_1samp(d, -margin, alternative="greater").pvalue, ttest_1samp(d, margin, alternative="less").pvalue)
+    low, high = ttest_1samp(d, 0).confidence_interval(0.90)
+    return float(d.mean()), float(low), float(high), float(p), len(d)
+
+
+def replay_section(root: Path, folder: Path, draw: bool) -> list[tuple]:
+    rows = replayed(root)
+    if not rows:
+        return [("h2", "Seed by seed"), ("p", "NOT RUN")]
+    table = []
+    for cell in [None, *dict.fromkeys(r["cell"] for r in rows)]:
+        mine = [r for r in rows if cell in (None, r["cell"])]
+        differences = [abs(r["difference_steps"]) for r in mine]
+        mean, low, high, p, n = equivalence(mine)
+        relative = max(d / (r["t_grok_released"] or r["t_grok"] or math.inf) for d, r in zip(differences, mine, strict=True))
+        unequal = "all equal" if low == high else number(p, 2)
+        table.append([cell or "all", str(len(mine)), str(differences.count(0)), str(sum(d <= 25 for d in differences)), f"{100 * relative:.2f}%",
+                      f"{100 * mean:+.3f}% [{100 * low:+.3f}, {100 * high:+.3f}]" if n else "-", unequal if n > 1 else "-"])
+    if draw:
+        plots.replay(rows, folder)
+    header = ["released cell", "runs", "exact", "within one evaluation", "largest difference", "mean ln ratio [90% interval]", "p, not equivalent"]
+    return [("h2", "Seed by seed"),
+            ("p", f"T_grok of released runs against ours. Equivalence: two one-sided tests against a margin of {100 * MARGIN:g}%; runs whose "
+                  "ratios are all equal have no spread to test."),
+            ("figure", (folder / "replay.png", "T_grok as released against T_grok here, every replayed run")), ("table", (header, table))]
+
+
+def survival_section(folders: list[Folder], folder: Path, draw: bool) -> list[tuple]:
+    """Kaplan-Meier curves of T_grok per dose, of the largest delay-law folder."""
+    best = max((f for f in folders if any(r["arm"] == "clamp" and r["p"] == 59 and r["tau"] == 1 and r["loss"] == "ce" for r in f.runs)),
+               key=lambda f: (f.name.startswith("delay_law/"), len(f.runs)), default=None)
+    if best is None:
+        return []
+    if draw:
+        plots.survival(best.runs, best.name, folder)
+    caption = f"Share of members that have not grokked, per held norm; {best.name}"
+    return [("h2", "Time to grok as survival"), ("figure", (folder / "survival.png", caption))]
+
+
+# ---------------------------------------------------------------- the rest, and rendering
+
+def figures_section(folders: list[Folder], root: Path) -> list[tuple]:
+    blocks: list[tuple] = [("h2", "Figures of the runs of record")]
+    for folder in folders:
+        for path in sorted((root / folder.name / "figures").glob("*.png")):
+            blocks.append(("figure", (path, f"{folder.name}: {path.stem}")))
+    return blocks
+
+
+def speed_section(root: Path) -> list[tuple]:
+    path = root / "bench" / "step.csv"
+    if not path.exists():
+        return [("h2", "Speed"), ("p", "NOT RUN")]
+    rows = files.read_csv(path)
+    names = ("name", "device", "backend", "dtype", "p", "runs", "us_per_run_step", "low", "high", "ratio_to_ours")
+    return [("h2", "Speed"), ("p", "Microseconds for one optimiser step of one network; low and high are the 10% and 90% points of the repeats."),
+            ("table", (list(names), [[number(r[k]) if isinstance(r[k], float) else str(r[k]) for k in names] for r in rows]))]
+
+
+def provenance_section(root: Path) -> list[tuple]:
+    rows = []
+    for path in sorted(root.glob("*/*/provenance.json")):
+        p, runs = files.read_json(path), files.read_runs(path.parent / "runs.csv")
+        rows.append([str(path.parent.relative_to(root)), f"`{p['command']}`", p["commit"][:10] + (" (changed)" if p["dirty"] else ""), p["device"],
+                     p["backend"], p["dtype"], str(len(runs)), f"{p['training_seconds']:.0f}", str(p["run_steps"]),
+                     number(p["executed_over_needed"])])
+    header = ["folder", "command", "commit", "device", "backend", "dtype", "runs", "seconds", "run-steps", "executed over needed"]
+    return [("h2", "Provenance"), ("table", (header, rows))]
+
+
+def markdown(blocks: list[tuple]) -> str:
+    out = []
+    for kind, content in blocks:
+        if kind in ("h1", "h2", "h3", "h4"):
+            out.append(f"{'#' * int(kind[1])} {content}")
+        elif kind == "table":
+            header, rows = content
+            lines = ["| " + " | ".join(field.replace("|", "\\|") for field in row) + " |" for row in [header, *rows]]
+            out.append("\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]))
+        elif kind == "figure":
+            out.append(f"![{content[1]}]({content[0].relative_to(ROOT)})")
+        else:
+            out.append(content)
+    return "\n\n".join(out) + "\n"
+
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:70rem;padding:1rem;color:#111;background:#fff}
+h1,h2,h3,h4{line-height:1.2;margin:1.6em 0 .5em}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem}
+th,td{border:1px solid #bbb;padding:.2rem .5rem;text-align:left;vertical-align:top}th{background:#eee}td{overflow-wrap:anywhere;min-width:3.5rem}
+img{max-width:100%;height:auto}figure{margin:1rem 0}figcaption{font-size:.85rem}code{font-size:.9em}.REPRODUCED{font-weight:700}
+.NOT-REPRODUCED{font-weight:700;text-decoration:underline}.NOT-RUN{color:#666}"""
+
+
+def webpage(blocks: list[tuple]) -> str:
+    """The same blocks as one HTML file: figures inline, nothing fetched, tables scroll on a narrow screen."""
+    def inline(text: str) -> str:
+        parts = html.escape(text).split("`")
+        return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+    out = []
+    for kind, content in blocks:
+        if kind == "table":
+            header, rows = content
+            marked = [[f'<td class="{c.replace(" ", "-")}">{c}</td>' if c in STRENGTH else f"<td>{inline(c)}</td>" for c in row] for row in rows]
+            body = "".join(f"<tr>{''.join(row)}</tr>" for row in marked)
+            out.append(f'<div class="scroll"><table><tr>{"".join(f"<th>{inline(c)}</th>" for c in header)}</tr>{body}</table></div>')
+        elif kind == "figure":
+            data = base64.b64encode(content[0].read_bytes()).decode()
+            caption = html.escape(content[1])
+            out.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>')
+        else:
+            out.append(f"<{kind}>{inline(content)}</{kind}>")
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+            f"<title>Two grokking papers, re-measured</title><style>{STYLE}</style></head><body>{''.join(out)}</body></html>\n")
+
+
+def build(root: Path, draw: bool) -> tuple[str, list[tuple]]:
+    """The README's table and the report's blocks. `draw`: write the figures of the report itself, in results/report/."""
+    folders, published = collect(root), stats.published(ROOT / "published.csv", "")
+    best, drawn = answers(folders), root / "report"
+    blocks = [("h1", "Two grokking papers, claim by claim"),
+              ("p", "Made by `python report.py` from the files under `results/`; nothing is trained. A = arXiv 2606.13753, B = arXiv 2606.18465."),
+              ("p", f"Of {len(published)} published numbers: {counts(list(published), best)}. Rule, written before the runs: REPRODUCED if our 95% "
+                    "interval meets the published one (or the published value +- 3%), NOT REPRODUCED if not, INCONCLUSIVE if fewer than half the "
+                    "published members ran or half of a cell is censored, NOT RUN otherwise."),
+              ("h2", "Headlines"), ("table", (CLAIM_HEADER, claim_rows(list(HEADLINES), best, published))),
+              *doubts_section(folders), *sensitivity_section(folders, root), *replay_section(root, drawn, draw),
+              *survival_section(folders, drawn, draw), *speed_section(root), *figures_section(folders, root), *claims_section(best, published),
+              *provenance_section(root)]
+    return readme_table(best, published), blocks
+
+
+def stale(root: Path) -> list[str]:
+    """Folders whose summary and figures were made from other rows than their runs.csv now has."""
+    return [str(path.parent.relative_to(root)) for path in sorted(root.glob("*/*/summary.json"))
+            if json.loads(path.read_text()).get("data") != files.digests(path.parent)]
 
 
 def main(argv: list[str]) -> int:
     if argv not in ([], ["--check"]):
         raise UsageError(f"report.py takes no flag but --check, got {' '.join(argv)}")
-    readme = ROOT / "README.md"
+    readme, root = ROOT / "README.md", ROOT / "results"
     before, _, rest = readme.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    wanted = f"{before}{BEGIN}\n{table(answers(ROOT / 'results'), stats.published(ROOT / 'published.csv', ''))}\n{END}{after}"
-    if argv and wanted != readme.read_text():
-        print("README.md differs from the summaries under results/; run report.py", file=sys.stderr)
-        return 1
-    if not argv:
-        files.write_atomic(readme, wanted.encode())
+    table, blocks = build(root, draw=not argv)
+    pages = {readme: f"{before}{BEGIN}\n{table}\n{END}{after}", ROOT / "REPORT.md": markdown(blocks)}
+    if argv:
+        wrong = [f"{path.name} differs from the results" for path, text in pages.items() if not path.exists() or path.read_text() != text]
+        wrong += [f"results/{name}: summary and figures are not of its runs.csv; draw them again with --figures-only" for name in stale(root)]
+        print("\n".join([*wrong, "run report.py"] if wrong else []), end="\n" if wrong else "", file=sys.stderr)
+        return int(bool(wrong))
+    for path, text in {**pages, ROOT / "report.html": webpage(blocks)}.items():
+        files.write_atomic(path, text.encode())
+    print(f"README.md, REPORT.md and report.html: {len(blocks)} blocks")
     return 0
 
 

@@ -175,7 +175,7 @@ def published(path: Path, prefix: str) -> dict[str, dict]:
 
 
 def finite(x: float | None) -> float | None:
-    return None if x is None or not math.isfinite(x) else round(float(x), 6)
+    return None if x is None or not math.isfinite(x) else float(f"{x:.9g}")
 
 
 def claim(row: dict, ours: tuple[float, float, float] | None, n: int = 0, n_censored: int = 0, why: str = "", worst: float = 0.0) -> dict:
@@ -187,7 +187,7 @@ def claim(row: dict, ours: tuple[float, float, float] | None, n: int = 0, n_cens
     value, lo, hi = row["value"], row["lo"], row["hi"]
     beyond = str(row.get("printed", "")).startswith("not within ")
     if beyond:   # the paper's median is later than its budget; ours is infinite where half of its runs are
-        lo, hi, worst = float(row["printed"].split()[-1]), math.inf, 0.0
+        lo, hi, worst = float(row["printed"].split()[-1]), math.inf, 1.0 if why else 0.0
     elif value is not None and lo is None:
         lo, hi = sorted((value * (1 - TOLERANCE), value * (1 + TOLERANCE)))
     if ours is None:

@@ -40,9 +40,10 @@ class Ours:
         cell = Cell("bench", p=p, members=tuple(range(runs)), block=runs, budget_steps=10**6, clamp_start=1, lr=LR, weight_decay=WEIGHT_DECAY,
                     model=model, held=((TARGET,),) * runs)
         self.ensemble = Ensemble([cell], device, "auto", dtype, arithmetic)
-        self.dtype, self.p, self.runs, self.device, self.t = dtype, p, runs, device, 0
+        self.dtype, self.p, self.runs, self.device = dtype, p, runs, device
         self.backend, self.arithmetic = self.ensemble.backend, arithmetic if device == "cuda" else "ieee"
         if device == "cpu":
+            self.ensemble.compile()
             self.pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
         else:
             from kernels.cuda import CudaKernels
@@ -52,8 +53,8 @@ class Ours:
 
     def steps(self, k: int) -> None:
         e, every = self.ensemble, np.arange(self.runs)
-        scalars = e.scalars(every, self.t + 1, self.t + k)
-        self.t += k
+        scalars = e.scalars(every, k)
+        e.step += k
         if self.device == "cuda":
             self.kernels.steps(scalars)
             return

@@ -97,7 +97,7 @@ def short_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exp_delay_law, "free", lambda *a, **k: dataclasses.replace(whole(*a, **k), budget_steps=300))
 
 
-def test_a_control_that_does_not_grok_leaves_complete_tables(tmp_path: Path, short_budgets: None, capsys: pytest.CaptureFixture) -> None:
+def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, short_budgets: None, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
     exp_delay_law.run([*TINY, "--out", str(out)])
     assert "no W_c" in capsys.readouterr().out

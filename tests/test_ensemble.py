@@ -65,9 +65,9 @@ def test_the_held_norm_is_held_inside_its_window_only() -> None:
     norms: dict[int, list[float]] = {}
 
     class Watched(Ensemble):
-        def record(self, runs: np.ndarray, step: int, metrics: np.ndarray) -> None:
-            norms.setdefault(step, []).extend(metrics[:, METRICS.index("norm")])
-            super().record(runs, step, metrics)
+        def record(self, runs: np.ndarray, k: int, metrics: np.ndarray) -> None:
+            norms.setdefault(int(self.step[runs[0]]) + k, []).extend(metrics[:, METRICS.index("norm")])
+            super().record(runs, k, metrics)
     Watched([window], "cpu", "eager", torch.float32, "ieee").train(quiet)
     for step, values in norms.items():
         inside = 60 <= step < 120
@@ -153,7 +153,7 @@ def test_stopping_and_continuing_gives_the_same_bits() -> None:
 
 def test_training_starts_from_a_given_state() -> None:
     first = trained([dataclasses.replace(CELL, budget_steps=100)])
-    state = State(first.state.params.clone(), first.state.moment1.clone(), first.state.moment2.clone(), 100)
+    state = State(first.state.params.clone(), first.state.moment1.clone(), first.state.moment2.clone(), np.full(3, 100))
     second = Ensemble([CELL], "cpu", "eager", torch.float32, "ieee", start=state)
     second.train(quiet)
     assert torch.equal(second.state.params, trained([CELL]).state.params) and second.result().needed == 3 * 100

@@ -44,10 +44,10 @@ def arms(trunk: State) -> dict[str, Cell]:
 def test_every_arm_starts_from_the_same_bits(trunk: State) -> None:
     """`free` and `same`: parameters, moments, step. `raised`, `lowered`: weights scaled at once to rho N0 and N0 / rho, the rest equal."""
     cells = arms(trunk)
-    assert tuple(cells) == exp_fork.ARMS and trunk.step == 100
+    assert tuple(cells) == exp_fork.ARMS and trunk.step.tolist() == [100] * 3
     before = trunk.pick([0, 1, 2])
     forked = trunk.fork([*cells.values()])
-    assert forked.step == 100 and len(forked.params) == 12
+    assert forked.step.tolist() == [100] * 12 and len(forked.params) == 12
     n = LAYOUT.n_weights
     for i, arm in enumerate(cells):
         mine = rows(forked, i)
@@ -156,16 +156,25 @@ def test_stopped_inside_the_arms_and_continued_gives_the_same_bytes(tmp_path: Pa
     whole = lab.Progress.__call__
 
     def stopping(self: lab.Progress, ensemble: Ensemble) -> None:
-        if self.stage == "arms_p13_150":
+        if self.stage == "arms_p13" and (ensemble.step >= 175).any():
             raise KeyboardInterrupt
         whole(self, ensemble)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(lab.Progress, "__call__", stopping)
         exp_fork.run([*flags, "--out", str(tmp_path / "b")])
-    assert (tmp_path / "b" / "checkpoint" / "arms_p13_150.pt").exists() and not (tmp_path / "b" / "runs.csv").exists()
+    assert (tmp_path / "b" / "checkpoint" / "arms_p13.pt").exists() and not (tmp_path / "b" / "runs.csv").exists()
     exp_fork.run([*flags, "--out", str(tmp_path / "b")])
     for name in ("runs.csv", "trajectories.csv", "cells.csv"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_fork_step_alone_gives_the_rows_that_it_gives_in_one_ensemble_with_another(tmp_path: Path) -> None:
+    for name, steps in (("both", ("100", "150")), ("late", ("150",))):
+        exp_fork.run([*TINY, "--fork-steps", *steps, "--out", str(tmp_path / name)])
+    both, late = (files.read_csv(tmp_path / name / "runs.csv") for name in ("both", "late"))
+    assert [run for run in both if run["fork_step"] == 150] == late and len(both) == 2 * len(late)
+    logs = [[row for row in files.read_csv(tmp_path / name / "trajectories.csv") if "fork150" in row["cell"]] for name in ("both", "late")]
+    assert logs[0] == logs[1] and {row["step"] for row in logs[0]} >= {151, 200}
 
 
 def test_smoke_preset_groks_in_every_arm_later_at_a_higher_norm(tmp_path: Path) -> None:

@@ -125,6 +125,14 @@ def test_a_median_beyond_the_papers_budget_is_answered() -> None:
     json.dumps(stats.claim(row, (INF, INF, INF), 8, 8), allow_nan=False)
 
 
+def test_a_smaller_budget_answers_nothing_about_a_larger_one() -> None:
+    for budget, verdict in ((30_000, "INCONCLUSIVE"), (60_000, "REPRODUCED")):
+        runs = [{"cell": "x", "member": m, "t_grok_step": None, "t_mem_step": 175, "block": 8, "budget_steps": budget} for m in range(8)]
+        m = Measured(runs, [], "B.", answers=True)
+        m.claim("B.audit.1.25.T64", ("x",), m.T("x"))
+        assert m.claims["B.audit.1.25.T64"]["verdict"] == verdict
+
+
 # ---------------------------------------------------------------- released data
 
 released = pytest.mark.skipif(not RELEASED.is_dir(), reason="no released runs here: set RELEASED to their folder")

@@ -1,4 +1,7 @@
 """Whole steps and intervals of the engine's CUDA path: run by test_triton.py in a process of its own, interpreted or on a GPU."""
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from tolerance import assert_accurate
@@ -196,17 +199,19 @@ def test_workspace_is_at_most_half_of_the_state(p: int, n_slots: int) -> None:
 
 
 def test_the_trainer_drives_the_kernels_as_it_drives_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cells, one retiring first: lockstep, compaction and bookkeeping on the CUDA path against the CPU path."""
+    """Two cells that start at different steps, one retiring first: lockstep, compaction and bookkeeping on the CUDA path against the CPU path."""
     to = torch.Tensor.to
     if not torch.cuda.is_available():   # the interpreter works on CPU tensors
         monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: self if a and a[0] == "cuda" else to(self, *a, **k))
     monkeypatch.setattr(common, "model_layout", lambda model, p, dtype: mlp_layout(p, 16, 32, dtype))
     cells = [common.Cell("a", p=5, members=(0, 1), block=2, budget_steps=75, arm="clamp", clamp_start=10, held=((3.0, 0, 0, 0),) * 2),
-             common.Cell("b", p=5, members=(1,), block=2, budget_steps=25)]
-    ours, theirs = (common.Ensemble(cells, device, backend, torch.float32, "ieee") for device, backend in (("cuda", "auto"), ("cpu", "eager")))
+             common.Cell("b", p=5, members=(1,), block=2, budget_steps=75)]
+    start = dataclasses.replace(common.Ensemble(cells, "cpu", "eager", torch.float32, "ieee").state, step=np.array([0, 0, 50]))
+    ours, theirs = (common.Ensemble(cells, device, backend, torch.float32, "ieee", start.pick([0, 1, 2]))
+                    for device, backend in (("cuda", "auto"), ("cpu", "eager")))
     for ensemble in (ours, theirs):
         ensemble.train(lambda _: None)
-    assert ours.step.tolist() == theirs.step.tolist() == [75, 75, 25] and ours.executed == theirs.executed
+    assert ours.step.tolist() == theirs.step.tolist() == [75, 75, 75] and ours.executed == theirs.executed == 175
     assert sorted(row[:2] for row in ours.log) == sorted(row[:2] for row in theirs.log)
     for mine, other in zip(ours.state.params, theirs.state.params, strict=True):
         # 75 Adam steps carry rounding of 6e-8 each; a missed step, clamp or run is 1e-3 or more

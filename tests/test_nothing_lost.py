@@ -1,0 +1,275 @@
+"""What happens in a day: kills, damaged checkpoints, two commands in one folder, full disks, folders that go away. The bits stay the same."""
+import errno
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import exp_fork
+import files
+import lab
+import plots
+from common import UsageError
+
+ROOT = Path(__file__).parents[1]
+KILLS = int(os.environ.get("GROKKING_TEST_KILLS", "3"))
+FLAGS = ["--p", "11", "--seeds", "4", "--members", "0", "1", "--lr", "3e-3", "--backend", "eager", "--fork-steps", "100", "150"]
+SHORT = [*FLAGS, "--budget", "200", "--parts", "same", "free"]
+
+
+def start(out: Path, flags: list[str], save_every: float, **environment: str) -> subprocess.Popen:
+    """A real training process."""
+    code = f"import lab, exp_fork; lab.SAVE_EVERY = {save_every}; lab.main(exp_fork.run)"
+    return subprocess.Popen([sys.executable, "-c", code, *flags, "--out", str(out)], cwd=ROOT, env={**os.environ, **environment},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: callable, process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, flags: list[str], out: Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command in this process."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["exp_fork.py", *flags, "--out", str(out)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        lab.main(exp_fork.run)
+    return end.value.code, *capsys.readouterr()
+
+
+def tables(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("runs.csv", "cells.csv", "trajectories.csv")}
+
+
+@pytest.fixture(autouse=True)
+def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "killed_at" not in request.node.name:
+        monkeypatch.setattr(plots, "save_figure", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    exp_fork.run([*SHORT, "--out", str(out)])
+    return tables(out)
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """SIGKILL, wherever it strikes: starting, training, saving, writing results. Each start goes on from what the one before left."""
+    flags = [*FLAGS, "--budget", str(300 + 75 * KILLS), "--parts", "same", "free"]
+    exp_fork.run([*flags, "--out", str(tmp_path / "whole")])
+    out, moments, kills, continued = tmp_path / "out", random.Random(KILLS), 0, 0
+    while kills < KILLS:
+        process = start(out, flags, 0.05, PYTHONUNBUFFERED="1")
+        process.stdout.readline()   # it has imported and begins
+        time.sleep(moments.uniform(0, 2.5))
+        process.kill()
+        text, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL) and not errors, errors
+        if process.returncode == 0:   # too quick for us: from the start
+            shutil.rmtree(out)
+        else:
+            kills, continued = kills + 1, continued + ("continuing from" in text)
+    exp_fork.run([*flags, "--out", str(out)])
+    assert tables(out) == tables(tmp_path / "whole")
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    print(f"{kills} of {KILLS} kills survived; {continued} of the killed had continued from a checkpoint")
+
+
+def test_a_second_command_in_the_folder_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [*FLAGS, "--budget", "50000"]
+    alone, ranked = start(tmp_path / "a", flags, 60), start(tmp_path / "b", flags, 60, RANK="0", WORLD_SIZE="2")
+    wait_for((tmp_path / "a" / "checkpoint").is_dir, alone)
+    wait_for((tmp_path / "b" / "checkpoint" / "lock.0of2").exists, ranked)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
+    for out in (tmp_path / "a", tmp_path / "b"):
+        with pytest.raises(UsageError, match=f"another process works in {out}"):
+            exp_fork.run([*flags, "--out", str(out)])
+        with pytest.raises(UsageError, match=f"another process works in {out}"):
+            exp_fork.run([*flags, "--out", str(out), "--figures-only"])
+    monkeypatch.setattr(lab, "LOCK_TRIES", 2)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=f"rank 0 of 2 already works in {tmp_path / 'b'}"):
+        exp_fork.run([*flags, "--out", str(tmp_path / "b")])
+    with pytest.raises(UsageError, match="another process works in"):   # a rank beside one that works alone
+        exp_fork.run([*flags, "--out", str(tmp_path / "a")])
+    assert before.keys() == {*tmp_path.glob("*/*")} and (tmp_path / "a" / "config.json").stat().st_mtime_ns == before[tmp_path / "a" / "config.json"]
+    alone.kill()
+    ranked.terminate()
+    _, errors = ranked.communicate(timeout=30)
+    assert ranked.returncode == 143 and errors == "stopped; the same command continues from here\n"
+    alone.communicate()
+    for out in (tmp_path / "a", tmp_path / "b"):
+        assert files.lock(out / "config.json")
+        files.unlock(out / "config.json")
+
+
+def test_a_refused_checkpoint_is_named_and_the_last_good_one_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+                                                                  whole: dict) -> None:
+    """Stopped with two snapshots of a stage on disk: one damaged, then both; foreign files beside them."""
+    once, checkpoint = lab.Progress.__call__, tmp_path / "out" / "checkpoint"
+
+    def stopping(self: lab.Progress, ensemble: object) -> None:
+        once(self, ensemble)
+        if (checkpoint / "arms_p11_100.pt").exists():   # the interrupt saves a second one
+            raise KeyboardInterrupt
+    for damaged in (("",), ("", ".previous")):
+        monkeypatch.setattr(lab, "SAVE_EVERY", 0)
+        monkeypatch.setattr(lab.Progress, "__call__", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            exp_fork.run([*SHORT, "--out", str(tmp_path / "out")])
+        for name in damaged:
+            path = checkpoint / f"arms_p11_100{name}.pt"
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        (checkpoint / "notes.txt").write_text("mine")
+        (checkpoint / "folder.pt").mkdir(exist_ok=True)
+        monkeypatch.setattr(lab.Progress, "__call__", once)
+        capsys.readouterr()
+        exp_fork.run([*SHORT, "--out", str(tmp_path / "out")])
+        text = capsys.readouterr().out
+        names = ", ".join(f"arms_p11_100{name}.pt (truncated or altered)" for name in damaged)
+        found = "arms_p11_100.previous.pt" if len(damaged) == 1 else "its start"
+        assert f"refused {names}; arms_p11_100 goes on from {found}" in text
+        assert tables(tmp_path / "out") == whole
+        assert {path.name for path in checkpoint.iterdir()} == {"notes.txt", "folder.pt"}   # what is not ours stays
+
+
+def executed(marker: Path) -> object:
+    class Payload:
+        def __reduce__(self) -> tuple:
+            return os.system, (f"touch {marker}",)
+    return Payload()
+
+
+def test_no_damaged_or_foreign_checkpoint_is_taken_or_executed(tmp_path: Path) -> None:
+    """Every altered byte is noticed; a file with the right checksum and something else in it is refused too."""
+    path, chance, tensors = tmp_path / "a.pt", random.Random(0), {"params": torch.randn(50), "log": torch.zeros(2, 3)}
+    files.save_tensors(path, tensors)
+    good = path.read_bytes()
+    assert all(torch.equal(tensors[k], v) for k, v in files.load_tensors(path).items())
+    tried = [good[:n] for n in (0, 1, 31, 32, 33, len(good) - 32, len(good) - 1)] + [good + b"x", b"PK\3\4" * 50, os.urandom(5000)]
+    for _ in range(300):
+        data, k = bytearray(good), chance.randrange(len(good))
+        data[k] ^= 1 << chance.randrange(8)
+        tried += [bytes(data), good[:k], good[k:]] if k else []
+    marker = tmp_path / "executed"
+    for content in ({"a": executed(marker)}, [torch.zeros(2)], {"a": 1}, torch.zeros(2), {"a": torch.nn.Linear(2, 2)}, {1: "x"}):
+        files.save_tensors(path, content)
+        tried.append(path.read_bytes())
+    for data in tried:
+        path.write_bytes(data)
+        with pytest.raises(files.Damaged) as error:
+            files.load_tensors(path)
+        assert "\n" not in str(error.value)
+    assert len(tried) > 800 and not marker.exists()
+
+
+def test_a_snapshot_of_odd_tensors_is_another_ensemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "SAVE_EVERY", 0)
+    once = lab.Progress.__call__
+
+    def stopping(self: lab.Progress, ensemble: object) -> None:
+        once(self, ensemble)
+        if self.stage == "arms_p11_100":
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lab.Progress, "__call__", stopping)
+        exp_fork.run([*SHORT, "--out", str(tmp_path)])
+    path = tmp_path / "checkpoint" / "trunk_p11_100.done.pt"
+    good = files.load_tensors(path)
+    params = good["params"]
+    for changed in ({"params": params.double()}, {"params": params[:1]}, {"params": params.to_sparse()}, {"step": torch.zeros(())},
+                    {"params": torch.empty(10**9, 10**9, device="meta")}, {"log": torch.zeros(3, 2)}, {"log": torch.zeros(3, dtype=torch.float64)},
+                    {"identity": good["identity"] + 1}, {"more": torch.zeros(1)}):
+        files.save_tensors(path, {**good, **changed})
+        with pytest.raises(UsageError, match=r"trunk_p11_100.done.pt: .*another ensemble") as error:
+            exp_fork.run([*SHORT, "--out", str(tmp_path)])
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to know which file is being written")
+def test_a_full_disk_at_any_write_is_one_line_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+                                                                whole: dict) -> None:
+    """Every file of a command fails to be written once, on top of an earlier command's results; the command is given again each time."""
+    out, sync, failed = tmp_path / "out", os.fsync, []
+    exp_fork.run([*SHORT, "--out", str(out)])
+
+    def full(descriptor: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        if name not in failed:
+            failed.append(name)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+    monkeypatch.setattr(os, "fsync", full)
+    code, commands = 2, 0
+    while code:
+        code, _, errors = main(monkeypatch, capsys, SHORT, out)
+        commands += 1
+        assert commands < 20 and tables(out) == whole and not [*out.rglob("*.part")]
+        assert code == 0 or re.fullmatch(r"error: No space left on device: .*\n", errors), errors
+    assert commands == len(failed) + 1 == 4 + 5 + 1   # four stages, five files
+
+
+def test_a_write_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+                                                    whole: dict) -> None:
+    """The system itself stops the write of a snapshot: a limit on the size of files."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+        code, _, errors = main(monkeypatch, capsys, SHORT, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and re.fullmatch(r"error: File too large: .*\n", errors), errors
+    assert not [*(tmp_path / "out").rglob("*.p*t")]
+    exp_fork.run([*SHORT, "--out", str(tmp_path / "out")])
+    assert tables(tmp_path / "out") == whole
+
+
+def test_a_folder_that_goes_away_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    once = lab.Progress.__call__
+
+    def vanishing(self: lab.Progress, ensemble: object) -> None:
+        once(self, ensemble)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    monkeypatch.setattr(lab.Progress, "__call__", vanishing)
+    code, _, errors = main(monkeypatch, capsys, SHORT, tmp_path / "out")
+    assert code == 2 and re.fullmatch(r"error: No such file or directory: .*\n", errors), errors
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("mine")
+    places = [tmp_path / "file", tmp_path / "file" / "below"]
+    if Path("/proc/self").exists():
+        places.append(Path("/proc/self/out"))
+    if os.geteuid():   # root writes anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        places += [tmp_path / "locked", tmp_path / "locked" / "below"]
+    for out in places:
+        code, _, errors = main(monkeypatch, capsys, SHORT, out)
+        assert code == 2 and re.fullmatch(r"error: .*\n", errors) and str(out) in errors, errors
+
+
+def test_a_folder_killed_before_its_settings_were_written_is_taken_up(tmp_path: Path, whole: dict) -> None:
+    out = tmp_path / "out"
+    (out / "checkpoint").mkdir(parents=True)
+    (out / "config.json").touch()
+    exp_fork.run([*SHORT, "--out", str(out)])
+    (out / "checkpoint.spent").mkdir()   # killed while it cleaned up
+    (out / "checkpoint.spent" / "trunk_p11_100.done.pt").touch()
+    exp_fork.run([*SHORT, "--out", str(out)])
+    assert tables(out) == whole and not [*out.glob("checkpoint*")]

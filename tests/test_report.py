@@ -1,0 +1,83 @@
+"""The report: equivalence on planted data, which answer wins, what --check notices, and a page that needs no network."""
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import files
+import report
+import stats
+
+ROOT = Path(__file__).parents[1]
+
+
+def pairs(shift: float, noise: float, n: int, seed: int) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    there = rng.integers(1000, 9000, n)
+    return [{"t_grok_released": int(t), "t_grok": float(t * np.exp(shift + noise * e))} for t, e in zip(there, rng.normal(size=n), strict=True)]
+
+
+def test_equivalence_on_planted_ratios() -> None:
+    same = [report.equivalence(pairs(0.0, 0.03, 12, seed))[3] < 0.05 for seed in range(100)]
+    edge = [report.equivalence(pairs(np.log(1.05), 0.03, 12, seed))[3] < 0.05 for seed in range(400)]
+    assert np.mean(same) > 0.95
+    assert np.mean(edge) <= 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5   # at the margin the test errs at its level
+    mean, low, high, _, n = report.equivalence([*pairs(0.0, 0.03, 12, 0), {"t_grok_released": 100, "t_grok": None}])
+    assert low < mean < high and n == 12
+    assert report.equivalence([{"t_grok_released": 500, "t_grok": 500}] * 3)[:3] == (0, 0, 0)
+
+
+def claim(verdict: str, n: int, dtype: str) -> dict:
+    return {"id": "x", "verdict": verdict, "n": n, "dtype": dtype, "source": f"{verdict}{n}{dtype}"}
+
+
+@pytest.mark.parametrize(("better", "worse"), [
+    (claim("NOT REPRODUCED", 4, "float32"), claim("INCONCLUSIVE", 12, "float32")),
+    (claim("REPRODUCED", 8, "float32"), claim("REPRODUCED", 4, "float32")),
+    (claim("REPRODUCED", 4, "float32"), claim("REPRODUCED", 8, "float64")), (claim("INCONCLUSIVE", 1, "float64"), claim("NOT RUN", 0, "float32"))])
+def test_the_best_supported_answer_wins_whatever_the_order(better: dict, worse: dict) -> None:
+    for order in ([better, worse], [worse, better]):
+        folders = [report.Folder("f", {"claims": [c]}, []) for c in order]
+        assert report.answers(folders)["x"]["source"] == better["source"]
+
+
+@pytest.fixture
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """README, published numbers and results of this repository in a folder of their own."""
+    for name in ("README.md", "REPORT.md", "published.csv"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("checkpoint", "trajectories.csv", "*.pdf"))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_check_notices_a_changed_summary_a_changed_page_and_runs_newer_than_their_figures(copy: Path, capsys: pytest.CaptureFixture) -> None:
+    assert report.main(["--check"]) == 0, capsys.readouterr().err
+    page = (copy / "REPORT.md").read_text()
+    (copy / "REPORT.md").write_text(page.replace("NOT RUN", "REPRODUCED", 1))
+    assert report.main(["--check"]) == 1 and "REPORT.md differs" in capsys.readouterr().err
+    (copy / "REPORT.md").write_text(page)
+    folder = next(iter(sorted(copy.glob("results/delay_law/*/summary.json")))).parent
+    rows = files.read_csv(folder / "runs.csv")
+    files.write_csv(folder / "runs.csv", [*rows[:-1], {**rows[-1], "t_grok_step": rows[-1]["t_grok_step"] + 25}])
+    assert report.main(["--check"]) == 1
+    assert f"results/delay_law/{folder.name}: summary and figures are not of its runs.csv" in capsys.readouterr().err
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["claims"] = [{**c, "verdict": "NOT REPRODUCED"} if c["verdict"] == "REPRODUCED" else c for c in summary["claims"]]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert report.main(["--check"]) == 1 and "REPORT.md differs" in capsys.readouterr().err
+
+
+def test_every_published_number_is_accounted_for_and_the_page_needs_no_network(copy: Path) -> None:
+    assert report.main([]) == 0
+    page, published = (copy / "report.html").read_text(), stats.published(ROOT / "published.csv", "")
+    claims = page[page.index("<h2>Claims"):page.index("<h2>Provenance")]
+    for key in published:
+        assert claims.count(f"<code>{key}</code>") == 1, key
+    verdicts = re.findall(r'<td class="[A-Z-]+">([A-Z ]+)</td>', claims)
+    assert len(verdicts) == len(published) and set(verdicts) <= set(report.STRENGTH)
+    assert not re.findall(r'(?:src|href)="(?!data:)', page) and "url(" not in page and "<script" not in page
+    assert (copy / "REPORT.md").read_text() == (ROOT / "REPORT.md").read_text()
