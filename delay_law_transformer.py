@@ -78,17 +78,24 @@ def cell(config: object, p: int, block: int, budget: int, rho: float | None = No
 
 
 def control_cells(config: object) -> list[Cell]:
+    """Free runs that held cells refer to."""
     cells = []
     if "dense" in config.parts:
         cells += [cell(config, p, config.seeds, 60_000) for p in config.p]
     if "groups" in config.parts:
         cells += [cell(config, p, config.seeds, 60_000) for p in config.group_moduli]
+    return unique(cells)
+
+
+def other_free_cells(config: object) -> list[Cell]:
+    """The free runs of the concentration part that are no control."""
+    cells, controls = [], {cell.name for cell in control_cells(config)}
     if "concentration" in config.parts:
         block, p0, lr = config.free_seeds, config.p[0], config.lrs[0]
         cells += [cell(config, p, block, 60_000) for p in config.free_moduli]
         cells += [cell(config, p0, block, 60_000, frac=frac) for frac in config.train_fracs or FRACTIONS]
         cells += [cell(config, p0, block, 60_000, lr=rate) for rate in (config.lrs if len(config.lrs) > 1 else (lr / 2, lr, 2 * lr))]
-    return unique(cells)
+    return [cell for cell in unique(cells) if cell.name not in controls]
 
 
 def clamp_cells(config: object, w_c: dict[str, dict[str, float]]) -> list[Cell]:

@@ -472,8 +472,8 @@ def run(argv: list[str]) -> None:
     desk = lab.Lab("delay_law", config, given, PRESETS)
     if config.figures_only:
         return write(desk, Result(), trained=False)
-    held = transformer.clamp_cells if config.model != "mlp" else clamp_cells
-    controls, others = (transformer.control_cells(config), []) if config.model != "mlp" else (control_cells(config), other_free_cells(config))
+    controls, others, held = (control_cells(config), other_free_cells(config), clamp_cells) if config.model == "mlp" else (
+        transformer.control_cells(config), transformer.other_free_cells(config), transformer.clamp_cells)
     guess = {c.name: 54.8 * (c.p / 59) ** 0.4 for c in controls}   # for the dry run's list only; the real W_c comes from the control
     lab.announce(config, [*controls, *others, *held(config, transformer.guess(controls) if config.model != "mlp" else guess)])
     if config.dry_run:

@@ -58,7 +58,8 @@ def rows(cell: object, grok: list[int], norms: dict[str, float] = NORMS) -> list
     """One row a member; norms spread by 0 and 2% over members."""
     held = cell.held[0] if cell.held else (0.0,) * 5
     return [{"cell": cell.name, "member": i, "arm": cell.arm, "p": cell.p, "block": cell.block, "rho": cell.rho, "lr": cell.lr, "seed0": 0,
-             "train_frac": cell.train_frac, "weight_decay": 1, "t_grok_step": t, "t_mem_step": 200, "censored": int(t is None),
+             "train_frac": cell.train_frac, "weight_decay": 1, "budget_steps": cell.budget_steps,
+             "t_grok_step": t, "t_mem_step": 200, "censored": int(t is None),
              "held_norm": held[0] or None, **{f"held_{g}": h or None for g, h in zip(transformer.GROUPS, held[1:], strict=True)},
              **{transformer.column(g): None if t is None else norm * (1 + 0.02 * (i % 2)) for g, norm in norms.items()}}
             for i, t in enumerate(grok)]
@@ -85,8 +86,8 @@ def test_planted_exponent_critical_norm_and_saturation_come_out() -> None:
 
 def test_planted_concentration_and_group_clamps_come_out() -> None:
     config = dataclasses.replace(CONFIG, model="transformer_ln", lrs=(1e-3,), members=tuple(range(10)), parts=("groups", "concentration"))
-    controls, runs = transformer.control_cells(config), []
-    for cell in controls:
+    runs = []
+    for cell in transformer.control_cells(config) + transformer.other_free_cells(config):
         wide = 36.9 * (1 + cell.train_frac)                                   # total norm moves with the fraction, the unembedding's with p
         runs += rows(cell, [1900] * 10, {**NORMS, "": wide, "unembed": 8 * (cell.p / 59) ** 0.77})
     for cell in transformer.clamp_cells(config, transformer.critical_norms(runs)):
