@@ -100,6 +100,7 @@ def test_planted_concentration_and_group_clamps_come_out() -> None:
     assert claims["A.ln.unembed_cv"]["ours"] == pytest.approx(0.01 * np.sqrt(70 / 69) / 1.01, abs=1e-5)
     assert claims["A.ln.unembed1.3"]["ours"] == 2470 and claims["A.ln.mlp0.85"]["ours"] == 1615 and claims["A.ln.none"]["ours"] == 1900
     assert {"A.ln.unembed0.85", "A.ln.unembed1.0", "A.ln.unembed1.15", "A.ln.mlp1.3", "A.ln.embed1.3"} <= set(claims)
+    assert not transformer.measure(runs, dataclasses.replace(config, model="transformer", lrs=(5e-4,)))[0]   # another network answers nothing
     assert {"cv.total.over_fraction.p59", "cv.unembed.over_lr.p59"} <= {row["id"] for row in findings}
 
 
