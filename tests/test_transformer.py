@@ -163,6 +163,12 @@ def test_a_run_alone_is_the_run_in_company_and_compiled_is_eager() -> None:
     assert (compiled.state.params - eager.state.params).norm() < 1e-3 * eager.state.params.norm()
 
 
+@pytest.mark.parametrize("model", ["transformer", "transformer_ln"])
+def test_a_run_that_overflows_is_flagged(model: str) -> None:
+    runs = trained(replace(CELL, model=model, lr=1e30, members=(0,))).result().runs
+    assert [(run["diverged"], run["censored"]) for run in runs] == [(1, 1)] and runs[0]["steps_run"] < CELL.budget_steps
+
+
 def test_a_short_held_row_holds_the_total_alone() -> None:
     short, full = (trained(replace(CELL, members=(0,), arm="clamp", clamp_start=30, held=(held,))) for held in ((30.0,), (30.0, 0, 0, 0, 0)))
     assert torch.equal(short.state.params, full.state.params)

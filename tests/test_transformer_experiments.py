@@ -104,6 +104,15 @@ def test_planted_concentration_and_group_clamps_come_out() -> None:
     assert {"cv.total.over_fraction.p59", "cv.unembed.over_lr.p59"} <= {row["id"] for row in findings}
 
 
+def test_a_run_that_comes_apart_at_a_held_norm_is_flagged(capsys: pytest.CaptureFixture) -> None:
+    runs = [{"cell": "a", "member": m, "t_mem_step": t} for m, t in ((0, 200), (1, 200), (2, None))]
+    log = [{"cell": "a", "member": m, "step": s, "train_accuracy": acc} for m, s, acc in
+           ((0, 1, 0.02), (0, 400, 1.0), (0, 600, 0.95), (1, 1, 0.02), (1, 400, 0.3), (1, 600, 0.02), (2, 400, 0.5))]
+    transformer.flag_unlearned(runs, log)
+    assert [run["unlearned"] for run in runs] == [0, 2, 0]               # never memorised is censored, not unlearned
+    assert capsys.readouterr().out == "member 1 of a unlearned its training pairs at 2 logged steps; its row says so\n"
+
+
 def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     whole = transformer.cell
     monkeypatch.setattr(transformer, "cell", lambda *a, **k: dataclasses.replace(whole(*a, **k), budget_steps=50))
@@ -112,5 +121,5 @@ def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, monk
                        "--out", str(out)])
     assert "no W_c" in capsys.readouterr().out
     runs = files.read_runs(out / "runs.csv")
-    assert [run["model"] for run in runs] == ["transformer_ln"] * 2 and {"norm_unembed_at_grok", "held_embed"} <= set(runs[0])
+    assert [run["model"] for run in runs] == ["transformer_ln"] * 2 and {"norm_unembed_at_grok", "held_embed", "unlearned"} <= set(runs[0])
     assert {"cells.csv", "trajectories.csv", "summary.json"} <= {path.name for path in out.iterdir()}
