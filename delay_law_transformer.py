@@ -10,6 +10,8 @@ CV: standard deviation over mean of the norms at own T_grok, all members of all 
 """
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -30,6 +32,7 @@ PRESETS = {
     "laptop": {"parts": ("dense",), "rhos": (0.85, 0.90, 0.95, 1.00), "members": (0, 1, 2)},
     "paper": {"parts": PARTS},
 }
+UNLEARNED = 0.9               # train accuracy under which a run that had memorised has come apart
 FIT = (0.85, 1.00, 1.15)      # doses of A.tf.alpha
 SATURATED = 1.20              # dose of A.tf.saturation
 
@@ -78,17 +81,24 @@ def cell(config: object, p: int, block: int, budget: int, rho: float | None = No
 
 
 def control_cells(config: object) -> list[Cell]:
+    """Free runs that held cells refer to."""
     cells = []
     if "dense" in config.parts:
         cells += [cell(config, p, config.seeds, 60_000) for p in config.p]
     if "groups" in config.parts:
         cells += [cell(config, p, config.seeds, 60_000) for p in config.group_moduli]
+    return unique(cells)
+
+
+def other_free_cells(config: object) -> list[Cell]:
+    """The free runs of the concentration part that are no control."""
+    cells, controls = [], {cell.name for cell in control_cells(config)}
     if "concentration" in config.parts:
         block, p0, lr = config.free_seeds, config.p[0], config.lrs[0]
         cells += [cell(config, p, block, 60_000) for p in config.free_moduli]
         cells += [cell(config, p0, block, 60_000, frac=frac) for frac in config.train_fracs or FRACTIONS]
         cells += [cell(config, p0, block, 60_000, lr=rate) for rate in (config.lrs if len(config.lrs) > 1 else (lr / 2, lr, 2 * lr))]
-    return unique(cells)
+    return [cell for cell in unique(cells) if cell.name not in controls]
 
 
 def clamp_cells(config: object, w_c: dict[str, dict[str, float]]) -> list[Cell]:
@@ -120,6 +130,18 @@ def column(group: str) -> str:
 
 
 # ---------------------------------------------------------------- measurement
+
+def flag_unlearned(runs: list[dict], trajectories: Iterable[dict]) -> None:
+    """Adds to every row `unlearned`: logged steps after T_mem with train accuracy under UNLEARNED. At a held norm nothing overflows, so a run
+    that comes apart there shows here and not in `diverged`."""
+    t_mem = {(run["cell"], run["member"]): run["t_mem_step"] for run in runs}
+    lost = Counter((t["cell"], t["member"]) for t in trajectories if (start := t_mem[t["cell"], t["member"]]) is not None and t["step"] > start
+                   and t["train_accuracy"] is not None and t["train_accuracy"] < UNLEARNED)
+    for run in runs:
+        run["unlearned"] = lost[run["cell"], run["member"]]
+        if run["unlearned"]:
+            print(f"member {run['member']} of {run['cell']} unlearned its training pairs at {run['unlearned']} logged steps; its row says so")
+
 
 def measure(runs: list[dict], config: object) -> tuple[dict[str, dict], dict, list[dict]]:
     """Claims by id, the fits that the figures draw, and findings beyond the paper."""

@@ -419,6 +419,8 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
     runs, out, config = [{"experiment": "delay_law", **run} for run in result.runs], desk.out, desk.config
     if trained:
+        if config.model != "mlp":
+            transformer.flag_unlearned(runs, result.trajectories)
         files.write_csv(out / "runs.csv", runs, files.RUN_COLUMNS)
         files.write_csv(out / "trajectories.csv", result.trajectories)
         files.write_json(out / "provenance.json", lab.provenance(desk, result))
@@ -472,8 +474,8 @@ def run(argv: list[str]) -> None:
     desk = lab.Lab("delay_law", config, given, PRESETS)
     if config.figures_only:
         return write(desk, Result(), trained=False)
-    held = transformer.clamp_cells if config.model != "mlp" else clamp_cells
-    controls, others = (transformer.control_cells(config), []) if config.model != "mlp" else (control_cells(config), other_free_cells(config))
+    controls, others, held = (control_cells(config), other_free_cells(config), clamp_cells) if config.model == "mlp" else (
+        transformer.control_cells(config), transformer.other_free_cells(config), transformer.clamp_cells)
     guess = {c.name: 54.8 * (c.p / 59) ** 0.4 for c in controls}   # for the dry run's list only; the real W_c comes from the control
     lab.announce(config, [*controls, *others, *held(config, transformer.guess(controls) if config.model != "mlp" else guess)])
     if config.dry_run:

@@ -111,12 +111,14 @@ def test_evaluation_counts_what_a_plain_forward_counts(model: str) -> None:
     moment1, moment2 = torch.zeros_like(row), torch.zeros_like(row)
     for t in range(1, 41):   # far enough that some pairs are right
         train_step_ref(row, moment1, moment2, a, b, scalars(t, 1e-2, 0.0, tau=tau), layout, "ce")
+    layout.views(row)[-1][:, p] *= 8                             # the class that is no sum now wins some pairs
     train = torch.zeros(p * p, dtype=torch.float64).scatter_(0, a * p + b, 1)
     names = metric_names(layout.groups)
     got = dict(zip(names, evaluate_ref(row, train, a, b, torch.tensor(tau, dtype=torch.float64), layout, "ce").tolist(), strict=True))
     pair = torch.arange(p * p)
     z, labels = plain_logits(row, pair // p, pair % p, layout), (pair // p + pair % p) % p
     right, test = z.argmax(1) == labels, train == 0
+    assert (z.argmax(1) == p).any()
     assert got["train_accuracy"] == right[~test].double().mean() > 2 / 13 and got["test_accuracy"] == right[test].double().mean()
     assert got["train_loss"] == pytest.approx(float(F.cross_entropy(z[~test] / tau, labels[~test])), rel=1e-12)
     assert got["test_loss"] == pytest.approx(float(F.cross_entropy(z[test] / tau, labels[test])), rel=1e-12)
@@ -159,6 +161,12 @@ def test_a_run_alone_is_the_run_in_company_and_compiled_is_eager() -> None:
     compiled = trained(cell, "compiled")
     # 75 Adam steps amplify rounding; a difference in the recipe is larger within the first few
     assert (compiled.state.params - eager.state.params).norm() < 1e-3 * eager.state.params.norm()
+
+
+@pytest.mark.parametrize("model", ["transformer", "transformer_ln"])
+def test_a_run_that_overflows_is_flagged(model: str) -> None:
+    runs = trained(replace(CELL, model=model, lr=1e30, members=(0,))).result().runs
+    assert [(run["diverged"], run["censored"]) for run in runs] == [(1, 1)] and runs[0]["steps_run"] < CELL.budget_steps
 
 
 def test_a_short_held_row_holds_the_total_alone() -> None:

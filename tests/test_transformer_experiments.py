@@ -58,7 +58,8 @@ def rows(cell: object, grok: list[int], norms: dict[str, float] = NORMS) -> list
     """One row a member; norms spread by 0 and 2% over members."""
     held = cell.held[0] if cell.held else (0.0,) * 5
     return [{"cell": cell.name, "member": i, "arm": cell.arm, "p": cell.p, "block": cell.block, "rho": cell.rho, "lr": cell.lr, "seed0": 0,
-             "train_frac": cell.train_frac, "weight_decay": 1, "t_grok_step": t, "t_mem_step": 200, "censored": int(t is None),
+             "train_frac": cell.train_frac, "weight_decay": 1, "budget_steps": cell.budget_steps,
+             "t_grok_step": t, "t_mem_step": 200, "censored": int(t is None),
              "held_norm": held[0] or None, **{f"held_{g}": h or None for g, h in zip(transformer.GROUPS, held[1:], strict=True)},
              **{transformer.column(g): None if t is None else norm * (1 + 0.02 * (i % 2)) for g, norm in norms.items()}}
             for i, t in enumerate(grok)]
@@ -85,8 +86,8 @@ def test_planted_exponent_critical_norm_and_saturation_come_out() -> None:
 
 def test_planted_concentration_and_group_clamps_come_out() -> None:
     config = dataclasses.replace(CONFIG, model="transformer_ln", lrs=(1e-3,), members=tuple(range(10)), parts=("groups", "concentration"))
-    controls, runs = transformer.control_cells(config), []
-    for cell in controls:
+    runs = []
+    for cell in transformer.control_cells(config) + transformer.other_free_cells(config):
         wide = 36.9 * (1 + cell.train_frac)                                   # total norm moves with the fraction, the unembedding's with p
         runs += rows(cell, [1900] * 10, {**NORMS, "": wide, "unembed": 8 * (cell.p / 59) ** 0.77})
     for cell in transformer.clamp_cells(config, transformer.critical_norms(runs)):
@@ -99,7 +100,17 @@ def test_planted_concentration_and_group_clamps_come_out() -> None:
     assert claims["A.ln.unembed_cv"]["ours"] == pytest.approx(0.01 * np.sqrt(70 / 69) / 1.01, abs=1e-5)
     assert claims["A.ln.unembed1.3"]["ours"] == 2470 and claims["A.ln.mlp0.85"]["ours"] == 1615 and claims["A.ln.none"]["ours"] == 1900
     assert {"A.ln.unembed0.85", "A.ln.unembed1.0", "A.ln.unembed1.15", "A.ln.mlp1.3", "A.ln.embed1.3"} <= set(claims)
+    assert not transformer.measure(runs, dataclasses.replace(config, model="transformer", lrs=(5e-4,)))[0]   # another network answers nothing
     assert {"cv.total.over_fraction.p59", "cv.unembed.over_lr.p59"} <= {row["id"] for row in findings}
+
+
+def test_a_run_that_comes_apart_at_a_held_norm_is_flagged(capsys: pytest.CaptureFixture) -> None:
+    runs = [{"cell": "a", "member": m, "t_mem_step": t} for m, t in ((0, 200), (1, 200), (2, None))]
+    log = [{"cell": "a", "member": m, "step": s, "train_accuracy": acc} for m, s, acc in
+           ((0, 1, 0.02), (0, 400, 1.0), (0, 600, 0.95), (1, 1, 0.02), (1, 400, 0.3), (1, 600, 0.02), (2, 400, 0.5))]
+    transformer.flag_unlearned(runs, log)
+    assert [run["unlearned"] for run in runs] == [0, 2, 0]               # never memorised is censored, not unlearned
+    assert capsys.readouterr().out == "member 1 of a unlearned its training pairs at 2 logged steps; its row says so\n"
 
 
 def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -110,5 +121,5 @@ def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, monk
                        "--out", str(out)])
     assert "no W_c" in capsys.readouterr().out
     runs = files.read_runs(out / "runs.csv")
-    assert [run["model"] for run in runs] == ["transformer_ln"] * 2 and {"norm_unembed_at_grok", "held_embed"} <= set(runs[0])
+    assert [run["model"] for run in runs] == ["transformer_ln"] * 2 and {"norm_unembed_at_grok", "held_embed", "unlearned"} <= set(runs[0])
     assert {"cells.csv", "trajectories.csv", "summary.json"} <= {path.name for path in out.iterdir()}
