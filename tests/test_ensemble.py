@@ -175,9 +175,9 @@ def test_memory_is_flat_over_ten_thousand_evaluations(tmp_path: Path, monkeypatc
     evaluations, used = 10_000, []
 
     class Watched(Ensemble):
-        def record(self, runs: np.ndarray, step: int, metrics: np.ndarray) -> None:
-            super().record(runs, step, metrics)
-            if step in (1000 * EVAL_EVERY, evaluations * EVAL_EVERY):
+        def record(self, runs: np.ndarray, k: int, metrics: np.ndarray) -> None:
+            super().record(runs, k, metrics)
+            if self.step[0] in (1000 * EVAL_EVERY, evaluations * EVAL_EVERY):
                 used.append(tracemalloc.get_traced_memory()[0])
     monkeypatch.setattr("common.LOG_EVERY", EVAL_EVERY)
     ensemble = Watched([dataclasses.replace(CELL, p=5, members=(0,), budget_steps=evaluations * EVAL_EVERY)], "cpu", "eager", torch.float32, "ieee")
