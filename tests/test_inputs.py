@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 import exp_delay_law
@@ -86,6 +86,7 @@ def one_line(errors: str) -> bool:
 
 @settings(PATIENT, max_examples=EXAMPLES)
 @given(st.sampled_from([*EXPERIMENTS]), flags())
+@example("exp_fork", ["--what", "a\nb"])
 def test_any_words_are_a_plan_or_one_line(name: str, words: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         code, errors = command(EXPERIMENTS[name].run, [*words, "--dry-run", "--out", f"{folder}/out"])
