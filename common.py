@@ -26,6 +26,7 @@ from logbook import Logbook, Trajectories
 
 EVAL_EVERY = 25        # steps between evaluations: the resolution of every T_mem and T_grok
 LOG_EVERY = 200        # steps between rows of trajectories.csv
+SAVE_SHARE = 0.01      # of the time may go into checkpoints
 T_MEM_ACCURACY = 0.99  # train accuracy that counts as memorised
 T_GROK_ACCURACY = 0.90  # test accuracy that counts as grokked; 0.80 and 0.95 are kept beside it
 CROSSINGS = (("train_accuracy", 0.99), ("test_accuracy", 0.80), ("test_accuracy", T_GROK_ACCURACY), ("test_accuracy", 0.95))
@@ -65,11 +66,12 @@ def initial_rows(layout: Layout | TransformerLayout, block: int, seed0: int, mem
     Member by member gives the bits of `torch.randn(block, ...)`, which fills 16 numbers at a time: a matrix is a multiple of 16 long."""
     generator = torch.Generator().manual_seed(seed0)
     rows, at = torch.zeros(len(members), layout.n_params, dtype=dtype), {member: i for i, member in enumerate(members)}
-    for matrix, (inputs, outputs, divisor) in enumerate(layout.draws()):
-        for member in range(block):
-            drawn = torch.randn(inputs, outputs, generator=generator)
-            if member in at:
-                layout.views(rows[at[member]])[matrix][:, :outputs].copy_(drawn / divisor)
+    with cpu.single_thread():   # threads cost small tensors more than they bring
+        for matrix, (inputs, outputs, divisor) in enumerate(layout.draws()):
+            for member in range(block):
+                drawn = torch.randn(inputs, outputs, generator=generator)
+                if member in at:
+                    layout.views(rows[at[member]])[matrix][:, :outputs].copy_(drawn / divisor)
     return rows
 
 
@@ -316,7 +318,7 @@ class Ensemble:
 
     def train(self, tick: Callable[["Ensemble"], None], save: Callable[[dict], None] | None = None, save_every: float = 180) -> None:
         """Train until every cell has retired. `tick` is called a few times a second from the main thread; `save` gets a snapshot
-        every `save_every` seconds, later if saving would take over 1% of the time, and one more if Ctrl-C or SIGTERM ends training early."""
+        every `save_every` seconds, later if that would take more than its share of the time, and one if Ctrl-C or SIGTERM ends training early."""
         advance = self._train_lockstep if self.backend == "triton" else self._train_workers
         if self.backend != "triton" and len(self.live()):
             self.compile()
@@ -330,7 +332,7 @@ class Ensemble:
                 if save and len(self.live()):
                     started = time.monotonic()
                     save(self.snapshot())
-                    save_every = max(save_every, 100 * (time.monotonic() - started))
+                    save_every = max(save_every, (time.monotonic() - started) / SAVE_SHARE)
         except (KeyboardInterrupt, SystemExit):                          # from `tick`, where the state is whole
             if save and self.quiescent and (self.step > self.start).any():
                 save(self.snapshot())

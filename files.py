@@ -36,9 +36,11 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink()
+        if isinstance(error, OSError) and not error.filename:   # a full disk does not say what it was to hold
+            error.filename = str(path)
         raise
 
 

@@ -1,11 +1,14 @@
 """The trainer: equal bits whatever shares the ensemble, retirement by cell, divergence flagged, and a stop that costs nothing."""
 import dataclasses
 import math
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import files
 from common import EVAL_EVERY, GROK, Cell, Ensemble, State, UsageError, initial_rows
 from kernels import cpu
 from kernels.layout import mlp_layout
@@ -127,6 +130,14 @@ def test_a_run_that_diverges_is_flagged_and_harms_nobody() -> None:
     assert not runs["a", 1]["diverged"] and same(bits(company, "a", 1), bits(trained([CELL]), "a", 1))
 
 
+def test_a_nan_in_one_run_stays_there() -> None:
+    alone, company = trained([CELL]), Ensemble([CELL], "cpu", "eager", torch.float32, "ieee")
+    company.state.params[0, 7] = math.nan
+    company.train(quiet)
+    assert all(same(bits(company, "a", m), bits(alone, "a", m)) for m in (1, 2))
+    assert [(run["diverged"], run["steps_run"]) for run in company.result().runs] == [(1, 1), (0, 200), (0, 200)]
+
+
 def test_stopping_and_continuing_gives_the_same_bits() -> None:
     class Stop(Exception):
         pass
@@ -157,6 +168,44 @@ def test_training_starts_from_a_given_state() -> None:
     second = Ensemble([CELL], "cpu", "eager", torch.float32, "ieee", start=state)
     second.train(quiet)
     assert torch.equal(second.state.params, trained([CELL]).state.params) and second.result().needed == 3 * 100
+
+
+def test_memory_is_flat_over_ten_thousand_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bookkeeping of a run that logs at every evaluation; then its trajectories.csv. A kept row would be about 1 kB, 10 MB in all."""
+    evaluations, used = 10_000, []
+
+    class Watched(Ensemble):
+        def record(self, runs: np.ndarray, k: int, metrics: np.ndarray) -> None:
+            super().record(runs, k, metrics)
+            if self.step[0] in (1000 * EVAL_EVERY, evaluations * EVAL_EVERY):
+                used.append(tracemalloc.get_traced_memory()[0])
+    monkeypatch.setattr("common.LOG_EVERY", EVAL_EVERY)
+    ensemble = Watched([dataclasses.replace(CELL, p=5, members=(0,), budget_steps=evaluations * EVAL_EVERY)], "cpu", "eager", torch.float32, "ieee")
+    synthetic(ensemble, {})
+    monkeypatch.setattr(cpu, "advance", ensemble.advance_for_test)
+    tracemalloc.start()
+    try:
+        ensemble.train(quiet)
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        files.write_csv(tmp_path / "trajectories.csv", ensemble.result().trajectories)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    rows = (tmp_path / "trajectories.csv").read_text().splitlines()
+    assert len(rows) == 1 + 1 + evaluations and used[1] - used[0] < 100_000   # header, step 1
+    assert peak - before < 3_000_000, peak - before   # 1024 rows at a time, and three numbers for the order of each row
+
+
+def test_a_block_is_drawn_as_one_tensor_would_be() -> None:
+    """Shapes whose numbers are multiples of 16 and not of 64; odd p; a block of one."""
+    for p, block in ((2, 3), (13, 4), (59, 1)):
+        layout, generator = mlp_layout(p), torch.Generator().manual_seed(5)
+        drawn = [torch.randn(block, *shape, generator=generator) / math.sqrt(fan_in)
+                 for *shape, fan_in in ((p, layout.d, layout.d), (2 * layout.d, layout.H, 2 * layout.d), (layout.H, p, layout.H))]
+        for row, *matrices in zip(initial_rows(layout, block, 5, tuple(range(block)), torch.float32), *drawn, strict=True):
+            E, W1, W2, *_ = layout.views(row)
+            assert all(torch.equal(*pair) for pair in zip((E, W1, W2[:, :p]), matrices, strict=True))
 
 
 def test_members_are_those_of_the_whole_block() -> None:

@@ -53,7 +53,7 @@ def packed(**changed: object) -> bytes:
 
 def zipped(name: str, content: bytes) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(name, content)
     return buffer.getvalue()
 
@@ -64,6 +64,7 @@ def zipped(name: str, content: bytes) -> bytes:
     (pickled(), "not a readable .npz of plain arrays"),
     (zipped("p.npy", b"\x93NUMPY\x01\x00garbage"), "not a readable .npz"),
     (zipped("notes.txt", b"hello"), "lacks p, alpha"),
+    (zipped("p.npy", bytes(100 << 20)), "100 MB unpacked, more than the 64"),
     (packed(p=None), "lacks p"),
     (packed(p=np.nan), "p is nan"),
     (packed(p=1), "out of its range"),
