@@ -1,5 +1,6 @@
 """The experiments on transformers: what they refuse, the cells they plan, planted rows that come out as claims, a run end to end."""
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +124,26 @@ def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, monk
     runs = files.read_runs(out / "runs.csv")
     assert [run["model"] for run in runs] == ["transformer_ln"] * 2 and {"norm_unembed_at_grok", "held_embed", "unlearned"} <= set(runs[0])
     assert {"cells.csv", "trajectories.csv", "summary.json"} <= {path.name for path in out.iterdir()}
+
+
+def test_a_fork_of_a_transformer_starts_its_arms_from_one_state(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    exp_fork.run(["--model", "transformer_ln", "--p", "13", "--fork-steps", "75", "--rho", "1.1", "--budget", "100", "--members", "0", "--backend",
+                  "eager", "--lr", "3e-3", "--out", str(out)])
+    runs = {run["arm"]: run for run in files.read_runs(out / "runs.csv")}
+    N0 = runs["same"]["norm_at_fork"]
+    assert [runs[arm]["held_norm"] for arm in ("lowered", "same", "raised")] == pytest.approx([N0 / 1.1, N0, 1.1 * N0], rel=1e-6)
+    log = [row for row in files.read_csv(out / "trajectories.csv") if row["cell"] == runs["raised"]["cell"]]
+    assert log[0]["step"] == 76 and log[0]["norm"] == pytest.approx(1.1 * N0, rel=1e-6)     # the clamp acts at the fork at once
+
+
+def test_mediation_at_a_given_norm_trains_no_control(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    exp_logit_scale.run(["--model", "transformer_b", "--p", "13", "--w-c", "30", "--taus", "1.7", "--budget", "25", "--members", "0", "--backend",
+                         "eager", "--out", str(out)])
+    runs = files.read_runs(out / "runs.csv")
+    assert {(run["arm"], run["rho"], run["tau"], run["lr"], run["clamp_start"]) for run in runs} == {
+        ("clamp", rho, tau, 5e-4, 600) for rho, tau in ((1, 1), (1.15, 1), (1.15, 1.7))}
+    assert [run["held_norm"] for run in runs] == pytest.approx([30, 34.5, 34.5]) and all(run["w_c"] == 30 for run in runs)
+    claims = {claim["id"] for claim in json.loads((out / "summary.json").read_text())["claims"]}
+    assert "B.tf.effect" in claims and not any(key.startswith("B.cell") for key in claims)
