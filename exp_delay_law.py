@@ -25,6 +25,7 @@ import delay_law_transformer as transformer
 import files
 import lab
 import plots
+import settings
 import stats
 from common import CLAMP_START, Cell, Result, UsageError, exactly, unique
 
@@ -32,16 +33,16 @@ PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")   # of the MLP
 
 
 @dataclass(frozen=True)
-class Config(lab.Config):
-    rhos: tuple[float, ...] = lab.option((), "held norms over W_c; default: each part's own", float)
-    lrs: tuple[float, ...] = lab.option((1e-3, 2e-3, 4e-3, 8e-3), "learning rates of the matrix; the first is everybody else's")
-    train_fracs: tuple[float, ...] = lab.option((), "train fractions of the concentration part; default .30 .35 .40 .50 .65", float)
-    weight_decays: tuple[float, ...] = lab.option((), "weight decays of the concentration part; default .3 1 3", float)
-    moduli: tuple[int, ...] = lab.option((31, 41, 53, 59, 71), "moduli of the moduli part; --p replaces them")
-    moduli_seeds: int = lab.option(12, "block size of the moduli part")
-    free_moduli: tuple[int, ...] = lab.option((29, 41, 59, 79, 97), "moduli of the concentration part; --p replaces them")
-    free_seeds: int = lab.option(20, "block size of the concentration part")
-    group_moduli: tuple[int, ...] = lab.option((71,), "moduli of the transformers' groups part; --p replaces them")
+class Config(settings.Config):
+    rhos: tuple[float, ...] = settings.option((), "held norms over W_c; default: each part's own", float)
+    lrs: tuple[float, ...] = settings.option((1e-3, 2e-3, 4e-3, 8e-3), "learning rates of the matrix; the first is everybody else's")
+    train_fracs: tuple[float, ...] = settings.option((), "train fractions of the concentration part; default .30 .35 .40 .50 .65", float)
+    weight_decays: tuple[float, ...] = settings.option((), "weight decays of the concentration part; default .3 1 3", float)
+    moduli: tuple[int, ...] = settings.option((31, 41, 53, 59, 71), "moduli of the moduli part; --p replaces them")
+    moduli_seeds: int = settings.option(12, "block size of the moduli part")
+    free_moduli: tuple[int, ...] = settings.option((29, 41, 59, 79, 97), "moduli of the concentration part; --p replaces them")
+    free_seeds: int = settings.option(20, "block size of the concentration part")
+    group_moduli: tuple[int, ...] = settings.option((71,), "moduli of the transformers' groups part; --p replaces them")
 
 
 PRESETS = {
@@ -469,7 +470,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
 
 
 def run(argv: list[str]) -> None:
-    config, given = lab.parse(Config, PRESETS, (*PARTS, "groups"), argv)
+    config, given = settings.parse(Config, PRESETS, (*PARTS, "groups"), argv)
     config = narrowed(config, given)
     desk = lab.Lab("delay_law", config, given, PRESETS)
     if config.figures_only:

@@ -30,6 +30,7 @@ import numpy as np
 import files
 import lab
 import plots
+import settings
 import stats
 from common import EVAL_EVERY, Cell, Result, State, UsageError, inherit
 from kernels.layout import model_layout
@@ -38,14 +39,14 @@ ARMS = ("lowered", "free", "same", "raised")   # by the delay that the paper fin
 
 
 @dataclass(frozen=True)
-class Config(lab.Config):
-    seeds: int = lab.option(12, "block size: members drawn from one generator; the paper's is 12")
-    parts: tuple[str, ...] = lab.option((), "arms to continue as: lowered free same raised")
-    rho: tuple[float, ...] = lab.option((1.15,), "held norm of the raised arm over N0, and N0 over that of the lowered one; above 1")
-    fork_steps: tuple[int, ...] = lab.option((800,), f"steps to fork at, multiples of {EVAL_EVERY}")
-    lr: float = lab.option(1e-3, "learning rate; published numbers are answered at 1e-3 only")
-    budget: int = lab.option(60_000, "step at which a run that has not grokked is censored")
-    twin_of: str = lab.option("", "results folder of the same arms at another --dtype, to compare delays with, member by member")
+class Config(settings.Config):
+    seeds: int = settings.option(12, "block size: members drawn from one generator; the paper's is 12")
+    parts: tuple[str, ...] = settings.option((), "arms to continue as: lowered free same raised")
+    rho: tuple[float, ...] = settings.option((1.15,), "held norm of the raised arm over N0, and N0 over that of the lowered one; above 1")
+    fork_steps: tuple[int, ...] = settings.option((800,), f"steps to fork at, multiples of {EVAL_EVERY}")
+    lr: float = settings.option(1e-3, "learning rate; published numbers are answered at 1e-3 only")
+    budget: int = settings.option(60_000, "step at which a run that has not grokked is censored")
+    twin_of: str = settings.option("", "results folder of the same arms at another --dtype, to compare delays with, member by member")
 
 
 PRESETS = {
@@ -327,7 +328,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
 
 
 def run(argv: list[str]) -> None:
-    config, given = lab.parse(Config, PRESETS, ARMS, argv)
+    config, given = settings.parse(Config, PRESETS, ARMS, argv)
     config = dataclasses.replace(config, **{k: v for k, v in MODELS.get(config.model, {}).items() if k not in given})
     check(config)
     desk = lab.Lab("fork", config, given, PRESETS)

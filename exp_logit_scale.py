@@ -27,6 +27,7 @@ import numpy as np
 import files
 import lab
 import plots_logit_scale as plots
+import settings
 import stats
 from common import EVAL_EVERY, LOG_EVERY, MODELS, Cell, Result, UsageError, clamp_start, exactly, unique
 from measured import Measured
@@ -35,22 +36,22 @@ PARTS = ("mediation", "mse", "grid", "dose", "audit", "allocation")
 
 
 @dataclass(frozen=True)
-class Config(lab.Config):
-    p: tuple[int, ...] = lab.option((59, 97), "moduli; of the audit the first one only; with --parts dose see --moduli")
-    seeds: int = lab.option(12, "block size of mediation, mse, grid and allocation")
-    parts: tuple[str, ...] = lab.option((), f"parts to run: {' '.join(PARTS)}")
-    rhos: tuple[float, ...] = lab.option((), "held norms over W_c of grid and dose; mediation and mse raise to the largest", float)
-    taus: tuple[float, ...] = lab.option((), "temperatures at the raised norm, and of the grid; 1 is always among them", float)
-    gammas: tuple[float, ...] = lab.option((-0.6, -0.3, 0.0, 0.3, 0.6), "allocations: power moved from the embedding to the unembedding")
-    weight_decays: tuple[float, ...] = lab.option((0.5, 1.0, 2.0, 3.0, 4.0), "weight decays of the free runs of the dose part")
-    lr: float = lab.option(1e-3, "learning rate; published numbers are answered at 1e-3 only")
-    moduli: tuple[int, ...] = lab.option((43, 59, 67, 97, 113), "moduli of the dose part; --p replaces them")
-    dose_seeds: int = lab.option(0, "block size of the dose part; 0 = the paper's, 16 at p=59 and 97, else 8")
-    audit_cells: tuple[str, ...] = lab.option(("1.15", "1.20", "1.25"), "cells of the audit, each RHO or RHO:TAU")
-    audit_seeds: int = lab.option(8, "block size of the audit")
-    w_c: float = lab.option(0.0, "hold multiples of this norm and train no control (paper B's transformers: 32.49, the norm at the end of theirs); "
-                            "0 = the control's")
-    budget: int = lab.option(120_000, "largest step at which a run that has not grokked is censored; parts with a smaller one keep it")
+class Config(settings.Config):
+    p: tuple[int, ...] = settings.option((59, 97), "moduli; of the audit the first one only; with --parts dose see --moduli")
+    seeds: int = settings.option(12, "block size of mediation, mse, grid and allocation")
+    parts: tuple[str, ...] = settings.option((), f"parts to run: {' '.join(PARTS)}")
+    rhos: tuple[float, ...] = settings.option((), "held norms over W_c of grid and dose; mediation and mse raise to the largest", float)
+    taus: tuple[float, ...] = settings.option((), "temperatures at the raised norm, and of the grid; 1 is always among them", float)
+    gammas: tuple[float, ...] = settings.option((-0.6, -0.3, 0.0, 0.3, 0.6), "allocations: power moved from the embedding to the unembedding")
+    weight_decays: tuple[float, ...] = settings.option((0.5, 1.0, 2.0, 3.0, 4.0), "weight decays of the free runs of the dose part")
+    lr: float = settings.option(1e-3, "learning rate; published numbers are answered at 1e-3 only")
+    moduli: tuple[int, ...] = settings.option((43, 59, 67, 97, 113), "moduli of the dose part; --p replaces them")
+    dose_seeds: int = settings.option(0, "block size of the dose part; 0 = the paper's, 16 at p=59 and 97, else 8")
+    audit_cells: tuple[str, ...] = settings.option(("1.15", "1.20", "1.25"), "cells of the audit, each RHO or RHO:TAU")
+    audit_seeds: int = settings.option(8, "block size of the audit")
+    w_c: float = settings.option(0.0, "hold multiples of this norm and train no control (paper B's transformers: 32.49, from the end "
+                                 "of theirs); 0 = the control's")
+    budget: int = settings.option(120_000, "largest step at which a run that has not grokked is censored; parts with a smaller one keep it")
 
 
 PRESETS = {
@@ -90,8 +91,9 @@ def audited(config: Config) -> list[tuple[float, float]]:
             rho, tau = (float(x) for x in (text if ":" in text else text + ":1").split(":"))
         except ValueError:
             raise UsageError(f"--audit-cells are RHO or RHO:TAU, such as 1.15 or 1.15:1.7, got {text!r}") from None
-        if not (0 < rho <= lab.LARGEST["rhos"] and 0 < tau <= lab.LARGEST["taus"]):
-            raise UsageError(f"--audit-cells: rho must be in (0, {lab.LARGEST['rhos']:g}] and tau in (0, {lab.LARGEST['taus']:g}], got {text!r}")
+        if not (0 < rho <= settings.LARGEST["rhos"] and 0 < tau <= settings.LARGEST["taus"]):
+            raise UsageError(f"--audit-cells: rho must be in (0, {settings.LARGEST['rhos']:g}] and tau in (0, {settings.LARGEST['taus']:g}], "
+                             f"got {text!r}")
         cells.append((rho, tau))
     if len(set(cells)) < len(cells):
         raise UsageError(f"--audit-cells lists a cell twice: {' '.join(config.audit_cells)}")
@@ -520,7 +522,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
 
 
 def run(argv: list[str]) -> None:
-    config, given = lab.parse(Config, PRESETS, PARTS, argv)
+    config, given = settings.parse(Config, PRESETS, PARTS, argv)
     config = checked(config, given)
     desk, plan = lab.Lab("logit_scale", config, given, PRESETS), Plan(config)
     if config.figures_only:

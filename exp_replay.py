@@ -22,14 +22,15 @@ import numpy as np
 import files
 import lab
 import plots
+import settings
 from common import EVAL_EVERY, Cell, Result, UsageError, inherit, n_train
 from logbook import Trajectories
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(lab.Machine):
+class Config(settings.Machine):
     metrics_dir: str = field(metadata={"help": "folder with released .npz files, searched recursively", "kind": "positional"})
-    match: tuple[str, ...] = lab.option(("*",), "only files whose name, or path below METRICS_DIR, matches one of these patterns (.npz left out)")
+    match: tuple[str, ...] = settings.option(("*",), "only files whose name, or path below METRICS_DIR, matches a pattern (.npz left out)")
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def compare_scales(released: list[Released], trajectories: list[dict], rows: lis
 
 
 def run(argv: list[str]) -> None:
-    config, given = lab.parse(Config, {}, (), argv)
+    config, given = settings.parse(Config, {}, (), argv)
     desk = lab.Lab("replay", config, given, {})
     released = find(config)
     cells = [item.cell for item in released]

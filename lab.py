@@ -1,8 +1,4 @@
-"""The desk around the bench: settings and command line, the output folder, checkpoints, progress, provenance.
-
-An experiment subclasses `Config`, lists its presets, and is run by `main`. Nothing is written before every setting has been checked.
-"""
-import argparse
+"""The desk around the bench: the output folder, checkpoints, ranks, progress, provenance. An experiment is run by `main`."""
 import contextlib
 import dataclasses
 import json
@@ -16,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,148 +21,13 @@ from tqdm import tqdm
 
 import files
 import ranks
-from common import EVAL_EVERY, MODELS, Cell, Ensemble, Result, State, UsageError, n_train
+import settings
+from common import Cell, Ensemble, Result, State, UsageError
 from kernels.cpu import has_compiler
 
 ROOT = Path(__file__).resolve().parent
 SAVE_EVERY = 180   # seconds between checkpoints: what a kill can cost
 LOCK_TRIES = 100   # of 50 ms each, while another rank writes the settings of a new folder
-
-
-def option(default: object, text: str, kind: type = str) -> object:
-    """A setting that the command line offers, with its help text; `kind` of the values where the default is an empty tuple."""
-    return field(default=default, metadata={"help": text, "kind": kind})
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and how to compute, and where to write: what every command takes."""
-    members: tuple[int, ...] = option((), "members of the block to train; default: all, or the preset's choice", int)
-    device: str = option("auto", "auto, cpu or cuda")
-    backend: str = option("auto", "auto, compiled or eager (the definition on a CPU, through torch.compile or not) or triton (CUDA)")
-    dtype: str = option("float32", "float32 or float64")
-    arithmetic: str = option("ieee", "matrix products in float32 on CUDA: ieee or tf32x3")
-    out: str = option("", "output folder; default: results/EXPERIMENT/PRESET, with the changed flags in its name")
-    resume: bool = option(False, "continue from OUT/checkpoint; the same command does so by itself when one is there")
-    dry_run: bool = option(False, "print the cells and the estimate, train nothing")
-    figures_only: bool = option(False, "draw the figures and tables again from OUT/runs.csv, train nothing")
-
-
-@dataclass(frozen=True)
-class Config(Machine):
-    """What the experiments share besides. A tuple takes several values on the command line."""
-    preset: str = option("", "smoke (seconds), laptop (minutes on 2 cores) or paper (the papers' tables); default: paper on CUDA, else laptop")
-    p: tuple[int, ...] = option((59,), "moduli; any p >= 2 works, the papers use primes")
-    seeds: int = option(16, "block size: members drawn from one generator; member 3 of 12 is not member 3 of 8")
-    seed0: int = option(0, "first seed: weights use seed0, the split of member s uses 1000 + seed0 + s")
-    parts: tuple[str, ...] = option((), "parts of the experiment to run")
-    model: str = option("mlp", "mlp, transformer, transformer_ln (with LayerNorm) or transformer_b (as in paper B's released runs); "
-                        "learning rates default to the model's")
-    after_grok: int = option(0, "steps to train a cell on past its last member's grokking")
-
-
-NOT_SCIENCE = ("out", "resume", "dry_run", "figures_only", "metrics_dir", "twin_of")   # settings that change no number
-CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "eager", "triton"), "dtype": ("float32", "float64"),
-           "arithmetic": ("ieee", "tf32x3"), "model": tuple(MODELS)}
-POSITIVE = ("rhos", "lrs", "lr", "taus", "rho", "fork_steps", "budget", "train_fracs")
-
-LARGEST = {"rhos": 100, "rho": 100, "taus": 1e6, "weight_decays": 1e6}   # far past anything that trains
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UsageError(message)
-
-
-def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: list[str]) -> tuple[Machine, dict]:
-    """Settings of `cls` from preset and flags, checked, and the flags that were given. Raises UsageError."""
-    parser = Parser(description=sys.modules[cls.__module__].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for f in dataclasses.fields(cls):
-        flag = "--" + f.name.replace("_", "-")
-        if f.metadata["kind"] == "positional":
-            parser.add_argument(f.name, help=f.metadata["help"])
-        elif f.type in (bool, "bool"):
-            parser.add_argument(flag, action="store_true", default=None, help=f.metadata["help"])
-        else:
-            many = isinstance(f.default, tuple)
-            kind = type(f.default[0]) if many and f.default else f.metadata["kind"] if many else type(f.default)
-            parser.add_argument(flag, type=kind, nargs="+" if many else None, default=None, help=f.metadata["help"])
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    for name, allowed in {**CHOICES, "preset": tuple(presets)}.items():
-        if name in given and given[name] not in allowed:
-            raise UsageError(f"--{name} must be one of {', '.join(allowed)}, got {given[name]!r}")
-    device = given.get("device", "auto")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
-    model = given.get("model", "mlp")
-    if device == "cuda" and model != "mlp":
-        raise UsageError(f"--model {model} has no CUDA kernels yet; use --device cpu")
-    if device == "auto" and model != "mlp":
-        device = "cpu"
-    elif device == "auto":
-        device = "cuda" if torch.cuda.is_available() and given.get("backend", "auto") in ("auto", "triton") else "cpu"
-    if (given.get("backend") == "triton") != (device == "cuda") and given.get("backend", "auto") != "auto":
-        raise UsageError(f"--backend {given['backend']} does not run on --device {device}; triton needs cuda, compiled and eager need cpu")
-    if given.get("backend") == "compiled" and not has_compiler():
-        raise UsageError("--backend compiled needs a C++ compiler (g++ or clang++) on the PATH; use --backend eager")
-    settings = {**given, "device": device}
-    if presets:
-        preset = given.get("preset", "paper" if device == "cuda" else "laptop")
-        settings = {"parts": parts, **presets[preset], **settings, "preset": preset}
-    if model != "mlp":   # a preset's learning rates are those of the MLP
-        rates = {"lr": MODELS[model], "lrs": (MODELS[model],)}
-        settings |= {f.name: rates[f.name] for f in dataclasses.fields(cls) if f.name in rates and f.name not in given}
-    config = cls(**settings)
-    check(config)
-    if presets:
-        check_grid(config, parts)
-    return config, given
-
-
-def check(config: Machine) -> None:
-    """Every value possible by itself, or UsageError naming the flag, the value and what would do."""
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if isinstance(value, tuple) and len(set(value)) != len(value):
-            raise UsageError(f"--{f.name.replace('_', '-')} lists a value twice: {' '.join(map(str, value))}")
-        for v in value if isinstance(value, tuple) else (value,):
-            if isinstance(v, float) and not math.isfinite(v):
-                raise UsageError(f"--{f.name.replace('_', '-')} must be finite, got {v}")
-            if f.name == "members" and v < 0:
-                raise UsageError(f"--members are numbered from 0, got {v}")
-            if f.name in LARGEST and v > LARGEST[f.name]:
-                raise UsageError(f"--{f.name.replace('_', '-')} must be at most {LARGEST[f.name]:g}, got {v:g}")
-            if f.name in POSITIVE and v <= 0:
-                raise UsageError(f"--{f.name.replace('_', '-')} must be > 0, got {v:g}")
-            if f.name == "train_fracs" and v >= 1:
-                raise UsageError(f"--train-fracs must be below 1, got {v:g}: some pairs must be left to test on")
-            if f.name == "weight_decays" and v < 0:
-                raise UsageError(f"--weight-decays must be >= 0, got {v:g}")
-    if config.arithmetic == "tf32x3" and config.device != "cuda":
-        raise UsageError("--arithmetic tf32x3 is a mode of the CUDA kernels; use ieee on a CPU")
-
-
-def check_grid(config: Config, parts: tuple[str, ...]) -> None:
-    """Values that must fit each other, or UsageError."""
-    for p in (*config.p, *getattr(config, "moduli", ()), *getattr(config, "free_moduli", ()), *getattr(config, "group_moduli", ())):
-        if not 2 <= p <= 1000:
-            raise UsageError(f"--p must be between 2 and 1000, got {p}")
-        for fraction in getattr(config, "train_fracs", ()) or (0.4,):
-            if not 1 <= n_train(p, fraction) < p * p:
-                raise UsageError(f"--p {p} with train fraction {fraction:g} leaves no training pair; use a larger p or fraction")
-    for name in ("seeds", "moduli_seeds", "free_seeds"):
-        if not 1 <= getattr(config, name, 1) <= 10_000:
-            raise UsageError(f"--{name.replace('_', '-')} must be between 1 and 10000, got {getattr(config, name)}")
-    if not 0 <= config.seed0 < 2**31:
-        raise UsageError(f"--seed0 must be between 0 and 2147483647, got {config.seed0}")
-    for m in config.members:
-        if not 0 <= m < config.seeds:
-            raise UsageError(f"--members must lie in the block 0..{config.seeds - 1} (--seeds {config.seeds}), got {m}")
-    for part in config.parts:
-        if part not in parts:
-            raise UsageError(f"--parts must be among {' '.join(parts)}, got {part!r}")
-    if config.after_grok % EVAL_EVERY or (config.after_grok and config.after_grok < 200) or config.after_grok < 0:
-        raise UsageError(f"--after-grok must be 0 or a multiple of {EVAL_EVERY} of at least 200 steps, got {config.after_grok}")
 
 
 # ---------------------------------------------------------------- provenance
@@ -192,7 +52,7 @@ def provenance(desk: "Lab", result: Result) -> dict:
         "training_seconds": round(result.seconds, 1), "run_steps": result.executed, "run_steps_needed": result.needed,
         "executed_over_needed": round(result.executed / max(result.needed, 1), 4),
         "run_steps_per_second": round(result.executed / max(result.seconds, 1e-9), 1),
-        "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE},
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in settings.NOT_SCIENCE},
     }
 
 
@@ -231,7 +91,7 @@ class Progress:
             print(f"{self.stage}: {finished}/{self.runs} runs finished, {rate:.0f} run-steps/s, about {duration(left)} left", flush=True)
 
 
-def announce(config: Machine, cells: list[Cell]) -> None:
+def announce(config: settings.Machine, cells: list[Cell]) -> None:
     """What will run and about how long it takes, before anything does; every cell with --dry-run."""
     runs = sum(len(cell.members) for cell in cells)
     steps = sum(min(cell.expected_steps or cell.budget_steps, cell.budget_steps) * len(cell.members) for cell in cells)
@@ -269,7 +129,7 @@ class Lab:
     `out`, where results would be written, it leaves; when all shares are there, the same command without ranks takes them up and goes on."""
     merging = False   # this process left as a rank, and now works alone
 
-    def __init__(self, experiment: str, config: Machine, given: dict, presets: dict[str, dict]):
+    def __init__(self, experiment: str, config: settings.Machine, given: dict, presets: dict[str, dict]):
         self.experiment, self.config = experiment, config
         self.rank = ranks.Rank() if Lab.merging else ranks.rank_of(os.environ)
         if config.device == "cuda" and self.rank.size > 1:
@@ -277,7 +137,7 @@ class Lab:
         self.shard = f".{self.rank.number}of{self.rank.size}" if self.rank.size > 1 else ""
         preset = getattr(config, "preset", "all")
         changed = [f"{k}{'_'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in sorted(given.items())
-                   if k not in (*NOT_SCIENCE, "preset", "device") and presets.get(preset, {}).get(k, getattr(type(config), k, None)) != v]
+                   if k not in (*settings.NOT_SCIENCE, "preset", "device") and presets.get(preset, {}).get(k, getattr(type(config), k, None)) != v]
         folder = re.sub(r"[^A-Za-z0-9.+_-]+", "-", "_".join([preset, *changed]))[:120]
         self.folder = Path(config.out) if config.out else ROOT / "results" / experiment / folder
         self.checkpoint, self.config_file = self.folder / "checkpoint", self.folder / "config.json"
@@ -286,7 +146,7 @@ class Lab:
         self.created: list[Path] = []     # folders that `open` had to make, innermost first
         self.opened, self.shares = False, 1
         self.loads: list[float] = []      # expected work of every share so far
-        wanted = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE}))
+        wanted = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in settings.NOT_SCIENCE}))
         self.settings = {"experiment": experiment, **wanted}
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"--out {self.folder} is a file; name a folder")

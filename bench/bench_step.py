@@ -21,6 +21,7 @@ from torch import Tensor
 import files
 import lab
 import plots
+import settings
 from common import MODELS, Cell, Ensemble, UsageError, n_train
 
 matplotlib.use("Agg")
@@ -197,7 +198,7 @@ def figure(rows: list[dict], folder: Path) -> None:
 
 
 def run(argv: list[str]) -> None:
-    parser = lab.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = settings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", choices=tuple(MODELS), default="mlp", help="network; its peers differ")
     parser.add_argument("--p", type=int, nargs="+", default=[59, 97], help="moduli")
     parser.add_argument("--runs", type=int, default=12, help="runs in the ensemble")

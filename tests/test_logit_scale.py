@@ -10,6 +10,7 @@ from test_replay import RELEASED
 import exp_logit_scale as experiment
 import files
 import lab
+import settings
 import stats
 from common import UsageError
 from measured import Measured
@@ -191,7 +192,7 @@ def test_allocated_norms_are_the_released_ones() -> None:
 
 def test_dose_stops_before_the_collapse(tmp_path: Path) -> None:
     """Table 1 takes rho up to 1.15, cells with a majority grokked, and nothing from the first jump of L by more than 2.5x on."""
-    config = lab.parse(experiment.Config, experiment.PRESETS, experiment.PARTS, ["--parts", "dose", "--p", "59", "--dose-seeds", "3"])[0]
+    config = settings.parse(experiment.Config, experiment.PRESETS, experiment.PARTS, ["--parts", "dose", "--p", "59", "--dose-seeds", "3"])[0]
     runs, log = [], []
     for i, (rho, L) in enumerate([(0.85, 10), (0.90, 12), (0.95, 14), (1.00, 40), (1.05, 41), (1.20, 42)]):
         name = experiment.name("clamp", 59, 3, "ce", rho)

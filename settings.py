@@ -1,0 +1,147 @@
+"""Settings and command line. An experiment subclasses `Config` and lists its presets; every setting is checked before anything is written."""
+import argparse
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+from common import EVAL_EVERY, MODELS, UsageError, n_train
+from kernels.cpu import has_compiler
+
+
+def option(default: object, text: str, kind: type = str) -> object:
+    """A setting that the command line offers, with its help text; `kind` of the values where the default is an empty tuple."""
+    return field(default=default, metadata={"help": text, "kind": kind})
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how to compute, and where to write: what every command takes."""
+    members: tuple[int, ...] = option((), "members of the block to train; default: all, or the preset's choice", int)
+    device: str = option("auto", "auto, cpu or cuda")
+    backend: str = option("auto", "auto, compiled or eager (the definition on a CPU, through torch.compile or not) or triton (CUDA)")
+    dtype: str = option("float32", "float32 or float64")
+    arithmetic: str = option("ieee", "matrix products in float32 on CUDA: ieee or tf32x3")
+    out: str = option("", "output folder; default: results/EXPERIMENT/PRESET, with the changed flags in its name")
+    resume: bool = option(False, "continue from OUT/checkpoint; the same command does so by itself when one is there")
+    dry_run: bool = option(False, "print the cells and the estimate, train nothing")
+    figures_only: bool = option(False, "draw the figures and tables again from OUT/runs.csv, train nothing")
+
+
+@dataclass(frozen=True)
+class Config(Machine):
+    """What the experiments share besides. A tuple takes several values on the command line."""
+    preset: str = option("", "smoke (seconds), laptop (minutes on 2 cores) or paper (the papers' tables); default: paper on CUDA, else laptop")
+    p: tuple[int, ...] = option((59,), "moduli; any p >= 2 works, the papers use primes")
+    seeds: int = option(16, "block size: members drawn from one generator; member 3 of 12 is not member 3 of 8")
+    seed0: int = option(0, "first seed: weights use seed0, the split of member s uses 1000 + seed0 + s")
+    parts: tuple[str, ...] = option((), "parts of the experiment to run")
+    model: str = option("mlp", "mlp, transformer, transformer_ln (with LayerNorm) or transformer_b (as in paper B's released runs); "
+                        "learning rates default to the model's")
+    after_grok: int = option(0, "steps to train a cell on past its last member's grokking")
+
+
+NOT_SCIENCE = ("out", "resume", "dry_run", "figures_only", "metrics_dir", "twin_of")   # settings that change no number
+CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "eager", "triton"), "dtype": ("float32", "float64"),
+           "arithmetic": ("ieee", "tf32x3"), "model": tuple(MODELS)}
+POSITIVE = ("rhos", "lrs", "lr", "taus", "rho", "fork_steps", "budget", "train_fracs")
+
+LARGEST = {"rhos": 100, "rho": 100, "taus": 1e6, "weight_decays": 1e6}   # far past anything that trains
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UsageError(message)
+
+
+def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: list[str]) -> tuple[Machine, dict]:
+    """Settings of `cls` from preset and flags, checked, and the flags that were given. Raises UsageError."""
+    parser = Parser(description=sys.modules[cls.__module__].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in dataclasses.fields(cls):
+        flag = "--" + f.name.replace("_", "-")
+        if f.metadata["kind"] == "positional":
+            parser.add_argument(f.name, help=f.metadata["help"])
+        elif f.type in (bool, "bool"):
+            parser.add_argument(flag, action="store_true", default=None, help=f.metadata["help"])
+        else:
+            many = isinstance(f.default, tuple)
+            kind = type(f.default[0]) if many and f.default else f.metadata["kind"] if many else type(f.default)
+            parser.add_argument(flag, type=kind, nargs="+" if many else None, default=None, help=f.metadata["help"])
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    for name, allowed in {**CHOICES, "preset": tuple(presets)}.items():
+        if name in given and given[name] not in allowed:
+            raise UsageError(f"--{name} must be one of {', '.join(allowed)}, got {given[name]!r}")
+    device = given.get("device", "auto")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
+    model = given.get("model", "mlp")
+    if device == "cuda" and model != "mlp":
+        raise UsageError(f"--model {model} has no CUDA kernels yet; use --device cpu")
+    if device == "auto" and model != "mlp":
+        device = "cpu"
+    elif device == "auto":
+        device = "cuda" if torch.cuda.is_available() and given.get("backend", "auto") in ("auto", "triton") else "cpu"
+    if (given.get("backend") == "triton") != (device == "cuda") and given.get("backend", "auto") != "auto":
+        raise UsageError(f"--backend {given['backend']} does not run on --device {device}; triton needs cuda, compiled and eager need cpu")
+    if given.get("backend") == "compiled" and not has_compiler():
+        raise UsageError("--backend compiled needs a C++ compiler (g++ or clang++) on the PATH; use --backend eager")
+    settings = {**given, "device": device}
+    if presets:
+        preset = given.get("preset", "paper" if device == "cuda" else "laptop")
+        settings = {"parts": parts, **presets[preset], **settings, "preset": preset}
+    if model != "mlp":   # a preset's learning rates are those of the MLP
+        rates = {"lr": MODELS[model], "lrs": (MODELS[model],)}
+        settings |= {f.name: rates[f.name] for f in dataclasses.fields(cls) if f.name in rates and f.name not in given}
+    config = cls(**settings)
+    check(config)
+    if presets:
+        check_grid(config, parts)
+    return config, given
+
+
+def check(config: Machine) -> None:
+    """Every value possible by itself, or UsageError naming the flag, the value and what would do."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, tuple) and len(set(value)) != len(value):
+            raise UsageError(f"--{f.name.replace('_', '-')} lists a value twice: {' '.join(map(str, value))}")
+        for v in value if isinstance(value, tuple) else (value,):
+            if isinstance(v, float) and not math.isfinite(v):
+                raise UsageError(f"--{f.name.replace('_', '-')} must be finite, got {v}")
+            if f.name == "members" and v < 0:
+                raise UsageError(f"--members are numbered from 0, got {v}")
+            if f.name in LARGEST and v > LARGEST[f.name]:
+                raise UsageError(f"--{f.name.replace('_', '-')} must be at most {LARGEST[f.name]:g}, got {v:g}")
+            if f.name in POSITIVE and v <= 0:
+                raise UsageError(f"--{f.name.replace('_', '-')} must be > 0, got {v:g}")
+            if f.name == "train_fracs" and v >= 1:
+                raise UsageError(f"--train-fracs must be below 1, got {v:g}: some pairs must be left to test on")
+            if f.name == "weight_decays" and v < 0:
+                raise UsageError(f"--weight-decays must be >= 0, got {v:g}")
+    if config.arithmetic == "tf32x3" and config.device != "cuda":
+        raise UsageError("--arithmetic tf32x3 is a mode of the CUDA kernels; use ieee on a CPU")
+
+
+def check_grid(config: Config, parts: tuple[str, ...]) -> None:
+    """Values that must fit each other, or UsageError."""
+    for p in (*config.p, *getattr(config, "moduli", ()), *getattr(config, "free_moduli", ()), *getattr(config, "group_moduli", ())):
+        if not 2 <= p <= 1000:
+            raise UsageError(f"--p must be between 2 and 1000, got {p}")
+        for fraction in getattr(config, "train_fracs", ()) or (0.4,):
+            if not 1 <= n_train(p, fraction) < p * p:
+                raise UsageError(f"--p {p} with train fraction {fraction:g} leaves no training pair; use a larger p or fraction")
+    for name in ("seeds", "moduli_seeds", "free_seeds"):
+        if not 1 <= getattr(config, name, 1) <= 10_000:
+            raise UsageError(f"--{name.replace('_', '-')} must be between 1 and 10000, got {getattr(config, name)}")
+    if not 0 <= config.seed0 < 2**31:
+        raise UsageError(f"--seed0 must be between 0 and 2147483647, got {config.seed0}")
+    for m in config.members:
+        if not 0 <= m < config.seeds:
+            raise UsageError(f"--members must lie in the block 0..{config.seeds - 1} (--seeds {config.seeds}), got {m}")
+    for part in config.parts:
+        if part not in parts:
+            raise UsageError(f"--parts must be among {' '.join(parts)}, got {part!r}")
+    if config.after_grok % EVAL_EVERY or (config.after_grok and config.after_grok < 200) or config.after_grok < 0:
+        raise UsageError(f"--after-grok must be 0 or a multiple of {EVAL_EVERY} of at least 200 steps, got {config.after_grok}")
