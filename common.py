@@ -117,6 +117,12 @@ def unique(cells: list[Cell]) -> list[Cell]:
     return list(best.values())
 
 
+def nearest_log(t_grok: np.ndarray) -> int:
+    """Logged step nearest the median of the members that grok, where paper B reads a cell's logit scale; -1 if none does."""
+    kept = t_grok[np.isfinite(t_grok) & (t_grok >= 0)]
+    return -1 if not len(kept) else max(math.ceil(float(np.median(kept)) / LOG_EVERY - 0.5) * LOG_EVERY, 1)
+
+
 def exactly(x: float, short: str) -> str:
     """`x` in format `short` where that says it exactly, else in full: two conditions never share a name."""
     return format(x, short) if float(format(x, short)) == x else repr(x)
@@ -300,7 +306,8 @@ class Ensemble:
             mine = self.cell_of == c
             done = np.where(self.crossed[mine, GROK] >= 0, self.crossed[mine, GROK], self.diverged[mine])
             if (done >= 0).all():
-                self.retire[mine] = np.minimum(done.max() + self.cells[c].after_grok, self.end[mine])
+                last = max(done.max(), nearest_log(self.crossed[mine, GROK]))   # every member is logged where the logit scale is read
+                self.retire[mine] = np.minimum(last + self.cells[c].after_grok, self.end[mine])
         for i in np.flatnonzero((step % LOG_EVERY == 0) | (step == self.start[runs] + 1)):
             E = self.layout.views(self.state.params[runs[i]])[0][: self.layout.p]
             self.log.append(int(runs[i]), int(step[i]), [*metrics[i].tolist(), *fourier_structure(E)])

@@ -32,7 +32,7 @@ import lab
 import plots
 import settings
 import stats
-from common import EVAL_EVERY, Cell, Result, State, UsageError, inherit
+from common import EVAL_EVERY, Cell, Result, State, UsageError, exactly, inherit
 from kernels.layout import model_layout
 
 ARMS = ("lowered", "free", "same", "raised")   # by the delay that the paper finds
@@ -74,7 +74,21 @@ def check(config: Config) -> None:
         if rho <= 1:
             raise UsageError(f"--rho must be above 1, got {rho:g}: the arms are raised to rho N0 and lowered to N0 / rho")
     if config.twin_of:
-        files.read_csv(Path(config.twin_of) / "runs.csv")
+        check_twin(config)
+
+
+def check_twin(config: Config) -> None:
+    """--twin-of must hold arms of the same network, block, seeds and learning rate at another precision, or UsageError."""
+    folder = Path(config.twin_of)
+    theirs = files.read_runs(folder / "runs.csv")[0]
+    if "delay_steps" not in theirs:
+        raise UsageError(f"--twin-of {folder} holds no arms of this experiment; name a folder of exp_fork.py")
+    for key, ours in (("model", config.model), ("block", config.seeds), ("seed0", config.seed0), ("lr", config.lr)):
+        if theirs[key] != ours:
+            raise UsageError(f"--twin-of {folder} has {key} {theirs[key]}, this command {ours}; a twin differs in --dtype alone")
+    dtype = files.read_json(folder / "config.json").get("dtype")
+    if dtype == config.dtype:
+        raise UsageError(f"--twin-of {folder} was trained in {dtype} as well; a twin differs in --dtype")
 
 
 # ---------------------------------------------------------------- cells
@@ -83,6 +97,7 @@ def expected(model: str, arm: str, p: int, rho: float, lr: float) -> int:
     """Steps from the fork to grokking by the paper's table: for the estimate of time, never for a result."""
     if model != "mlp":   # a guess: no paper has forked transformers
         return {"lowered": 10_000, "free": 3000, "same": 20_000, "raised": 60_000}[arm] if model in MODELS else 2000
+    rho, lr = min(rho, 3), max(lr, 1e-9)   # far from any grid the law says nothing
     same = 7200 * (59 / p) ** 0.17 * (1e-3 / lr) ** 0.6
     return int({"free": 4225 / 7200 * same * (59 / p) ** 1.4, "same": same}.get(arm) or
                same * (math.exp(8.1 * (rho - 1)) if arm == "raised" else math.exp(-11.9 * (1 - 1 / rho))))
@@ -111,7 +126,7 @@ def arm_cells(config: Config, p: int, step: int, norms: list[float]) -> list[Cel
     for arm in (arm for arm in ARMS if arm in config.parts):
         for rho in config.rho if arm in ("raised", "lowered") else (None,):
             factor = {"free": 0.0, "same": 1.0, "raised": rho, "lowered": rho and 1 / rho}[arm]
-            name = f"{arm}_p{p}_b{config.seeds}_fork{step}" + (f"_rho{rho:g}" if rho else "")
+            name = f"{arm}_p{p}_b{config.seeds}_fork{step}" + (f"_rho{exactly(rho, 'g')}" if rho else "")
             cells.append(Cell(name, arm=arm, rho=rho, clamp_start=step + 1, held=tuple((factor * norm, 0.0, 0.0, 0.0) for norm in norms),
                               expected_steps=step + expected(config.model, arm, p, rho or 1.0, config.lr), after_grok=config.after_grok,
                               **common_fields(config, p)))
@@ -238,7 +253,7 @@ def findings(runs: list[dict], cells: list[dict], config: Config) -> list[dict]:
         for step in config.fork_steps:
             for rho in config.rho:
                 arm = {arm: found for arm in ARMS if (found := pick(runs, p, step, arm, rho))}
-                at, where = f"p{p}.fork{step}.rho{rho:g}", {"p": p, "fork_step": step, "rho": rho}
+                at, where = f"p{p}.fork{step}.rho{exactly(rho, 'g')}", {"p": p, "fork_step": step, "rho": rho}
                 for over, under in PAIRS:
                     if over in arm and under in arm:
                         table = delays(arm[over], arm[under])
@@ -311,7 +326,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
                 arms = {arm: mine for arm in ARMS if (mine := pick(runs, p, step, arm, rho))}
                 published = {key.split(".")[-1]: row["value"] for key, row in stats.published(lab.ROOT / "published.csv", f"B.fork.p{p}.").items()
                              if (step, rho, config.lr) == tuple(PAPER.values())}
-                file = f"p{p}_fork{step}_rho{rho:g}"
+                file = f"p{p}_fork{step}_rho{exactly(rho, 'g')}"
                 plots.fork_arms(arms, published, out / "figures", f"arms_{file}")
                 if trajectories:
                     plots.fork_trajectories(trajectories, f"trunk_p{p}_b{config.seeds}", arms, out / "figures", f"trajectories_{file}")

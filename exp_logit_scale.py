@@ -73,6 +73,7 @@ CONFOUNDED = {"collapse": 0.05, "factor": 1.3}
 
 def expected(p: int, rho: float, tau: float, lr: float, loss: str) -> int:
     """Steps to grok by the paper's tables: for the estimate of time, never for a result."""
+    rho, tau, lr = min(rho, 3), max(tau, 0.05), max(lr, 1e-9)   # far from any grid the law says nothing
     at_p = (59 / p) ** (1.5 if p >= 59 else 3)
     if loss == "mse":
         return int(1175 * at_p**0.5 * math.exp(4.3 * (rho - 1)) * tau**-0.7 * (1e-3 / lr) ** 0.4)
@@ -111,6 +112,8 @@ def checked(config: Config, given: dict) -> Config:
     if config.w_c < 0 or (config.w_c and (len(config.p) > 1 or not set(config.parts) <= {"mediation", "grid", "audit"})):
         raise UsageError("--w-c is one positive norm: it goes with one --p and with --parts mediation, grid and audit")
     audited(config)
+    if not 0 <= config.dose_seeds <= 10_000:
+        raise UsageError(f"--dose-seeds must be between 1 and 10000, or 0 for the paper's, got {config.dose_seeds}")
     if config.budget < EVAL_EVERY:
         raise UsageError(f"--budget must be at least {EVAL_EVERY} steps, where runs are first evaluated; got {config.budget}")
     for gamma in config.gammas:
@@ -292,20 +295,20 @@ def mediation(m: Measured, plan: Plan, p: int, loss: str) -> None:
         norms = np.array([math.nan if r["norm_at_grok"] is None else r["norm_at_grok"] for r in m.runs if r["cell"] == control])
         m.claim(f"B.wc.p{p}", (control,), lambda picks: np.nanmedian(norms[picks], axis=1))
 
-        def recovered(step: int | None, log: bool, joint: bool) -> Callable[[np.ndarray], np.ndarray]:
-            def fraction(picks: np.ndarray) -> np.ndarray:
-                who = picks if joint else np.arange(picks.shape[1])[None].repeat(len(picks), 0)
-                T, L = (np.stack([of(cell) for cell in sweep], 1) for of in (lambda c: m.T(c)(picks), lambda c: m.at(c, step=step)(who)))
-                return stats.recovery(m.T(base)(picks), m.T(up)(picks), T, L, m.at(base, step=step)(who), log)
-            return fraction
-        if plan.up == UP and plan.taus == TAUS:
-            m.claim(f"B.recovery.p{p}", (base, *sweep), recovered(None, False, False))
-        for step, when in ((None, "at grokking"), (EARLY, f"at step {EARLY}")):
-            for log, time in ((False, "time"), (True, "log time")):
-                for joint, interval in ((False, "logit curve held fixed"), (True, "logit axis resampled")):
-                    key = ".".join(["recovery", where, *["early"] * bool(step), *["log"] * log, *["joint"] * joint])
-                    m.finding(key, f"recovery fraction on {time}, L {when}; interval with the {interval}", (base, *sweep),
-                              recovered(step, log, joint))
+    def recovered(step: int | None, log: bool, joint: bool) -> Callable[[np.ndarray], np.ndarray]:
+        def fraction(picks: np.ndarray) -> np.ndarray:
+            who = picks if joint else np.arange(picks.shape[1])[None].repeat(len(picks), 0)
+            T, L = (np.stack([of(cell) for cell in sweep], 1) for of in (lambda c: m.T(c)(picks), lambda c: m.at(c, step=step)(who)))
+            return stats.recovery(m.T(base)(picks), m.T(up)(picks), T, L, m.at(base, step=step)(who), log)
+        return fraction
+    if loss == "ce" and plan.up == UP and plan.taus == TAUS:
+        m.claim(f"B.recovery.p{p}", (base, *sweep), recovered(None, False, False))
+    for step, when in ((None, "at grokking"), (EARLY, f"at step {EARLY}")) if loss == "ce" else ((None, "at grokking"),):
+        for log, time in ((False, "time"), (True, "log time")):
+            for joint, interval in ((False, "logit curve held fixed"), (True, "logit axis resampled")):
+                key = ".".join(["recovery", where, *["early"] * bool(step), *["log"] * log, *["joint"] * joint])
+                m.finding(key, f"recovery fraction on {time}, L {when}; interval with the {interval}", (base, *sweep),
+                          recovered(step, log, joint))
     last = sweep[-1]
     m.finding(f"norm_up.{where}", f"median T_grok, rho {plan.up:g} over 1, tau 1", (up, base), m.ratio(up, base))
     m.finding(f"tau_effect.{where}", f"median T_grok at rho {plan.up:g}, tau 1 over {plan.taus[-1]:g}", (up, last), m.ratio(up, last))

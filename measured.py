@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import stats
+from common import nearest_log
 
 ROOT = Path(__file__).resolve().parent
 
@@ -40,6 +41,8 @@ class Measured:
 
         def mean(picks: np.ndarray) -> np.ndarray:
             if not steps or (step is not None and step not in steps):
+                return np.full(len(picks), np.nan)
+            if step is None and nearest_log(self.grok[cell]) not in (-1, *steps):                                   # the cell ended before it
                 return np.full(len(picks), np.nan)
             if step is not None:
                 return values[steps.index(step)][picks].mean(1)

@@ -97,7 +97,7 @@ def claim_rows(ids: list[str], best: dict[str, dict], published: dict[str, dict]
     rows = []
     for key in ids:
         row, c = published[key], best.get(key) or stats.claim(published[key], None)
-        rows.append([f"`{key}`", c["verdict"], row["printed"] or "-", number(c["ours"]), interval(c["lo"], c["hi"]), str(c["n"]),
+        rows.append([f"`{key}`", c["verdict"], row["printed"] or "-", stats.beyond(c) or number(c["ours"]), interval(c["lo"], c["hi"]), str(c["n"]),
                      str(c["n_censored"]), row["quantity"]])
     return rows
 

@@ -132,7 +132,7 @@ def check_grid(config: Config, parts: tuple[str, ...]) -> None:
         for fraction in getattr(config, "train_fracs", ()) or (0.4,):
             if not 1 <= n_train(p, fraction) < p * p:
                 raise UsageError(f"--p {p} with train fraction {fraction:g} leaves no training pair; use a larger p or fraction")
-    for name in ("seeds", "moduli_seeds", "free_seeds"):
+    for name in ("seeds", "moduli_seeds", "free_seeds", "audit_seeds"):
         if not 1 <= getattr(config, name, 1) <= 10_000:
             raise UsageError(f"--{name.replace('_', '-')} must be between 1 and 10000, got {getattr(config, name)}")
     if not 0 <= config.seed0 < 2**31:

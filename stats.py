@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from common import nearest_log
+
 RESAMPLES = 4000
 TOLERANCE = 0.03   # a published value without an interval counts as value +- 3%
 
@@ -94,7 +96,7 @@ def lack_of_fit(x: np.ndarray, log_times: np.ndarray, degree: int = 1) -> float:
     residual = means - np.polyval(np.polyfit(x, means, degree), x)
     between = members * (residual**2).sum() / (cells - degree - 1)
     within = ((log_times - means[:, None]) ** 2).sum() / (cells * (members - 1))
-    return float(stats.f.sf(between / within, cells - degree - 1, cells * (members - 1)))
+    return math.nan if within == 0 else float(stats.f.sf(between / within, cells - degree - 1, cells * (members - 1)))
 
 
 # ---------------------------------------------------------------- paper B: regressions, forms of the dose response, mediation
@@ -195,7 +197,7 @@ def claim(row: dict, ours: tuple[float, float, float] | None, n: int = 0, n_cens
     elif row["n_seeds"] and n < row["n_seeds"] / 2:
         verdict, why = "INCONCLUSIVE", why or f"{n} members ran, the paper has {row['n_seeds']:.0f}"
     elif worst >= 0.5 or not (all(map(math.isfinite, ours)) or (beyond and math.isinf(ours[2]))):
-        verdict, why = "INCONCLUSIVE", why or "half or more of a cell is censored"
+        verdict, why = "INCONCLUSIVE", why or "half or more of a cell, or of its resamples, is censored"
     elif value is None and not beyond:
         verdict, why = "INCONCLUSIVE", why or f"the paper gives no number: {row['printed']}"
     else:
@@ -226,7 +228,7 @@ def cell_rows(runs: list[dict], trajectories: list[dict]) -> list[dict]:
         logged = [t for t in trajectories if t["cell"] == name and (t["step"] % 200 == 0 or t["step"] == 1)]
         steps = sorted({t["step"] for t in logged})
         if steps:
-            nearest = min(steps, key=lambda s: abs(s - np.median(kept))) if len(kept) else steps[-1]
+            nearest = nearest_log(kept) if len(kept) else steps[-1]
             there = [t for t in logged if t["step"] == nearest]
             mean = lambda k, there=there: float(np.mean([t[k] for t in there if t[k] is not None] or [np.nan]))  # noqa: E731
             row |= {"logit_scale": finite(mean("logit_scale")) if len(kept) else None,
@@ -237,12 +239,18 @@ def cell_rows(runs: list[dict], trajectories: list[dict]) -> list[dict]:
     return rows
 
 
+def beyond(claim: dict) -> str:
+    """What to print for a claim that ran and whose value is infinite: half of a cell is censored."""
+    return "> budget" if claim["ours"] is None and claim["verdict"] != "NOT RUN" and claim["n_censored"] else ""
+
+
 def table(claims: list[dict]) -> str:
     """The claims that ran, as text for the terminal; NOT RUN ones are counted in the last line."""
     def text(x: float | None) -> str:
         return "-" if x is None else f"{x:.4g}"
     rows = [("claim", "ours", "95% interval", "paper", "n", "censored", "verdict")]
-    rows += [(c["id"], text(c["ours"]), f"{text(c['lo'])} .. {text(c['hi'])}", text(c["published"]), str(c["n"]), str(c["n_censored"]), c["verdict"])
+    rows += [(c["id"], beyond(c) or text(c["ours"]),
+              f"{text(c['lo'])} .. {text(c['hi'])}", text(c["published"]), str(c["n"]), str(c["n_censored"]), c["verdict"])
              for c in claims if c["verdict"] != "NOT RUN"]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
