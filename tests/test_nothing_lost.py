@@ -127,11 +127,11 @@ def test_a_refused_checkpoint_is_named_and_the_last_good_one_used(tmp_path: Path
 
     def stopping(self: lab.Progress, ensemble: object) -> None:
         once(self, ensemble)
-        if self.stage == "arms_p11_100" and [*checkpoint.glob("arms_p11_100*.pt")]:   # the interrupt saves one more
+        if self.stage == "arms_p11" and [*checkpoint.glob("arms_p11*.pt")]:   # the interrupt saves one more
             raise KeyboardInterrupt
     def command(stopped: bool, damaged: tuple[str, ...] = ()) -> str:
         for name in damaged:
-            path = checkpoint / f"arms_p11_100{name}.pt"
+            path = checkpoint / f"arms_p11{name}.pt"
             data = bytearray(path.read_bytes())
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
@@ -141,7 +141,7 @@ def test_a_refused_checkpoint_is_named_and_the_last_good_one_used(tmp_path: Path
             patch.setattr(lab.Progress, "__call__", stopping if stopped else once)
             exp_fork.run([*SHORT, "--out", str(tmp_path / "out")])
         return capsys.readouterr().out
-    refused = "refused arms_p11_100.pt (truncated or altered); arms_p11_100 goes on from arms_p11_100.previous.pt"
+    refused = "refused arms_p11.pt (truncated or altered); arms_p11 goes on from arms_p11.previous.pt"
     command(stopped=True)
     assert refused in command(True, damaged=("",))    # saves once more, which must not push the good one out for the bad one
     assert refused in command(False, damaged=("",)) and tables(tmp_path / "out") == whole
@@ -149,8 +149,8 @@ def test_a_refused_checkpoint_is_named_and_the_last_good_one_used(tmp_path: Path
     (checkpoint / "notes.txt").write_text("mine")
     (checkpoint / "folder.pt").mkdir()
     text = command(False, damaged=("", ".previous"))
-    both = "refused arms_p11_100.pt (truncated or altered), arms_p11_100.previous.pt (truncated or altered)"
-    assert f"{both}; arms_p11_100 goes on from its start" in text
+    both = "refused arms_p11.pt (truncated or altered), arms_p11.previous.pt (truncated or altered)"
+    assert f"{both}; arms_p11 goes on from its start" in text
     assert tables(tmp_path / "out") == whole
     assert {path.name for path in checkpoint.iterdir()} == {"notes.txt", "folder.pt"}   # what is not ours stays
 
@@ -191,7 +191,7 @@ def test_a_snapshot_of_odd_tensors_is_another_ensemble(tmp_path: Path, monkeypat
 
     def stopping(self: lab.Progress, ensemble: object) -> None:
         once(self, ensemble)
-        if self.stage == "arms_p11_100":
+        if self.stage == "arms_p11":
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(lab.Progress, "__call__", stopping)
@@ -229,7 +229,7 @@ def test_a_full_disk_at_any_write_is_one_line_and_costs_nothing(tmp_path: Path, 
         assert commands < 20 and tables(out) == whole and not [*out.rglob("*.part")]
         assert code == 0 or re.fullmatch(r"error: No space left on device: .*[a-z]\n", errors), errors
         assert code == 0 or failed[-1].removesuffix(".part") in errors
-    assert commands == len(failed) + 1 == 4 + 5 + 1   # four stages, five files
+    assert commands == len(failed) + 1 == 3 + 5 + 1   # three stages, five files
 
 
 def test_a_write_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,

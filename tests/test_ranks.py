@@ -101,9 +101,9 @@ def test_an_altered_shard_is_named_and_trained_again(tmp_path: Path, monkeypatch
     experiment, flags = commands["fork"]
     call(monkeypatch, experiment, flags, tmp_path / "one")
     call(monkeypatch, experiment, flags, tmp_path / "two", (1, 2))
-    shard = tmp_path / "two" / "checkpoint" / "arms_p13_100.1of2.done.pt"
+    shard = tmp_path / "two" / "checkpoint" / "arms_p13.1of2.done.pt"
     shard.write_bytes(shard.read_bytes()[:-1000])
-    with pytest.raises(UsageError, match=r"the shard of arms_p13_100 in .* shard 1 of 2 is missing .RANK=1 WORLD_SIZE=2"):
+    with pytest.raises(UsageError, match=r"the shard of arms_p13 in .* shard 1 of 2 is missing .RANK=1 WORLD_SIZE=2"):
         call(monkeypatch, experiment, flags, tmp_path / "two", (0, 2))
     assert f"refused {shard.name} (truncated or altered)" in capsys.readouterr().out
     call(monkeypatch, experiment, flags, tmp_path / "two", (1, 2))
