@@ -253,13 +253,13 @@ class Ensemble:
         self.retire = self.end.copy()                                    # step at which the run's cell leaves
         self.log = Logbook(len(self.metrics) + len(FOURIER), folder)          # (run, step, metrics and Fourier structure)
         self.executed, self.seconds, self.quiescent = 0, 0.0, True
-        digest = hashlib.sha256(repr((cells, str(dtype), arithmetic, self.start.tolist())).encode()).digest()
-        self.identity = torch.tensor(list(digest), dtype=torch.uint8)    # a snapshot of other runs must not be taken up
         self.arithmetic, self.on_device, self.kernels = arithmetic, np.arange(R), None
         if device == "cuda":
             self.backend = "triton"
         else:   # of nothing else: bits depend on it
             self.backend = "compiled" if backend == "compiled" or (backend == "auto" and cpu.has_compiler()) else "eager"
+        digest = hashlib.sha256(repr((cells, str(dtype), self.backend, arithmetic, self.start.tolist())).encode()).digest()
+        self.identity = torch.tensor(list(digest), dtype=torch.uint8)    # a snapshot of other runs must not be taken up
 
     def compile(self) -> None:
         """The CPU's kernels; nothing is compiled for an ensemble that has finished."""

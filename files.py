@@ -78,7 +78,11 @@ def read_csv(path: Path) -> list[dict]:
         return text or None
     try:
         with open(path, newline="") as f:
-            return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(f)]
+            text = f.read()
+        names, *rows = [row for row in csv.reader(io.StringIO(text)) if row] or [[]]
+        if not text.endswith("\n") or any(len(row) != len(names) for row in rows):
+            raise UsageError(f"{path} is cut off or has rows of unequal length; make it again, or name another folder with --out")
+        return [dict(zip(names, map(value, row), strict=True)) for row in rows]
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; train first, or name the folder with --out") from None
     except (UnicodeDecodeError, csv.Error):
@@ -96,7 +100,7 @@ def read_runs(path: Path) -> list[dict]:
 def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read {path} ({error}); train first, or name the folder with --out") from None
 
 

@@ -181,7 +181,7 @@ class Lab:
                     raise UsageError(f"--out {self.folder} exists and is no results folder; name a new or empty folder")
                 return False
             held = dict(json.loads(text))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"cannot read {self.config_file} ({error}); choose another --out") from None
         for key in dict.fromkeys([*self.settings, *held]):
             theirs, ours = held.get(key, defaults.get(key)), self.settings.get(key)   # a setting newer than the folder had its default
@@ -200,6 +200,7 @@ class Lab:
                     os.fsync(file.fileno())
                 break
             if self.shard and self.config_file.stat().st_size and files.lock(self.config_file, shared=True):
+                self._check_settings()   # another rank wrote them
                 break
             time.sleep(0.05)
         else:
@@ -354,6 +355,8 @@ class Lab:
                 Signals.waiting = False
                 progress.bar.close()
             save(ensemble.snapshot(), done)
+            if Signals.caught is not None:   # it came after the last tick
+                Signals.leave(Signals.caught)
         rows = ensemble.result().runs
         steps, seconds = ensemble.executed - before, ensemble.seconds - started   # of this command; the rows count all
         n_censored, rest = sum(run["censored"] for run in rows), "not yet" if cells[0].stop_step else "censored"

@@ -156,3 +156,10 @@ def test_smoke_preset_end_to_end_interrupted_and_not(tmp_path: Path) -> None:
     os.remove(tmp_path / "a" / "figures" / "dense.png")
     exp_delay_law.run(["--preset", "smoke", "--out", str(tmp_path / "a"), "--figures-only"])
     assert (tmp_path / "a" / "figures" / "dense.png").exists() and tables(tmp_path / "a") == tables(tmp_path / "b")
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n3", "a,b\n1,2,3\n", "a,b\n1\n"])
+def test_a_table_that_is_cut_off_or_ragged_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UsageError, match="cut off or has rows of unequal length"):
+        files.read_csv(tmp_path / "t.csv")
