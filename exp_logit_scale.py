@@ -48,6 +48,7 @@ class Config(settings.Config):
     moduli: tuple[int, ...] = settings.option((43, 59, 67, 97, 113), "moduli of the dose part; --p replaces them")
     dose_seeds: int = settings.option(0, "block size of the dose part; 0 = the paper's, 16 at p=59 and 97, else 8")
     audit_cells: tuple[str, ...] = settings.option(("1.15", "1.20", "1.25"), "cells of the audit, each RHO or RHO:TAU")
+    audit_dtypes: tuple[str, ...] = settings.option(("float32", "float64"), "precisions that the audit trains in")
     audit_seeds: int = settings.option(8, "block size of the audit")
     w_c: float = settings.option(0.0, "hold multiples of this norm and train no control (paper B's transformers: 32.49, from the end "
                                  "of theirs); 0 = the control's")
@@ -112,6 +113,8 @@ def checked(config: Config, given: dict) -> Config:
     if config.w_c < 0 or (config.w_c and (len(config.p) > 1 or not set(config.parts) <= {"mediation", "grid", "audit"})):
         raise UsageError("--w-c is one positive norm: it goes with one --p and with --parts mediation, grid and audit")
     audited(config)
+    if not config.audit_dtypes or set(config.audit_dtypes) - {"float32", "float64"}:
+        raise UsageError(f"--audit-dtypes are float32 and float64, got {' '.join(config.audit_dtypes)}")
     if not 0 <= config.dose_seeds <= 10_000:
         raise UsageError(f"--dose-seeds must be between 1 and 10000, or 0 for the paper's, got {config.dose_seeds}")
     if config.budget < EVAL_EVERY:
@@ -198,7 +201,7 @@ class Plan:
                 cells += [self.cell("clamp", p, block, "ce", dose_budget(rho), rho, w_c=wc) for rho in c.rhos or DOSE_RHOS]
         if "audit" in c.parts and (wc := w_c.get(name("free", c.p[0], c.audit_seeds, "ce"))) is not None:
             cells += [self.cell("clamp", c.p[0], c.audit_seeds, "ce", BUDGET["audit"], rho, tau, dtype=dtype, w_c=wc)
-                      for rho, tau in audited(c) for dtype in ("float32", "float64")]
+                      for rho, tau in audited(c) for dtype in c.audit_dtypes]
         return unique(cells)
 
 

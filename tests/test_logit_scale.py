@@ -207,6 +207,7 @@ def test_dose_stops_before_the_collapse(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("flags", "says"), [
     (["--audit-cells", "1.15:0"], "tau in"), (["--audit-cells", "much"], "are RHO or RHO:TAU"), (["--audit-cells", "1.15", "1.15:1"], "twice"),
+    (["--audit-dtypes", "float16"], "are float32 and float64"),
     (["--audit-cells", "nan"], "rho must be in"), (["--taus", "0"], "must be > 0"), (["--rhos", "-1"], "must be > 0"),
     (["--gammas", "1000"], "between -100 and 100"), (["--budget", "10"], "at least 25"), (["--parts", "colour"], "among"),
     (["--parts", "audit", "--members", "9"], "block of the audit part")])
