@@ -93,6 +93,7 @@ def synthetic(ensemble: Ensemble, grok_at: dict[int, int]) -> None:
 @pytest.mark.parametrize("grok_at, steps, censored", [
     ({0: 300, 1: 500, 2: 425}, 500, 0),      # the cell ends with its last member
     ({0: 300, 1: 500}, 1000, 1),             # one never groks: all stay to the budget
+    ({0: 500, 1: 525, 2: 525}, 600, 0),      # the logged step nearest the median comes after the last member's: all stay for it
 ])
 def test_a_cell_retires_as_one(monkeypatch: pytest.MonkeyPatch, grok_at: dict, steps: int, censored: int) -> None:
     ensemble = Ensemble([dataclasses.replace(CELL, budget_steps=1010)], "cpu", "eager", torch.float32, "ieee")
