@@ -10,8 +10,6 @@ CV: standard deviation over mean of the norms at own T_grok, all members of all 
 """
 import dataclasses
 import math
-from collections import Counter
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -32,7 +30,6 @@ PRESETS = {
     "laptop": {"parts": ("dense",), "rhos": (0.85, 0.90, 0.95, 1.00), "members": (0, 1, 2)},
     "paper": {"parts": PARTS},
 }
-UNLEARNED = 0.9               # train accuracy under which a run that had memorised has come apart
 FIT = (0.85, 1.00, 1.15)      # doses of A.tf.alpha
 SATURATED = 1.20              # dose of A.tf.saturation
 
@@ -130,18 +127,6 @@ def column(group: str) -> str:
 
 
 # ---------------------------------------------------------------- measurement
-
-def flag_unlearned(runs: list[dict], trajectories: Iterable[dict]) -> None:
-    """Adds to every row `unlearned`: logged steps after T_mem with train accuracy under UNLEARNED. At a held norm nothing overflows, so a run
-    that comes apart there shows here and not in `diverged`."""
-    t_mem = {(run["cell"], run["member"]): run["t_mem_step"] for run in runs}
-    lost = Counter((t["cell"], t["member"]) for t in trajectories if (start := t_mem[t["cell"], t["member"]]) is not None and t["step"] > start
-                   and t["train_accuracy"] is not None and t["train_accuracy"] < UNLEARNED)
-    for run in runs:
-        run["unlearned"] = lost[run["cell"], run["member"]]
-        if run["unlearned"]:
-            print(f"member {run['member']} of {run['cell']} unlearned its training pairs at {run['unlearned']} logged steps; its row says so")
-
 
 def measure(runs: list[dict], config: object) -> tuple[dict[str, dict], dict, list[dict]]:
     """Claims by id, the fits that the figures draw, and findings beyond the paper."""

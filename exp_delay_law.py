@@ -28,6 +28,7 @@ import plots
 import settings
 import stats
 from common import CLAMP_START, Cell, Result, UsageError, exactly, unique
+from measured import flag_unlearned
 
 PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")   # of the MLP; the transformers have parts of their own
 
@@ -421,7 +422,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     runs, out, config = [{"experiment": "delay_law", **run} for run in result.runs], desk.out, desk.config
     if trained:
         if config.model != "mlp":
-            transformer.flag_unlearned(runs, result.trajectories)
+            flag_unlearned(runs, result.trajectories)
         files.write_csv(out / "runs.csv", runs, files.RUN_COLUMNS)
         files.write_csv(out / "trajectories.csv", result.trajectories)
         files.write_json(out / "provenance.json", lab.provenance(desk, result))

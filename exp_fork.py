@@ -34,6 +34,7 @@ import settings
 import stats
 from common import EVAL_EVERY, Cell, Result, State, UsageError, exactly, inherit
 from kernels.layout import model_layout
+from measured import flag_unlearned
 
 ARMS = ("lowered", "free", "same", "raised")   # by the delay that the paper finds
 
@@ -310,7 +311,10 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
     out, config = desk.out, desk.config
     if trained:
-        files.write_csv(out / "runs.csv", [{"experiment": "fork", **run} for run in result.runs], COLUMNS)
+        runs = [{"experiment": "fork", **run} for run in result.runs]
+        if config.model != "mlp":
+            flag_unlearned(runs, result.trajectories)
+        files.write_csv(out / "runs.csv", runs, COLUMNS)
         files.write_csv(out / "trajectories.csv", result.trajectories)
         files.write_json(out / "provenance.json", lab.provenance(desk, result))
     runs, trajectories = files.read_runs(out / "runs.csv"), []            # read back, so that both ways see the same digits

@@ -30,7 +30,7 @@ import plots_logit_scale as plots
 import settings
 import stats
 from common import EVAL_EVERY, LOG_EVERY, MODELS, Cell, Result, UsageError, clamp_start, exactly, unique
-from measured import Measured
+from measured import Measured, flag_unlearned
 
 PARTS = ("mediation", "mse", "grid", "dose", "audit", "allocation")
 
@@ -503,7 +503,10 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
     out, config = desk.out, desk.config
     if trained:
-        files.write_csv(out / "runs.csv", [{"experiment": "logit_scale", **run} for run in result.runs], files.RUN_COLUMNS)
+        runs = [{"experiment": "logit_scale", **run} for run in result.runs]
+        if config.model != "mlp":
+            flag_unlearned(runs, result.trajectories)
+        files.write_csv(out / "runs.csv", runs, files.RUN_COLUMNS)
         files.write_csv(out / "trajectories.csv", result.trajectories)
         files.write_json(out / "provenance.json", lab.provenance(desk, result))
     runs = files.read_runs(out / "runs.csv")                                # read back, so that both ways see the same digits

@@ -4,7 +4,8 @@ A statistic maps members `picks (B, members)` to `(B,)`: called with all members
 (`stats.resampled`), the same members in every cell, because arms share seeds.
 """
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import stats
 from common import nearest_log
 
 ROOT = Path(__file__).resolve().parent
+UNLEARNED = 0.9   # train accuracy under which a run that had memorised has come apart
 
 
 class Measured:
@@ -91,3 +93,15 @@ class Measured:
         everyone = np.arange(len(self.grok[cell]))[None]
         return {**self.first[cell], "T": self.grok[cell], "T_mem": self.mem[cell],
                 **{k: float(self.at(cell, k)(everyone)[0]) for k in ("logit_scale", "collapse32", "collapse64")}}
+
+
+def flag_unlearned(runs: list[dict], trajectories: Iterable[dict]) -> None:
+    """Adds to every row `unlearned`: logged steps after T_mem with train accuracy under UNLEARNED. At a held norm nothing overflows, so a run
+    that comes apart there shows here and not in `diverged`. Seen in transformers only."""
+    t_mem = {(run["cell"], run["member"]): run["t_mem_step"] for run in runs}
+    lost = Counter((t["cell"], t["member"]) for t in trajectories if (start := t_mem.get((t["cell"], t["member"]))) is not None and t["step"] > start
+                   and t["train_accuracy"] is not None and t["train_accuracy"] < UNLEARNED)
+    for run in runs:
+        run["unlearned"] = lost[run["cell"], run["member"]]
+        if run["unlearned"]:
+            print(f"member {run['member']} of {run['cell']} unlearned its training pairs at {run['unlearned']} logged steps; its row says so")

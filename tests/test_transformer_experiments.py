@@ -13,6 +13,7 @@ import exp_fork
 import exp_logit_scale
 import files
 from common import UsageError
+from measured import flag_unlearned
 
 
 @pytest.mark.parametrize("run, flags, message", [
@@ -109,7 +110,7 @@ def test_a_run_that_comes_apart_at_a_held_norm_is_flagged(capsys: pytest.Capture
     runs = [{"cell": "a", "member": m, "t_mem_step": t} for m, t in ((0, 200), (1, 200), (2, None))]
     log = [{"cell": "a", "member": m, "step": s, "train_accuracy": acc} for m, s, acc in
            ((0, 1, 0.02), (0, 400, 1.0), (0, 600, 0.95), (1, 1, 0.02), (1, 400, 0.3), (1, 600, 0.02), (2, 400, 0.5))]
-    transformer.flag_unlearned(runs, log)
+    flag_unlearned(runs, log)
     assert [run["unlearned"] for run in runs] == [0, 2, 0]               # never memorised is censored, not unlearned
     assert capsys.readouterr().out == "member 1 of a unlearned its training pairs at 2 logged steps; its row says so\n"
 
@@ -135,6 +136,7 @@ def test_a_fork_of_a_transformer_starts_its_arms_from_one_state(tmp_path: Path) 
     assert [runs[arm]["held_norm"] for arm in ("lowered", "same", "raised")] == pytest.approx([N0 / 1.1, N0, 1.1 * N0], rel=1e-6)
     log = [row for row in files.read_csv(out / "trajectories.csv") if row["cell"] == runs["raised"]["cell"]]
     assert log[0]["step"] == 76 and log[0]["norm"] == pytest.approx(1.1 * N0, rel=1e-6)     # the clamp acts at the fork at once
+    assert "unlearned" in runs["raised"]
 
 
 def test_mediation_at_a_given_norm_trains_no_control(tmp_path: Path) -> None:
@@ -144,6 +146,7 @@ def test_mediation_at_a_given_norm_trains_no_control(tmp_path: Path) -> None:
     runs = files.read_runs(out / "runs.csv")
     assert {(run["arm"], run["rho"], run["tau"], run["lr"], run["clamp_start"]) for run in runs} == {
         ("clamp", rho, tau, 5e-4, 600) for rho, tau in ((1, 1), (1.15, 1), (1.15, 1.7))}
+    assert all("unlearned" in run for run in runs)
     assert [run["held_norm"] for run in runs] == pytest.approx([30, 34.5, 34.5]) and all(run["w_c"] == 30 for run in runs)
     claims = {claim["id"] for claim in json.loads((out / "summary.json").read_text())["claims"]}
     assert "B.tf.effect" in claims and not any(key.startswith("B.cell") for key in claims)
