@@ -335,8 +335,9 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
                 if trajectories:
                     plots.fork_trajectories(trajectories, f"trunk_p{p}_b{config.seeds}", arms, out / "figures", f"trajectories_{file}")
     ratios = [row for row in found if row["id"].startswith("raised_over_same.")]
-    for axis, other in (("fork_step", "rho"), ("rho", "fork_step")) if ratios else ():
-        plots.fork_ratio(ratios, axis, other, out / "figures", f"ratio_over_{axis}")
+    for axis, other in (("fork_step", "rho"), ("rho", "fork_step")):
+        if len({row[axis] for row in ratios}) > 1:
+            plots.fork_ratio(ratios, axis, other, out / "figures", f"ratio_over_{axis}")
     print(stats.table(answered))
     for row in found:
         if not row["id"].startswith(COLLAPSE):

@@ -136,14 +136,15 @@ def contraction(rows: list[dict], folder: Path) -> None:
 def trajectories(trajectories: list[dict], folder: Path) -> None:
     """Median over members of test accuracy, norm and effective logit scale against step, one line per cell."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4))
-    for i, cell in enumerate(list(dict.fromkeys(t["cell"] for t in trajectories))[:12]):
+    cells = list(dict.fromkeys(t["cell"] for t in trajectories))[:12]
+    for i, cell in enumerate(cells):
         mine = [t for t in trajectories if t["cell"] == cell and t["step"] > 1 and t["norm"] is not None]   # None: the run diverged
         steps = sorted({t["step"] for t in mine})
         for axis, key in zip(axes, ("test_accuracy", "norm", "logit_scale"), strict=True):
-            axis.plot(steps, [np.median([t[key] for t in mine if t["step"] == s]) for s in steps], color=f"C{i % 10}", ls=LINES[i % 4],
-                      label=cell)
+            axis.plot(steps, [np.median([t[key] for t in mine if t["step"] == s]) for s in steps], color=plt.cm.viridis(0.9 * i / len(cells)),
+                      ls=LINES[i % 4], label=cell)
             axis.set(xscale="log", xlabel="step", title=key.replace("_", " "))
-    axes[0].legend(fontsize=6)
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save_figure(figure, folder, "trajectories")
     plt.close(figure)
 
