@@ -4,6 +4,7 @@
     python report.py --check    exit code 1 if README.md or REPORT.md differ from the results, or a summary and its figures from their runs.csv
 
 Where several folders answer a number: a verdict goes before none, float32 before float64 (the papers' precision), then most members.
+MLPs held at multiples of a given norm (--w-c) answer none: they stand beside the others under Sensitivity.
 Equivalence of replayed runs: two one-sided t tests of ln(T_grok ours / released) against a margin of 5%, fixed before the runs.
 """
 import base64
@@ -51,10 +52,11 @@ DOUBTS = (            # question, beginnings of the findings' ids that answer it
 
 @dataclass
 class Folder:
-    """One results folder: its name below results/, its summary and its runs."""
+    """One results folder: its name below results/, its summary and its runs; `given`: the norm of --w-c that its MLPs are held at, or 0."""
     name: str
     summary: dict
     runs: list[dict]
+    given: float = 0.0
 
 
 def collect(root: Path) -> list[Folder]:
@@ -65,9 +67,11 @@ def collect(root: Path) -> list[Folder]:
             summary = json.loads(path.read_text())
             for claim in summary["claims"]:
                 claim["source"], claim["dtype"] = str(path.parent.relative_to(root)), summary["provenance"]["dtype"]
+            config = json.loads((path.parent / "config.json").read_text())
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} is no summary of an experiment ({type(error).__name__}); remove it or make it again") from None
-        found.append(Folder(str(path.parent.relative_to(root)), summary, files.read_runs(path.parent / "runs.csv")))
+        given = config.get("w_c", 0.0) if config["model"] == "mlp" else 0.0
+        found.append(Folder(str(path.parent.relative_to(root)), summary, files.read_runs(path.parent / "runs.csv"), given))
     return found
 
 
@@ -75,7 +79,7 @@ def answers(folders: list[Folder]) -> dict[str, dict]:
     """The best-supported answer to each published id."""
     rank = lambda c: (c["verdict"] in STRENGTH[2:], c["verdict"] != "NOT RUN", c["dtype"] == "float32", c["n"])  # noqa: E731
     best: dict[str, dict] = {}
-    for claim in (claim for folder in folders for claim in folder.summary["claims"]):
+    for claim in (claim for folder in folders if not folder.given for claim in folder.summary["claims"]):
         if claim["id"] not in best or rank(claim) > rank(best[claim["id"]]):
             best[claim["id"]] = claim
     return best
@@ -154,11 +158,16 @@ def dropped(folders: list[Folder]) -> list[tuple]:
     return [("table", (header, rows))] if rows else [("p", "No cell of the results has a censored run beside one that grokked.")]
 
 
-def sensitivity_section(folders: list[Folder], root: Path) -> list[tuple]:
-    """alpha under three thresholds and both conventions of W_c, from the runs of delay-law folders."""
-    thresholds, conventions, dips = [], [], []
+def sensitivity_section(folders: list[Folder], root: Path, best: dict[str, dict], published: dict[str, dict]) -> list[tuple]:
+    """alpha under three thresholds and both conventions of W_c, from the runs of delay-law folders; claims held at the papers' own W_c."""
+    thresholds, conventions, dips, given = [], [], [], []
     for folder in folders:
         runs = folder.runs
+        for theirs in folder.summary["claims"] if folder.given else ():
+            ours = best.get(theirs["id"])
+            if theirs["verdict"] != "NOT RUN" and ours:
+                given.append([f"`{theirs['id']}`", published[theirs["id"]]["printed"], *(text for c in (ours, theirs) for text in (
+                    stats.beyond(c) or number(c["ours"]), interval(c["lo"], c["hi"]), c["verdict"])), str(theirs["n"]), number(folder.given)])
         doses = {r["cell"]: r for r in runs if r["arm"] == "clamp" and r["loss"] == "ce" and (r["tau"], r["p"]) == (1, 59) and r["rho"] <= 1.25}
         doses = {cell: r for cell, r in doses.items() if (r["lr"], r["weight_decay"], r["train_frac"], r["model"]) == (1e-3, 1, 0.4, "mlp")}
         if folder.name.startswith("delay_law/") and len(doses) >= 3:
@@ -183,6 +192,8 @@ def sensitivity_section(folders: list[Folder], root: Path) -> list[tuple]:
             ("Threshold of test accuracy", ["from", "threshold", "alpha", "95% interval", "n", "not reached", "doses"], thresholds),
             ("Convention of W_c: norm at each member's own T_grok, or at the end of the control run (last logged step), after its slowest member",
              ["from", "W_c, own T_grok", "W_c, end of run", "alpha on the first", "alpha on the second", "n"], conventions),
+            ("The same cells held at multiples of the paper's own W_c (--w-c) in place of ours",
+             ["id", "paper", "at our W_c", "95% interval", "verdict", "at the paper's", "95% interval", "verdict", "n", "paper's W_c"], given),
             ("First against sustained crossing: test accuracy under 0.90 again after T_grok (--after-grok)",
              ["from", "runs trained on", "runs that fall below again", "mean share of later evaluations below"], dips)):
         blocks += [("h3", title), ("table", (header, rows)) if rows else ("p", "NOT RUN")]
@@ -333,7 +344,7 @@ def build(root: Path, draw: bool) -> tuple[str, list[tuple]]:
                     "interval meets the published one (or the published value +- 3%), NOT REPRODUCED if not, INCONCLUSIVE if fewer than half the "
                     "published members ran or half of a cell is censored, NOT RUN otherwise."),
               ("h2", "Headlines"), ("table", (CLAIM_HEADER, claim_rows(list(HEADLINES), best, published))),
-              *doubts_section(folders), *sensitivity_section(folders, root), *replay_section(root, drawn, draw),
+              *doubts_section(folders), *sensitivity_section(folders, root, best, published), *replay_section(root, drawn, draw),
               *survival_section(folders, drawn, draw), *speed_section(root), *figures_section(folders, root), *claims_section(best, published),
               *provenance_section(root)]
     return readme_table(best, published), blocks

@@ -44,6 +44,18 @@ def test_the_best_supported_answer_wins_whatever_the_order(better: dict, worse: 
         assert report.answers(folders)["x"]["source"] == better["source"]
 
 
+def test_runs_held_at_a_given_norm_stand_under_sensitivity_and_answer_nothing() -> None:
+    key = "B.med.ce.p59.T0"
+    ours, theirs = ({"id": key, "verdict": v, "n": n, "n_censored": 0, "dtype": "float32", "ours": x, "lo": x, "hi": x}
+                    for v, n, x in (("NOT REPRODUCED", 6, 4000.0), ("REPRODUCED", 12, 3700.0)))
+    folders = [report.Folder("b", {"claims": [theirs]}, [], given=54.49), report.Folder("a", {"claims": [ours]}, [])]
+    best = report.answers(folders)
+    assert best == {key: ours}
+    blocks = report.sensitivity_section(folders, ROOT, best, stats.published(ROOT / "published.csv", ""))
+    row = next(content[1][0] for kind, content in blocks if kind == "table")
+    assert row[2:] == ["4000", "4000 to 4000", "NOT REPRODUCED", "3700", "3700 to 3700", "REPRODUCED", "12", "54.49"]
+
+
 @pytest.fixture
 def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """README, published numbers and results of this repository in a folder of their own."""
