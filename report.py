@@ -269,11 +269,10 @@ def figures_section(folders: list[Folder], root: Path) -> list[tuple]:
 
 
 def speed_section(root: Path) -> list[tuple]:
-    path = root / "bench" / "step.csv"
-    if not path.exists():
+    rows = [{"model": "mlp", **row} for path in sorted(root.glob("bench*/step.csv")) for row in files.read_csv(path)]
+    if not rows:
         return [("h2", "Speed"), ("p", "NOT RUN")]
-    rows = files.read_csv(path)
-    names = ("name", "device", "backend", "dtype", "p", "runs", "us_per_run_step", "low", "high", "ratio_to_ours")
+    names = ("name", "model", "device", "backend", "dtype", "p", "runs", "us_per_run_step", "low", "high", "ratio_to_ours")
     return [("h2", "Speed"), ("p", "Microseconds for one optimiser step of one network; low and high are the 10% and 90% points of the repeats."),
             ("table", (list(names), [[number(r[k]) if isinstance(r[k], float) else str(r[k]) for k in names] for r in rows]))]
 
