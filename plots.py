@@ -20,6 +20,7 @@ LINES, MARKERS = ("-", "--", ":", "-."), "osD^vPX*"   # series differ in print w
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
     """`folder/name.png` and `.pdf`."""
+    files.check_held(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "pdf"):
         image = io.BytesIO()
