@@ -260,13 +260,15 @@ def run(argv: list[str]) -> None:
     lab.announce(config, cells)
     if config.dry_run:
         return None
-    desk.open(lambda: answered(desk.folder) == [there(item, m) for item in released for m in item.cell.members])
+    desk.open(lambda: (desk.folder / "trajectories.csv").exists()
+              and answered(desk.folder) == [there(item, m) for item in released for m in item.cell.members])
     result = train(desk, released)
     out = desk.out   # one of several ranks leaves here
     rows = compare(released, result.runs)
     scales = compare_scales(released, result.trajectories, rows)
     files.write_csv(out / "replay.csv", rows)
     files.write_csv(out / "cells.csv", scales)
+    files.write_csv(out / "trajectories.csv", result.trajectories)
     files.write_csv(out / "runs.csv", [{"experiment": "replay", **r} for r in result.runs], files.RUN_COLUMNS)
     files.write_json(out / "provenance.json", lab.provenance(desk, result))
     plots.replay(rows, out / "figures")

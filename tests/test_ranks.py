@@ -99,6 +99,9 @@ def test_a_replay_of_other_files_is_another_one(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "released" / "tau1.5.npz"
     np.savez(path, **{**np.load(path), "T_grok_per_seed": np.array([-1, 125])})
     call(monkeypatch, experiment, flags, tmp_path / "out")
+    (tmp_path / "out" / "trajectories.csv").unlink()   # as runs of record are kept
+    call(monkeypatch, experiment, flags, tmp_path / "out")
+    assert (tmp_path / "out" / "trajectories.csv").exists()
     assert [row["t_grok_released"] for row in files.read_csv(tmp_path / "out" / "replay.csv") if row["cell"] == "tau1.5"] == [None, 125]
 
 
