@@ -120,10 +120,20 @@ def digests(folder: Path) -> dict[str, str]:
             for name in ("runs.csv", "trajectories.csv") if (folder / name).exists()}
 
 
+def made_from(folder: Path) -> dict[str, str]:
+    """The digests that summary.json in `folder` has; none if there is no such file."""
+    try:
+        return dict(read_json(folder / "summary.json").get("data") or {})
+    except (UsageError, ValueError, TypeError):
+        return {}
+
+
 def write_summary(folder: Path, claims: list[dict], findings: list[dict]) -> None:
-    """summary.json: claims, findings, where the runs came from (provenance.json), and which tables all of it was made from."""
-    write_json(folder / "summary.json", {"claims": claims, "findings": findings, "provenance": read_json(folder / "provenance.json"),
-                                         "data": digests(folder)})
+    """summary.json: claims, findings, where the runs came from (provenance.json), and which tables all of it was made from: of the same runs
+    the trajectories are remembered that are no longer there."""
+    then, now = made_from(folder), digests(folder)
+    data = {**then, **now} if then.get("runs.csv") == now["runs.csv"] else now
+    write_json(folder / "summary.json", {"claims": claims, "findings": findings, "provenance": read_json(folder / "provenance.json"), "data": data})
 
 
 # ---------------------------------------------------------------- checkpoints

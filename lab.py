@@ -243,7 +243,7 @@ class Lab:
         """Whether an earlier command has left all results here. Those of record come without their trajectories, and are trained again."""
         try:
             if (self.folder / "summary.json").exists():
-                data = files.read_json(self.folder / "summary.json").get("data")
+                data = files.made_from(self.folder)
                 return data == files.digests(self.folder) and "trajectories.csv" in data
             return (self.folder / "runs.csv").exists() and same_input()
         except UsageError:   # a table that cannot be read
