@@ -214,13 +214,23 @@ def compare(released: list[Released], runs: list[dict]) -> list[dict]:
     rows = []
     for item in released:
         for run in (r for r in runs if r["cell"] == item.cell.name):
-            m = run["member"]
-            there = [None if s[m] < 0 else int(s[m]) for s in (item.t_mem, item.t_grok)]
-            end = run["budget_steps"]
-            difference = (run["t_grok_step"] or end) - (there[1] or end)
-            rows.append({"cell": item.cell.name, "member": m, "t_mem_released": there[0], "t_mem": run["t_mem_step"],
-                         "t_grok_released": there[1], "t_grok": run["t_grok_step"], "difference_steps": difference})
+            known, end = there(item, run["member"]), run["budget_steps"]
+            difference = (run["t_grok_step"] or end) - (known["t_grok_released"] or end)
+            rows.append({"cell": item.cell.name, "member": run["member"], "t_mem_released": known["t_mem_released"], "t_mem": run["t_mem_step"],
+                         "t_grok_released": known["t_grok_released"], "t_grok": run["t_grok_step"], "difference_steps": difference})
     return rows
+
+
+def there(item: Released, m: int) -> dict:
+    """What was released of member `m`."""
+    t_mem, t_grok = (None if steps[m] < 0 else int(steps[m]) for steps in (item.t_mem, item.t_grok))
+    return {"cell": item.cell.name, "member": m, "t_mem_released": t_mem, "t_grok_released": t_grok}
+
+
+def answered(folder: Path) -> list[dict]:
+    """Released runs that replay.csv in `folder` has been written about."""
+    names = ("cell", "member", "t_mem_released", "t_grok_released")
+    return [{name: row.get(name) for name in names} for row in files.read_csv(folder / "replay.csv")]
 
 
 def compare_scales(released: list[Released], trajectories: list[dict], rows: list[dict]) -> list[dict]:
@@ -250,13 +260,15 @@ def run(argv: list[str]) -> None:
     lab.announce(config, cells)
     if config.dry_run:
         return None
-    desk.open()
+    desk.open(lambda: (desk.folder / "trajectories.csv").exists()
+              and answered(desk.folder) == [there(item, m) for item in released for m in item.cell.members])
     result = train(desk, released)
     out = desk.out   # one of several ranks leaves here
     rows = compare(released, result.runs)
     scales = compare_scales(released, result.trajectories, rows)
     files.write_csv(out / "replay.csv", rows)
     files.write_csv(out / "cells.csv", scales)
+    files.write_csv(out / "trajectories.csv", result.trajectories)
     files.write_csv(out / "runs.csv", [{"experiment": "replay", **r} for r in result.runs], files.RUN_COLUMNS)
     files.write_json(out / "provenance.json", lab.provenance(desk, result))
     plots.replay(rows, out / "figures")

@@ -30,14 +30,17 @@ RUN_COLUMNS = ("experiment", "cell", "model", "loss", "p", "train_frac", "n_trai
 def whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write that becomes `path` when the block ends well, and nothing at all otherwise: temporary name, fsync, rename."""
     part = path.with_name(path.name + ".part")
+    check_held(path)
     try:
         with open(part, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
+        check_held(path)
         os.replace(part, path)
     except BaseException as error:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UsageError):
+            check_held(path)   # nor is another command's folder tidied
             part.unlink()
         if isinstance(error, OSError) and not error.filename:   # a full disk does not say what it was to hold
             error.filename = str(path)
@@ -99,7 +102,10 @@ def read_runs(path: Path) -> list[dict]:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read {path} ({error}); train first, or name the folder with --out") from None
 
@@ -109,14 +115,25 @@ def write_json(path: Path, content: object) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """What summary and figures of `folder` are made from: name of the table -> start of its SHA-256."""
-    return {"runs.csv": hashlib.sha256((folder / "runs.csv").read_bytes()).hexdigest()[:16]}
+    """What summary and figures of `folder` are made from, of it what is there: name of the table -> start of its SHA-256."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16]
+            for name in ("runs.csv", "trajectories.csv") if (folder / name).exists()}
+
+
+def made_from(folder: Path) -> dict[str, str]:
+    """The digests that summary.json in `folder` has; none if there is no such file."""
+    try:
+        return dict(read_json(folder / "summary.json").get("data") or {})
+    except (UsageError, ValueError, TypeError):
+        return {}
 
 
 def write_summary(folder: Path, claims: list[dict], findings: list[dict]) -> None:
-    """summary.json: claims, findings, where the runs came from (provenance.json), and which table all of it was made from."""
-    write_json(folder / "summary.json", {"claims": claims, "findings": findings, "provenance": read_json(folder / "provenance.json"),
-                                         "data": digests(folder)})
+    """summary.json: claims, findings, where the runs came from (provenance.json), and which tables all of it was made from: of the same runs
+    the trajectories are remembered that are no longer there."""
+    then, now = made_from(folder), digests(folder)
+    data = {**then, **now} if then.get("runs.csv") == now["runs.csv"] else now
+    write_json(folder / "summary.json", {"claims": claims, "findings": findings, "provenance": read_json(folder / "provenance.json"), "data": data})
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -179,19 +196,38 @@ def lock(path: Path, shared: bool = False) -> BinaryIO | None:
 
     A lock of this process on the same path is given up first. Where the system or the file system has no locks, nobody is refused."""
     unlock(path)
-    file = open(path, "a+b")   # noqa: SIM115, held until `unlock`
-    try:
-        if fcntl:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError:
-        pass
-    HELD[path] = file
-    return file
+    for _ in range(10):
+        file = open(path, "a+b")   # noqa: SIM115, held until `unlock`
+        try:
+            if fcntl:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:
+            pass
+        if is_at(file, path):
+            HELD[path] = file
+            return file
+        file.close()   # who had it removed it before it was locked: again, with what is there now
+    return None
 
 
 def unlock(path: Path) -> None:
     if path in HELD:
         HELD.pop(path).close()
+
+
+def is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def check_held(path: Path) -> None:
+    """Before anything is written or removed at `path`: raises UsageError if a folder around it was locked and has been taken away since."""
+    for held, file in HELD.items():
+        if held.parent in path.parents and not is_at(file, held):
+            now = "another command has it now; choose another --out" if held.exists() else "the same command starts it anew"
+            raise UsageError(f"{held.parent} was removed while this command worked in it, and nothing more is written there; {now}")

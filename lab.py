@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -19,14 +18,18 @@ import scipy
 import torch
 from tqdm import tqdm
 
+import endings
 import files
 import ranks
 import settings
 from common import Cell, Ensemble, Result, State, UsageError
+from endings import Signals
 from kernels.cpu import has_compiler
 
 ROOT = Path(__file__).resolve().parent
 SAVE_EVERY = 180   # seconds between checkpoints: what a kill can cost
+LONGEST_NAME = 100 * "x"   # longer than the name of any file in a folder of results: a path that has room for it has room for all
+SPEAK_EVERY = 30   # seconds between lines of progress where there is no terminal
 LOCK_TRIES = 100   # of 50 ms each, while another rank writes the settings of a new folder
 
 
@@ -66,7 +69,7 @@ def _cpu_flags() -> list[str]:
 # ---------------------------------------------------------------- training with progress, checkpoints, resume
 
 class Progress:
-    """Bar on a terminal; elsewhere a plain line every 30 seconds. Time left comes from the cells' expected steps."""
+    """Bar on a terminal; elsewhere a plain line now and then. Time left comes from the cells' expected steps."""
 
     def __init__(self, stage: str, runs: int, expected: int):
         self.stage, self.runs, self.started = stage, runs, time.monotonic()
@@ -76,6 +79,12 @@ class Progress:
     def __call__(self, ensemble: Ensemble) -> None:
         if Signals.caught is not None:
             Signals.leave(Signals.caught)
+        try:
+            self.speak(ensemble)
+        except BrokenPipeError:   # nobody reads on (`| head`): stop here, where the state is whole
+            raise SystemExit(endings.CLOSED) from None
+
+    def speak(self, ensemble: Ensemble) -> None:
         done, now = ensemble.executed, time.monotonic()
         if self.first is None:
             self.first = done
@@ -84,11 +93,15 @@ class Progress:
             self.bar.total = done + ensemble.steps_left()
             self.bar.set_postfix_str(f"{finished}/{self.runs} runs finished", refresh=False)
             self.bar.update(done - self.bar.n)
-        elif now - self.spoken > 30:
+        elif now - self.spoken > SPEAK_EVERY:
             self.spoken = now
             rate = (done - self.first) / (now - self.started)
             left = ensemble.steps_left() / max(rate, 1e-9)
             print(f"{self.stage}: {finished}/{self.runs} runs finished, {rate:.0f} run-steps/s, about {duration(left)} left", flush=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):   # a terminal that is gone must not hide why training ended
+            self.bar.close()
 
 
 def announce(config: settings.Machine, cells: list[Cell]) -> None:
@@ -132,6 +145,10 @@ class Lab:
     def __init__(self, experiment: str, config: settings.Machine, given: dict, presets: dict[str, dict]):
         self.experiment, self.config = experiment, config
         self.rank = ranks.Rank() if Lab.merging else ranks.rank_of(os.environ)
+        if config.figures_only:
+            if self.rank.number:
+                raise Dealt(f"rank {self.rank.number} of {self.rank.size} ({self.rank.source}): --figures-only is for rank 0", complete=False)
+            self.rank = ranks.Rank()
         if config.device == "cuda" and self.rank.size > 1:
             torch.cuda.set_device(self.rank.local % torch.cuda.device_count())
         self.shard = f".{self.rank.number}of{self.rank.size}" if self.rank.size > 1 else ""
@@ -148,11 +165,16 @@ class Lab:
         self.loads: list[float] = []      # expected work of every share so far
         wanted = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in settings.NOT_SCIENCE}))
         self.settings = {"experiment": experiment, **wanted}
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"--out {self.folder} is a file; name a folder")
+        try:
+            (self.checkpoint / LONGEST_NAME).exists()
+            if self.folder.exists() and not self.folder.is_dir():
+                raise UsageError(f"--out {self.folder} is a file; name a folder")
+        except OSError as error:
+            raise UsageError(f"--out of {len(str(self.folder))} characters cannot be used ({error.strerror}), choose another: "
+                             f"{str(self.folder)[:80]}") from None
         self._check_settings()
-        if config.resume and not self.checkpoint.is_dir():
-            raise UsageError(f"--resume: no checkpoint in {self.folder}; run without --resume to start")
+        if self.shard:
+            print(f"rank {self.rank.number} of {self.rank.size} ({self.rank.source}); RANK=0 WORLD_SIZE=1 makes a process work alone", flush=True)
         if config.figures_only and self.config_file.exists():
             self._lock()
 
@@ -198,39 +220,55 @@ class Lab:
                     file.write((json.dumps(self.settings, indent=1) + "\n").encode())
                     file.flush()
                     os.fsync(file.fileno())
-                break
-            if self.shard and self.config_file.stat().st_size and files.lock(self.config_file, shared=True):
-                self._check_settings()   # another rank wrote them
-                break
+                if not self.shard:
+                    return
+            if self.shard and files.lock(self.config_file, shared=True):
+                if self._check_settings():   # written by another rank, or by anybody between the two locks of this one
+                    return
+                files.unlock(self.config_file)
             time.sleep(0.05)
-        else:
-            if Lab.merging:
-                raise Dealt("another process merges the shards", complete=False)
-            raise UsageError(f"another process works in {self.folder}; wait for it or choose another --out")
-        if self.shard:
-            files.lock(self.config_file, shared=True)
-            self.checkpoint.mkdir(exist_ok=True)
-            if not files.lock(self.checkpoint / f"lock{self.shard}"):
-                raise UsageError(f"rank {self.rank.number} of {self.rank.size} already works in {self.folder}; wait for it or choose another --out")
+        if Lab.merging:
+            raise Dealt("another process merges the shards", complete=False)
+        raise UsageError(f"another process works in {self.folder}; wait for it or choose another --out")
 
     def _unlock(self) -> None:
         files.unlock(self.config_file)
         files.unlock(self.checkpoint / f"lock{self.shard}")
 
-    def open(self) -> None:
-        """Create the folder and take it for this process. Checkpoints found in it are announced."""
+    def _snapshots(self) -> set[str]:
+        """Names of the checkpoints that there are to continue from."""
+        return {path.name for path in self.checkpoint.glob("*.pt") if path.is_file() and not path.name.endswith(".fresh.pt")}
+
+    def _complete(self, same_input: Callable[[], bool]) -> bool:
+        """Whether an earlier command has left all results here. Those of record come without their trajectories, and are trained again."""
+        try:
+            if (self.folder / "summary.json").exists():
+                data = files.made_from(self.folder)
+                return data == files.digests(self.folder) and "trajectories.csv" in data
+            return (self.folder / "runs.csv").exists() and same_input()
+        except UsageError:   # a table that cannot be read
+            return False
+
+    def open(self, same_input: Callable[[], bool] = lambda: True) -> None:
+        """Create the folder and take it for this process. Checkpoints found in it are announced; raises Dealt if all results are in it already.
+        `same_input`: whether those are of the input given now, where the settings do not tell."""
+        if self.config.resume and not self._snapshots() and not self._complete(same_input):
+            raise UsageError(f"--resume: no checkpoint in {self.folder}; run without --resume to start")
         self.created = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
             self._clear(self.folder / "checkpoint.spent")
+            if not (found := self._snapshots()) and (Lab.merging or self._complete(same_input)):
+                self._unlock()
+                raise Dealt(f"the results are in {self.folder}; remove its runs.csv to train again, --figures-only draws them again", complete=False)
             self.checkpoint.mkdir(exist_ok=True)
+            if self.shard and not files.lock(self.checkpoint / f"lock{self.shard}"):
+                raise UsageError(f"rank {self.rank.number} of {self.rank.size} already works in {self.folder}; wait for it or choose another --out")
         except OSError as error:
             raise UsageError(f"cannot write to {self.folder}: {error.strerror}; choose another --out") from None
-        self.opened, found = True, {path.name for path in self.checkpoint.iterdir() if path.suffix == ".pt"}
+        self.opened = True
         if self.shard:
-            if (self.folder / "runs.csv").exists() and not found:
-                raise Dealt(f"the results are in {self.folder}; remove them to train again", complete=False)
             (self.checkpoint / f"done{self.shard}").unlink(missing_ok=True)
         else:
             self._find_shards(found)
@@ -262,6 +300,7 @@ class Lab:
     def discard(self) -> None:
         """Input that proved bad only in training: what this command created goes; results of an earlier one stay, and what other ranks hold."""
         if self.shard:
+            files.check_held(self.checkpoint)
             for path in self.checkpoint.glob(f"*{self.shard}.*"):
                 path.unlink()
             (self.checkpoint / f"lock{self.shard}").unlink()
@@ -276,6 +315,7 @@ class Lab:
 
     def finish(self) -> None:
         """All results are written: the checkpoint has served. It goes at once, by its name, so that a kill leaves it whole or gone."""
+        files.check_held(self.checkpoint)
         spent = self.folder / "checkpoint.spent"
         with contextlib.suppress(OSError):   # it is in the way of itself after a kill: then file by file
             self.checkpoint.rename(spent)
@@ -351,10 +391,10 @@ class Lab:
             Signals.waiting = True
             try:
                 ensemble.train(progress, save, SAVE_EVERY)
+                save(ensemble.snapshot(), done)
             finally:
                 Signals.waiting = False
-                progress.bar.close()
-            save(ensemble.snapshot(), done)
+                progress.close()
             if Signals.caught is not None:   # it came after the last tick
                 Signals.leave(Signals.caught)
         rows = ensemble.result().runs
@@ -403,23 +443,6 @@ def missing_text(missing: list[int], size: int) -> str:
     return f"{which} missing (RANK={missing[0]} WORLD_SIZE={size} and the same command, if it is not running, makes one)"
 
 
-class Signals:
-    """Ctrl-C and SIGTERM while training wait for the next tick, where the state is whole; a second one is not waited for."""
-    waiting = False
-    caught: int | None = None
-
-    @classmethod
-    def handle(cls, number: int, _: object) -> None:
-        if cls.waiting and cls.caught is None:
-            cls.caught = number
-        else:
-            cls.leave(number)
-
-    @classmethod
-    def leave(cls, number: int) -> None:
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(143)
-
-
 def start(run: Callable[[list[str]], None], argv: list[str]) -> None:
     """`run(argv)`. As one of several ranks; the one that then finds all shards there runs it once more, alone, to merge them."""
     try:
@@ -437,23 +460,5 @@ def start(run: Callable[[list[str]], None], argv: list[str]) -> None:
 
 
 def main(run: Callable[[list[str]], None]) -> None:
-    """Run an experiment's `run(argv)`: bad input ends in one line and code 2, Ctrl-C in 130, SIGTERM in 143."""
-    signal.signal(signal.SIGTERM, Signals.handle)
-    signal.signal(signal.SIGINT, Signals.handle)
-    code = 0
-    try:
-        start(run, sys.argv[1:])
-    except UsageError as error:
-        print("error:", *str(error).split(), file=sys.stderr)   # one line, whatever was typed
-        code = 2
-    except OSError as error:   # disk full, folder gone: files are written whole, so what was there is intact
-        print(f"error: {error.strerror or error}: {error.filename or 'a file'}; nothing is left half-written, mend this (disk full? folder gone?) "
-              "and the same command continues", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as end:
-        code = end.code
-    if code in (130, 143):
-        print("stopped; the same command continues from here", file=sys.stderr)
-    sys.exit(code)
+    """Run an experiment's `run(argv)` with the words of the command line, and end the process."""
+    endings.end(lambda: start(run, sys.argv[1:]))

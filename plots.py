@@ -20,6 +20,7 @@ LINES, MARKERS = ("-", "--", ":", "-."), "osD^vPX*"   # series differ in print w
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
     """`folder/name.png` and `.pdf`."""
+    files.check_held(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "pdf"):
         image = io.BytesIO()
@@ -69,10 +70,13 @@ def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: 
 
 def matrix(runs: list[dict], folder: Path, file: str) -> None:
     """T_grok against learning rate, one colour per held norm that was run at several, published medians as squares of that colour."""
-    figure, axis = plt.subplots(figsize=(6, 4.2))
     known = stats.published(lab.ROOT / "published.csv", "A.matrix.")
     rhos = sorted({r["rho"] for r in runs if r["arm"] == "clamp"})
-    for i, rho in enumerate(rho for rho in rhos if len({r["lr"] for r in runs if r["rho"] == rho and r["arm"] == "clamp"}) > 1):
+    several = [rho for rho in rhos if len({r["lr"] for r in runs if r["rho"] == rho and r["arm"] == "clamp"}) > 1]
+    if not several:   # nothing to compare, and a logarithmic axis without a point cannot be drawn
+        return
+    figure, axis = plt.subplots(figsize=(6, 4.2))
+    for i, rho in enumerate(several):
         mine = [r for r in runs if r["arm"] == "clamp" and r["rho"] == rho]
         for lr in sorted({r["lr"] for r in mine}):
             cell = [r for r in mine if r["lr"] == lr]

@@ -14,10 +14,11 @@ LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASK
 
 
 class Rank(NamedTuple):
-    """Process `number` of `size`; `local` counts on its machine and picks the GPU."""
+    """Process `number` of `size`; `local` counts on its machine and picks the GPU; `source`: the variables that say so."""
     number: int = 0
     size: int = 1
     local: int = 0
+    source: str = ""
 
 
 def rank_of(environment: Mapping[str, str]) -> Rank:
@@ -28,22 +29,22 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
         except ValueError:
             raise UsageError(f"{name} in the environment must be a whole number, got {environment[name]!r}") from None
 
-    def checked(rank: Rank, names: str) -> Rank:
-        if not 0 <= rank.number < rank.size:
-            raise UsageError(f"{names} in the environment say process {rank.number} of {rank.size}; processes are numbered from 0")
-        return rank
+    def checked(number: int, size: int, local: int, *names: str) -> Rank:
+        if not 0 <= number < size:
+            raise UsageError(f"{' and '.join(names)} in the environment say process {number} of {size}; processes are numbered from 0")
+        return Rank(number, size, local, " ".join(f"{name}={environment[name]}" for name in names))
 
     found, launcher = Rank(), ""
     for number, size, local in LAUNCHERS:
         if number in environment and size in environment:
-            found = checked(Rank(value(number), value(size), value(local) if local in environment else 0), f"{number} and {size}")
+            found = checked(value(number), value(size), value(local) if local in environment else 0, number, size)
             launcher = number
             break
     if launcher in ("", "SLURM_PROCID") and "SLURM_ARRAY_TASK_ID" in environment and "SLURM_ARRAY_TASK_COUNT" in environment:
         first, step = (value(f"SLURM_ARRAY_TASK_{name}") if f"SLURM_ARRAY_TASK_{name}" in environment else 0 for name in ("MIN", "STEP"))
         task = (value("SLURM_ARRAY_TASK_ID") - first) // max(step, 1)
-        array = checked(Rank(task, value("SLURM_ARRAY_TASK_COUNT")), "SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT")
-        found = Rank(array.number * found.size + found.number, array.size * found.size, found.local)
+        array = checked(task, value("SLURM_ARRAY_TASK_COUNT"), 0, "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
+        found = Rank(array.number * found.size + found.number, array.size * found.size, found.local, f"{array.source} {found.source}".strip())
     return found
 
 

@@ -350,9 +350,13 @@ def build(root: Path, draw: bool) -> tuple[str, list[tuple]]:
 
 
 def stale(root: Path) -> list[str]:
-    """Folders whose summary and figures were made from other rows than their runs.csv now has."""
-    return [str(path.parent.relative_to(root)) for path in sorted(root.glob("*/*/summary.json"))
-            if json.loads(path.read_text()).get("data") != files.digests(path.parent)]
+    """Tables with other rows than summary and figures of their folder were made from. A summary made without the long trajectories says
+    nothing about them."""
+    out = []
+    for path in sorted(root.glob("*/*/summary.json")):
+        then = {"runs.csv": None, **(json.loads(path.read_text()).get("data") or {})}
+        out += [str((path.parent / name).relative_to(root)) for name, now in files.digests(path.parent).items() if then.get(name, now) != now]
+    return out
 
 
 def main(argv: list[str]) -> int:
@@ -365,7 +369,7 @@ def main(argv: list[str]) -> int:
     pages = {readme: f"{before}{BEGIN}\n{table}\n{END}{after}", ROOT / "REPORT.md": markdown(blocks)}
     if argv:
         wrong = [f"{path.name} differs from the results" for path, text in pages.items() if not path.exists() or path.read_text() != text]
-        wrong += [f"results/{name}: summary and figures are not of its runs.csv; draw them again with --figures-only" for name in stale(root)]
+        wrong += [f"results/{table}: summary and figures beside it are of another one; draw them again with --figures-only" for table in stale(root)]
         print("\n".join([*wrong, "run report.py"] if wrong else []), end="\n" if wrong else "", file=sys.stderr)
         return int(bool(wrong))
     for path, text in {**pages, ROOT / "report.html": webpage(blocks)}.items():

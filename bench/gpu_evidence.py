@@ -86,6 +86,8 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     rows = {name: row for name, row in read(out).items() if name not in settings.again}
+    for command in (STAGES[name] for name in settings.again if "--out" in STAGES[name]):   # an experiment does not repeat what is complete
+        (ROOT / command[command.index("--out") + 1] / "runs.csv").unlink(missing_ok=True)
     for name, command in STAGES.items():
         if "{released}" in command and settings.released is None:
             print(f"{name}: LEFT OUT, needs --released FOLDER")

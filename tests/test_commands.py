@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,21 @@ def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, shor
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     with pytest.raises(UsageError, match="is no results folder"):
         exp_delay_law.run([*TINY, "--out", str(tmp_path / "other")])
+
+
+def test_runs_that_diverge_warn_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    """From training to the figures, some runs not finite, the others as if they were alone; every run counts as having grokked at once."""
+    monkeypatch.setattr("common.CROSSINGS", (("train_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.0)))
+    flags, rates = [*TINY, "--parts", "dense", "matrix", "--rhos", "0.9", "--after-grok", "200", "--lrs"], ["1e-3", "1e30"]
+    rows = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, lrs in (("both", rates), ("one", rates[:1])):
+            exp_delay_law.run([*flags, *lrs, "--out", str(tmp_path / name)])
+            rows[name] = files.read_csv(tmp_path / name / "runs.csv")
+    assert capfd.readouterr().err == ""
+    assert {(run["lr"], run["diverged"]) for run in rows["both"]} == {(1e-3, 0), (1e30, 1)}
+    assert [run for run in rows["both"] if run["lr"] == 1e-3] == rows["one"]
 
 
 def tables(folder: Path) -> dict[str, bytes]:

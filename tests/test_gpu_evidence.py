@@ -33,6 +33,19 @@ def test_continues_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert (tmp_path / "count").read_text() == "xx"
 
 
+def test_what_is_to_be_repeated_is_not_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else an experiment says that its results are there."""
+    for name in ("again", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "runs.csv").touch()
+    stages = {name: [sys.executable, "-c", "", "--out", str(tmp_path / name)] for name in ("again", "kept")}
+    monkeypatch.setattr(gpu_evidence, "STAGES", stages)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(sys, "argv", ["gpu_evidence.py", "--out", str(tmp_path), "--again", "again"])
+    assert gpu_evidence.main() == 0 and [path.parent.name for path in tmp_path.glob("*/runs.csv")] == ["kept"]
+
+
 def test_stops_in_time_and_leaves_out_aloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     code, outcomes = call(monkeypatch, tmp_path, "--minutes", "0.15", "--released", str(tmp_path), slow="import time; time.sleep(60)", next="")
     assert (code, outcomes) == (3, {"slow": "out of time"})

@@ -6,13 +6,12 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from short_runs import FLAGS, SHORT, main, start, tables, wait_for
 
 import exp_fork
 import files
@@ -20,37 +19,7 @@ import lab
 import plots
 from common import UsageError
 
-ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("GROKKING_TEST_KILLS", "3"))
-FLAGS = ["--p", "11", "--seeds", "4", "--members", "0", "1", "--lr", "3e-3", "--backend", "eager", "--fork-steps", "100", "150"]
-SHORT = [*FLAGS, "--budget", "200", "--parts", "same", "free"]
-
-
-def start(out: Path, flags: list[str], save_every: float, **environment: str) -> subprocess.Popen:
-    """A real training process."""
-    code = f"import common, lab, exp_fork; common.SAVE_SHARE, lab.SAVE_EVERY = 0.5, {save_every}; lab.main(exp_fork.run)"
-    return subprocess.Popen([sys.executable, "-c", code, *flags, "--out", str(out)], cwd=ROOT, env={**os.environ, **environment},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition: callable, process: subprocess.Popen) -> None:
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-
-
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, flags: list[str], out: Path) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command in this process."""
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["exp_fork.py", *flags, "--out", str(out)])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as end:
-        lab.main(exp_fork.run)
-    return end.value.code, *capsys.readouterr()
-
-
-def tables(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in ("runs.csv", "cells.csv", "trajectories.csv")}
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +51,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
             shutil.rmtree(out)
         else:
             kills += 1
-    exp_fork.run([*flags, "--out", str(out)])
+    lab.start(exp_fork.run, [*flags, "--out", str(out)])
     assert tables(out) == tables(tmp_path / "whole")
     assert {path.name for path in out.iterdir()} - {"figures"} == {path.name for path in (tmp_path / "whole").iterdir()}
     print(f"{kills} of {KILLS} kills survived; {continued} starts found a checkpoint")
@@ -107,6 +76,8 @@ def test_a_second_command_in_the_folder_is_refused_and_a_killed_one_leaves_no_lo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=f"rank 0 of 2 already works in {tmp_path / 'b'}"):
         exp_fork.run([*flags, "--out", str(tmp_path / "b")])
+    with pytest.raises(UsageError, match="another process works in"):   # nor does rank 0 draw where another rank trains
+        exp_fork.run([*flags, "--out", str(tmp_path / "b"), "--figures-only"])
     with pytest.raises(UsageError, match="another process works in"):   # a rank beside one that works alone
         exp_fork.run([*flags, "--out", str(tmp_path / "a")])
     assert before.keys() == {*tmp_path.glob("*/*")} and (tmp_path / "a" / "config.json").stat().st_mtime_ns == before[tmp_path / "a" / "config.json"]
@@ -145,6 +116,7 @@ def test_a_refused_checkpoint_is_named_and_the_last_good_one_used(tmp_path: Path
     command(stopped=True)
     assert refused in command(True, damaged=("",))    # saves once more, which must not push the good one out for the bad one
     assert refused in command(False, damaged=("",)) and tables(tmp_path / "out") == whole
+    (tmp_path / "out" / "runs.csv").unlink()
     command(stopped=True)
     (checkpoint / "notes.txt").write_text("mine")
     (checkpoint / "folder.pt").mkdir()
@@ -214,6 +186,7 @@ def test_a_full_disk_at_any_write_is_one_line_and_costs_nothing(tmp_path: Path, 
     """Every file of a command fails to be written once, on top of an earlier command's results; the command is given again each time."""
     out, sync, failed = tmp_path / "out", os.fsync, []
     exp_fork.run([*SHORT, "--out", str(out)])
+    (out / "summary.json").write_text("{}")   # of other tables: to train again
 
     def full(descriptor: int) -> None:
         name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
@@ -256,7 +229,9 @@ def test_a_folder_that_goes_away_is_one_line(tmp_path: Path, monkeypatch: pytest
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
     monkeypatch.setattr(lab.Progress, "__call__", vanishing)
     code, _, errors = main(monkeypatch, capsys, SHORT, tmp_path / "out")
-    assert code == 2 and re.fullmatch(r"error: No such file or directory: .*\n", errors), errors
+    assert code == 2 and errors == (f"error: {tmp_path / 'out'} was removed while this command worked in it, and nothing more is written there; "
+                                    "the same command starts it anew\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -276,8 +251,5 @@ def test_a_folder_killed_before_its_settings_were_written_is_taken_up(tmp_path: 
     out = tmp_path / "out"
     (out / "checkpoint").mkdir(parents=True)
     (out / "config.json").touch()
-    exp_fork.run([*SHORT, "--out", str(out)])
-    (out / "checkpoint.spent").mkdir()   # killed while it cleaned up
-    (out / "checkpoint.spent" / "trunk_p11_100.done.pt").touch()
     exp_fork.run([*SHORT, "--out", str(out)])
     assert tables(out) == whole and not [*out.glob("checkpoint*")]

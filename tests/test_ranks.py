@@ -79,9 +79,30 @@ def test_ranks_leave_the_files_of_one_process(tmp_path: Path, monkeypatch: pytes
                 call(monkeypatch, experiment, flags, many)
     assert "all shards are there" in text and text.count("(from the checkpoint)") >= n
     assert contents(many) == contents(one) and len(contents(one)) >= 4
-    assert not (many / "checkpoint").exists()
-    call(monkeypatch, experiment, flags, many, (0, n))   # a rank that is started again when all is done
-    assert "the results are in" in capsys.readouterr().out and contents(many) == contents(one)
+    for late in ((0, n), None, "merger"):   # a rank that is started again when all is done; one process; a second one that was to merge
+        with monkeypatch.context() as patch:
+            patch.setattr(lab.Lab, "train", None)
+            if late == "merger":
+                patch.setattr(lab.Lab, "merging", True)
+            call(monkeypatch, experiment, flags, many, None if late == "merger" else late)
+        assert "the results are in" in capsys.readouterr().out and contents(many) == contents(one) and not (many / "checkpoint").exists()
+    call(monkeypatch, experiment, [*flags, "--figures-only"], many, (1, n))
+    assert capsys.readouterr().out == f"rank 1 of {n} (RANK=1 WORLD_SIZE={n}): --figures-only is for rank 0\n"
+    call(monkeypatch, experiment, [*flags, "--figures-only"], many, (0, n))
+    assert contents(many) == contents(one) and not (many / "checkpoint").exists()
+
+
+def test_a_replay_of_other_files_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: dict) -> None:
+    """Settings do not tell what is in the released files."""
+    experiment, flags = commands["replay"]
+    call(monkeypatch, experiment, flags, tmp_path / "out")
+    path = tmp_path / "released" / "tau1.5.npz"
+    np.savez(path, **{**np.load(path), "T_grok_per_seed": np.array([-1, 125])})
+    call(monkeypatch, experiment, flags, tmp_path / "out")
+    (tmp_path / "out" / "trajectories.csv").unlink()   # as runs of record are kept
+    call(monkeypatch, experiment, flags, tmp_path / "out")
+    assert (tmp_path / "out" / "trajectories.csv").exists()
+    assert [row["t_grok_released"] for row in files.read_csv(tmp_path / "out" / "replay.csv") if row["cell"] == "tau1.5"] == [None, 125]
 
 
 def test_a_merge_that_is_cut_short_is_made_again_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: dict) -> None:
@@ -129,7 +150,20 @@ def test_bad_input_found_in_training_leaves_nothing_of_any_rank(tmp_path: Path, 
     ("PMI_RANK=1 PMI_SIZE=4", (1, 4, 0)),
 ])
 def test_ranks_of_the_usual_launchers(variables: str, expected: tuple[int, int, int]) -> None:
-    assert ranks.rank_of(dict(v.split("=") for v in variables.split())) == expected
+    assert ranks.rank_of(dict(v.split("=") for v in variables.split()))[:3] == expected
+
+
+def test_the_first_line_says_which_rank_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A command inside `sbatch --ntasks=4` without srun is one process that would wait for three others."""
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    exp_fork.run([*FORK, "--dry-run", "--out", str(tmp_path / "out")])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "rank 0 of 4 (SLURM_PROCID=0 SLURM_NTASKS=4); RANK=0 WORLD_SIZE=1 makes a process work alone"
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    exp_fork.run([*FORK, "--dry-run", "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().out.startswith("rank 4 of 8 (SLURM_ARRAY_TASK_ID=1 SLURM_ARRAY_TASK_COUNT=2 SLURM_PROCID=0 SLURM_NTASKS=4); ")
 
 
 @pytest.mark.parametrize("variables, message", [

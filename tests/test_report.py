@@ -73,11 +73,20 @@ def test_check_notices_a_changed_summary_a_changed_page_and_runs_newer_than_thei
     assert report.main(["--check"]) == 1 and "REPORT.md differs" in capsys.readouterr().err
     (copy / "REPORT.md").write_text(page)
     folder = next(iter(sorted(copy.glob("results/delay_law/*/summary.json")))).parent
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "trajectories.csv").write_text("cell,step\na,1\n")
+    assert report.main(["--check"]) == 0   # the summary was made without it
+    (folder / "summary.json").write_text(json.dumps({**summary, "data": files.digests(folder)}))
+    assert report.main(["--check"]) == 0
+    (folder / "trajectories.csv").write_text("cell,step\na,2\n")
+    assert report.main(["--check"]) == 1
+    assert f"results/delay_law/{folder.name}/trajectories.csv: summary and figures beside it are of another one" in capsys.readouterr().err
+    (folder / "trajectories.csv").unlink()
+    assert report.main(["--check"]) == 0
     rows = files.read_csv(folder / "runs.csv")
     files.write_csv(folder / "runs.csv", [*rows[:-1], {**rows[-1], "t_grok_step": rows[-1]["t_grok_step"] + 25}])
     assert report.main(["--check"]) == 1
-    assert f"results/delay_law/{folder.name}: summary and figures are not of its runs.csv" in capsys.readouterr().err
-    summary = json.loads((folder / "summary.json").read_text())
+    assert f"results/delay_law/{folder.name}/runs.csv: summary and figures beside it are of another one" in capsys.readouterr().err
     summary["claims"] = [{**c, "verdict": "NOT REPRODUCED"} if c["verdict"] == "REPRODUCED" else c for c in summary["claims"]]
     (folder / "summary.json").write_text(json.dumps(summary))
     assert report.main(["--check"]) == 1 and "REPORT.md differs" in capsys.readouterr().err
