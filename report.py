@@ -30,7 +30,8 @@ MARGIN = 0.05         # of T_grok, for equivalence with the released runs
 HEADLINES = ("A.alpha.dense", "A.alpha.dense.r2", "A.norm_factor", "A.lr_factor", "A.sustained.spread", "A.oneshot.spread", "A.saturation.p59",
              "A.alpha.shared", "A.wc.power", "A.wc.cv", "B.med.ce.p59.ratio", "B.med.ce.p97.ratio", "B.recovery.p59", "B.recovery.p97",
              "B.med.mse.p59.ratio", "B.med.mse.p97.ratio", "B.collapse.r2_logit.p59", "B.collapse.dr2.p59", "B.dose.alpha.p59", "B.dose.daic.p59",
-             "B.audit.1.15.T32", "B.audit.1.15.T64", "B.audit.1.25.sc32", "B.audit.1.25.T64", "B.fork.p59.ratio", "B.fork.p97.ratio", "B.tf.effect")
+             "B.audit.1.15.T32", "B.audit.1.15.T64", "B.audit.1.25.sc32", "B.audit.1.25.T64", "B.fork.p59.ratio", "B.fork.p97.ratio", "A.tf.wc",
+             "A.tf.rho0.85", "A.tf.rho1.00", "A.tf.alpha", "A.ln.total_cv", "A.ln.unembed_cv", "B.tf.effect")
 DOUBTS = (            # question, beginnings of the findings' ids that answer it
     ("Does a clamp at rho = 1 grok on the free timescale?", ("clamp_over_free.",)),
     ("Is ln T_grok a straight line in the held norm?", ("lack_of_fit.", "local_slope.")),
@@ -46,6 +47,8 @@ DOUBTS = (            # question, beginnings of the findings' ids that answer it
     ("Which form of the dose response does AIC prefer once the offset may lie above?", ("daic.",)),
     ("Allocation at fixed norm: how far do T_grok and L move?", ("allocation_",)),
     ("Same-state arms: does the ratio hold at other fork steps and norms?", ("raised_over_same.", "ordering.", "same_over_free.")),
+    ("Transformers: does LayerNorm take the total norm out of the delay, and which norm is concentrated at grokking?",
+     ("norm_factor.", "group_over_free.", "cv.", "power.unembed")),
     ("The logarithmic counterpart: how does the free norm contract?", ("contraction.",)),
 )
 
