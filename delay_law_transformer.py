@@ -71,10 +71,10 @@ def cell(config: object, p: int, block: int, budget: int, rho: float | None = No
     """Free, or one norm held at rho times its value `w_c` at grokking: the total, or that of `group`."""
     members, lr, arm = config.members or tuple(range(block)), lr or config.lrs[0], "free" if rho is None else "clamp"
     held = tuple(rho * w_c if name == group else 0.0 for name in ("", *GROUPS)) if w_c else ()
-    return Cell(named(arm, config, p, block, rho, group, lr, frac), p=p, members=members, block=block, budget_steps=budget, arm=arm,
-                model=config.model, seed0=config.seed0, train_frac=frac, rho=rho, lr=lr, clamp_start=clamp_start(config.model, "ce"), w_c=w_c,
-                held=(held,) * len(members) if held else (), expected_steps=expected(config.model, p, lr, None if group else rho),
-                after_grok=config.after_grok)
+    return Cell(named(arm, config, p, block, rho, group, lr, frac), p=p, members=members, block=block, arm=arm,
+                budget_steps=min(config.budget, budget), model=config.model, seed0=config.seed0, train_frac=frac, rho=rho, lr=lr, w_c=w_c,
+                clamp_start=clamp_start(config.model, "ce"), held=(held,) * len(members) if held else (),
+                expected_steps=expected(config.model, p, lr, None if group else rho), after_grok=config.after_grok)
 
 
 def control_cells(config: object) -> list[Cell]:

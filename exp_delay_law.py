@@ -27,7 +27,7 @@ import lab
 import plots
 import settings
 import stats
-from common import CLAMP_START, Cell, Result, UsageError, exactly, unique
+from common import CLAMP_START, EVAL_EVERY, Cell, Result, UsageError, exactly, unique
 from measured import flag_unlearned
 
 PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")   # of the MLP; the transformers have parts of their own
@@ -44,6 +44,7 @@ class Config(settings.Config):
     free_moduli: tuple[int, ...] = settings.option((29, 41, 59, 79, 97), "moduli of the concentration part; --p replaces them")
     free_seeds: int = settings.option(20, "block size of the concentration part")
     group_moduli: tuple[int, ...] = settings.option((71,), "moduli of the transformers' groups part; --p replaces them")
+    budget: int = settings.option(200_000, "largest step at which a run that has not grokked is censored; cells with a smaller one keep it")
 
 
 PRESETS = {
@@ -68,6 +69,8 @@ def expected(p: int, rho: float = 1.04, lr: float = 1e-3) -> int:
 
 def narrowed(config: Config, given: dict) -> Config:
     """`--p` narrows every part. Raises UsageError if a part has no member to train, or is not the model's."""
+    if config.budget < EVAL_EVERY:
+        raise UsageError(f"--budget must be at least {EVAL_EVERY} steps, where runs are first evaluated; got {config.budget}")
     if config.model != "mlp":
         return transformer.adapted(config, given)
     for part in set(config.parts) - set(PARTS):
@@ -100,14 +103,14 @@ def name(arm: str, p: int, block: int, lr: float, base_lr: float, rho: float | N
 
 def free(config: Config, p: int, block: int, lr: float | None = None, wd: float = 1.0, frac: float = 0.40) -> Cell:
     lr = lr or config.lrs[0]
-    return Cell(name("free", p, block, lr, config.lrs[0], None, wd, frac), budget_steps=60_000 if p >= 59 else 120_000,
+    return Cell(name("free", p, block, lr, config.lrs[0], None, wd, frac), budget_steps=min(config.budget, 60_000 if p >= 59 else 120_000),
                 expected_steps=int(1.3 * expected(p, 1, lr) / max(wd, 0.1)), **common_fields(config, p, block, lr, wd, frac))
 
 
 def clamp(config: Config, p: int, block: int, rho: float, w_c: float, budget: int, lr: float | None = None, arm: str = "clamp") -> Cell:
     lr, start = lr or config.lrs[0], CLAMP_START["ce"]
     fields = common_fields(config, p, block, lr)
-    return Cell(name(arm, p, block, lr, config.lrs[0], rho), budget_steps=budget, arm=arm, rho=rho, w_c=w_c, clamp_start=start,
+    return Cell(name(arm, p, block, lr, config.lrs[0], rho), budget_steps=min(config.budget, budget), arm=arm, rho=rho, w_c=w_c, clamp_start=start,
                 clamp_stop=start + 1 if arm == "rescale" else None, held=((rho * w_c, 0.0, 0.0, 0.0),) * len(fields["members"]),
                 expected_steps=expected(p, rho if arm == "clamp" else 1.0, lr), **fields)
 

@@ -12,6 +12,7 @@ import exp_delay_law
 import exp_fork
 import exp_logit_scale
 import files
+import settings
 from common import UsageError
 from measured import flag_unlearned
 
@@ -104,6 +105,19 @@ def test_planted_concentration_and_group_clamps_come_out() -> None:
     assert {"A.ln.unembed0.85", "A.ln.unembed1.0", "A.ln.unembed1.15", "A.ln.mlp1.3", "A.ln.embed1.3"} <= set(claims)
     assert not transformer.measure(runs, dataclasses.replace(config, model="transformer", lrs=(5e-4,)))[0]   # another network answers nothing
     assert {"cv.total.over_fraction.p59", "cv.unembed.over_lr.p59"} <= {row["id"] for row in findings}
+
+
+@pytest.mark.parametrize("model", ["mlp", "transformer_ln"])
+def test_a_budget_shortens_every_cell_that_has_a_larger_one(model: str) -> None:
+    given = ["--model", model, "--preset", "paper", "--p", "59", "--members", "0", "--budget", "20000"]
+    config = exp_delay_law.narrowed(*settings.parse(exp_delay_law.Config, exp_delay_law.PRESETS, (*exp_delay_law.PARTS, "groups"), given))
+    law = exp_delay_law if model == "mlp" else transformer
+    free = law.control_cells(config)
+    norms = {cell.name: 50.0 if model == "mlp" else dict.fromkeys(("", *transformer.GROUPS), 30.0) for cell in free}
+    cells = [*free, *law.other_free_cells(config), *law.clamp_cells(config, norms)]
+    assert {cell.budget_steps for cell in cells} <= {*range(8000, 20_001)} and max(cell.budget_steps for cell in cells) == 20_000
+    with pytest.raises(UsageError, match="--budget must be at least 25 steps"):
+        exp_delay_law.run(["--budget", "24"])
 
 
 def test_a_run_that_comes_apart_at_a_held_norm_is_flagged(capsys: pytest.CaptureFixture) -> None:
