@@ -478,7 +478,7 @@ def run(argv: list[str]) -> None:
     config = narrowed(config, given)
     desk = lab.Lab("delay_law", config, given, PRESETS)
     if config.figures_only:
-        return write(desk, Result(), trained=False)
+        return desk.redraw(lambda: write(desk, Result(), trained=False))
     controls, others, held = (control_cells(config), other_free_cells(config), clamp_cells) if config.model == "mlp" else (
         transformer.control_cells(config), transformer.other_free_cells(config), transformer.clamp_cells)
     guess = {c.name: 54.8 * (c.p / 59) ** 0.4 for c in controls}   # for the dry run's list only; the real W_c comes from the control

@@ -353,7 +353,7 @@ def run(argv: list[str]) -> None:
     check(config)
     desk = lab.Lab("fork", config, given, PRESETS)
     if config.figures_only:
-        return write(desk, Result(), trained=False)
+        return desk.redraw(lambda: write(desk, Result(), trained=False))
     lab.announce(config, planned(config))
     if config.model != "mlp":
         print(f"--model {config.model}: the published forks are of the MLP, so no published number is answered")

@@ -535,7 +535,7 @@ def run(argv: list[str]) -> None:
     config = checked(config, given)
     desk, plan = lab.Lab("logit_scale", config, given, PRESETS), Plan(config)
     if config.figures_only:
-        return write(desk, Result(), trained=False)
+        return desk.redraw(lambda: write(desk, Result(), trained=False))
     controls = [] if config.w_c else plan.controls()
     given_norms = {c.name: config.w_c for c in plan.controls()} if config.w_c else {}
     guess = {c.name: (54.5 if c.loss == "ce" else 36.5) * (c.p / 59) ** 0.4 for c in controls}   # for the list and estimate only

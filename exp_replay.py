@@ -175,15 +175,16 @@ def describe_fork(data: dict[str, np.ndarray], label: str, members: tuple[int, .
     return Released(cell, t_mem.astype(int), t_grok.astype(int), data["steps"].astype(int), data["logit_scale"].astype(float), step)
 
 
-def find(config: Config) -> list[Released]:
+def chosen(config: Config) -> dict[str, Path]:
+    """The files to replay by their names below METRICS_DIR, without .npz. Raises UsageError if there are none."""
     root = Path(config.metrics_dir)
     if not root.is_dir():
         raise UsageError(f"{root} is no folder; name the folder that holds the released .npz files")
-    paths = {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.npz"))}
+    paths = {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.npz")) if path.is_file()}
     wanted = [label for label in paths if any(fnmatch.fnmatch(text, m) for m in config.match for text in (label, Path(label).name))]
     if not wanted:
         raise UsageError(f"no .npz file below {root} matches {' or '.join(config.match)}; {len(paths)} are there")
-    return [read(paths[label], label, config.members) for label in wanted]
+    return {label: paths[label] for label in wanted}
 
 
 def trunk(item: Released) -> Cell:
@@ -227,12 +228,6 @@ def there(item: Released, m: int) -> dict:
     return {"cell": item.cell.name, "member": m, "t_mem_released": t_mem, "t_grok_released": t_grok}
 
 
-def answered(folder: Path) -> list[dict]:
-    """Released runs that replay.csv in `folder` has been written about."""
-    names = ("cell", "member", "t_mem_released", "t_grok_released")
-    return [{name: row.get(name) for name in names} for row in files.read_csv(folder / "replay.csv")]
-
-
 def compare_scales(released: list[Released], trajectories: list[dict], rows: list[dict]) -> list[dict]:
     """Per cell: effective logit scale, mean over the members that ran, at the released logged step nearest the released median T_grok."""
     out = []
@@ -252,16 +247,16 @@ def compare_scales(released: list[Released], trajectories: list[dict], rows: lis
 
 def run(argv: list[str]) -> None:
     config, given = settings.parse(Config, {}, (), argv)
-    desk = lab.Lab("replay", config, given, {})
-    released = find(config)
+    paths = chosen(config)
+    desk = lab.Lab("replay", config, given, {}, inputs=files.digest(paths))
+    released = [read(path, label, config.members) for label, path in paths.items()]
     cells = [item.cell for item in released]
     if config.figures_only:
-        return plots.replay(files.read_csv(desk.out / "replay.csv"), desk.out / "figures")
+        return desk.redraw(lambda: plots.replay(files.read_csv(desk.out / "replay.csv"), desk.out / "figures"))
     lab.announce(config, cells)
     if config.dry_run:
         return None
-    desk.open(lambda: (desk.folder / "trajectories.csv").exists()
-              and answered(desk.folder) == [there(item, m) for item in released for m in item.cell.members])
+    desk.open()
     result = train(desk, released)
     out = desk.out   # one of several ranks leaves here
     rows = compare(released, result.runs)

@@ -114,6 +114,18 @@ def write_json(path: Path, content: object) -> None:
     write_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
+def digest(named: dict[str, Path]) -> str:
+    """Start of the SHA-256 of files and the names that they go by. Raises UsageError if one cannot be read."""
+    state = hashlib.sha256()
+    for name, path in sorted(named.items()):
+        try:
+            with path.open("rb") as f:
+                state.update(name.encode() + b"\0" + hashlib.file_digest(f, "sha256").digest())
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    return state.hexdigest()[:16]
+
+
 def digests(folder: Path) -> dict[str, str]:
     """What summary and figures of `folder` are made from, of it what is there: name of the table -> start of its SHA-256."""
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16]
@@ -229,5 +241,6 @@ def check_held(path: Path) -> None:
     """Before anything is written or removed at `path`: raises UsageError if a folder around it was locked and has been taken away since."""
     for held, file in HELD.items():
         if held.parent in path.parents and not is_at(file, held):
-            now = "another command has it now; choose another --out" if held.exists() else "the same command starts it anew"
-            raise UsageError(f"{held.parent} was removed while this command worked in it, and nothing more is written there; {now}")
+            now = "if another command has it now, choose another --out; if not, the same command" if held.exists() else "the same command"
+            raise UsageError(f"{held.parent}, or {held.name} in it, was removed or replaced while this command worked there, and nothing more is "
+                             f"written to it; {now} continues from the last checkpoint that is left")

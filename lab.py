@@ -142,7 +142,8 @@ class Lab:
     `out`, where results would be written, it leaves; when all shares are there, the same command without ranks takes them up and goes on."""
     merging = False   # this process left as a rank, and now works alone
 
-    def __init__(self, experiment: str, config: settings.Machine, given: dict, presets: dict[str, dict]):
+    def __init__(self, experiment: str, config: settings.Machine, given: dict, presets: dict[str, dict], inputs: str = ""):
+        """`inputs`: digest of the files that the command reads, if it reads any; it counts among the settings."""
         self.experiment, self.config = experiment, config
         self.rank = ranks.Rank() if Lab.merging else ranks.rank_of(os.environ)
         if config.figures_only:
@@ -164,7 +165,7 @@ class Lab:
         self.opened, self.shares = False, 1
         self.loads: list[float] = []      # expected work of every share so far
         wanted = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in settings.NOT_SCIENCE}))
-        self.settings = {"experiment": experiment, **wanted}
+        self.settings = {"experiment": experiment, **wanted, **({"inputs": inputs} if inputs else {})}
         try:
             (self.checkpoint / LONGEST_NAME).exists()
             if self.folder.exists() and not self.folder.is_dir():
@@ -204,9 +205,10 @@ class Lab:
                 return False
             held = dict(json.loads(text))
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise UsageError(f"cannot read {self.config_file} ({error}); choose another --out") from None
+            raise UsageError(f"cannot read {self.config_file} ({error}); remove that file to continue there, or choose another --out") from None
         for key in dict.fromkeys([*self.settings, *held]):
-            theirs, ours = held.get(key, defaults.get(key)), self.settings.get(key)   # a setting newer than the folder had its default
+            ours = self.settings.get(key)
+            theirs = held.get(key, defaults.get(key, ours))   # a setting newer than the folder had its default
             if theirs != ours:
                 raise UsageError(f"--out {self.folder} holds another configuration: {key} is {theirs}, this command has {ours}; "
                                  "choose another --out")
@@ -239,27 +241,33 @@ class Lab:
         """Names of the checkpoints that there are to continue from."""
         return {path.name for path in self.checkpoint.glob("*.pt") if path.is_file() and not path.name.endswith(".fresh.pt")}
 
-    def _complete(self, same_input: Callable[[], bool]) -> bool:
+    def _complete(self) -> bool:
         """Whether an earlier command has left all results here. Those of record come without their trajectories, and are trained again."""
-        try:
-            if (self.folder / "summary.json").exists():
-                data = files.made_from(self.folder)
-                return data == files.digests(self.folder) and "trajectories.csv" in data
-            return (self.folder / "runs.csv").exists() and same_input()
-        except UsageError:   # a table that cannot be read
-            return False
+        names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if "summary.json" in names:
+            return {"cells.csv", "trajectories.csv", "provenance.json"} <= names and files.made_from(self.folder) == files.digests(self.folder)
+        return "runs.csv" in names and ("trajectories.csv" in names or "cells.csv" not in names)
 
-    def open(self, same_input: Callable[[], bool] = lambda: True) -> None:
-        """Create the folder and take it for this process. Checkpoints found in it are announced; raises Dealt if all results are in it already.
-        `same_input`: whether those are of the input given now, where the settings do not tell."""
-        if self.config.resume and not self._snapshots() and not self._complete(same_input):
+    def redraw(self, write: Callable[[], None]) -> None:
+        """`write()` the results of tables that are there. Raises UsageError if it fails on them."""
+        if (before := files.made_from(self.folder)) and before != {**before, **files.digests(self.folder)}:
+            print(f"note: the tables in {self.folder} are not the ones that its summary was made from", flush=True)
+        try:
+            write()
+        except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+            raise UsageError(f"cannot draw from the tables in {self.folder} ({type(error).__name__}: {error}); put back what was changed in them, or "
+                             "remove runs.csv and train again") from error
+
+    def open(self) -> None:
+        """Create the folder and take it for this process. Checkpoints found in it are announced; raises Dealt if all results are in it already."""
+        if self.config.resume and not self._snapshots() and not self._complete():
             raise UsageError(f"--resume: no checkpoint in {self.folder}; run without --resume to start")
         self.created = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
             self._clear(self.folder / "checkpoint.spent")
-            if not (found := self._snapshots()) and (Lab.merging or self._complete(same_input)):
+            if not (found := self._snapshots()) and (Lab.merging or self._complete()):
                 self._unlock()
                 raise Dealt(f"the results are in {self.folder}; remove its runs.csv to train again, --figures-only draws them again", complete=False)
             self.checkpoint.mkdir(exist_ok=True)

@@ -56,8 +56,9 @@ def test_a_folder_that_another_command_has_made_again_is_left_to_it(tmp_path: Pa
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, errors = main(monkeypatch, capsys, [*FLAGS[:-2], "25"] if moment.startswith("discard") else SHORT, out)
-    assert code == 2 and errors == (f"error: {out} was removed while this command worked in it, and nothing more is written there; "
-                                    "another command has it now; choose another --out\n")
+    assert code == 2 and errors == (
+        f"error: {out}, or config.json in it, was removed or replaced while this command worked there, and nothing more is written to it; "
+        "if another command has it now, choose another --out; if not, the same command continues from the last checkpoint that is left\n")
     assert theirs and contents(out) == theirs
 
 
@@ -139,7 +140,7 @@ def test_what_is_complete_is_not_trained_again(tmp_path: Path, monkeypatch: pyte
             code, text, errors = main(monkeypatch, capsys, flags, out)
         assert (code, errors) == (0, "") and text.splitlines()[-1].startswith(f"the results are in {out}; remove its runs.csv to train again")
         assert tables(out) == before and not [*out.glob("checkpoint*")]
-    for name in ("trajectories.csv", "runs.csv"):   # as runs of record are kept; as the message says
+    for name in ("trajectories.csv", "runs.csv", "cells.csv", "provenance.json"):   # as runs of record are kept; as the message says; damaged
         (out / name).unlink()
         code, text, errors = main(monkeypatch, capsys, [*SHORT, "--resume"], out)
         assert code == 2 and errors.startswith("error: --resume: no checkpoint in")
@@ -166,3 +167,21 @@ def test_a_folder_with_too_long_a_name_is_refused_before_anything_is_made(tmp_pa
     code, text, errors = main(monkeypatch, capsys, SHORT, out)
     assert code == 2 and errors.startswith(f"error: --out of {len(str(out))} characters cannot be used (File name too long), choose another: ")
     assert errors.count("\n") == 1 and not text and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("table, old, new", [
+    ("runs.csv", ",free,", ",frea,"), ("runs.csv", ",11,", ",eleven,"), ("runs.csv", "collapse64_at_grok", "collapse_at_grok"),
+    ("trajectories.csv", ",0,1,", ",0,,"), ("cells.csv", "free", "1e400")])
+def test_tables_that_were_edited_are_drawn_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, table: str,
+                                                    old: str, new: str) -> None:
+    out = tmp_path / "out"
+    main(monkeypatch, capsys, SHORT, out)
+    text = (out / table).read_text()
+    assert old in text
+    (out / table).write_text(text.replace(old, new))
+    if table == "cells.csv":
+        (out / "trajectories.csv").unlink()   # else it is made from them again
+    code, text, errors = main(monkeypatch, capsys, [*SHORT, "--figures-only"], out)
+    assert code in (0, 2) and len(errors.splitlines()) == (code == 2)
+    assert (f"note: the tables in {out} are not the ones" in text) == (table != "cells.csv")
+    assert code == 0 or f"cannot draw from the tables in {out}" in errors or "is not a runs.csv" in errors

@@ -229,8 +229,9 @@ def test_a_folder_that_goes_away_is_one_line(tmp_path: Path, monkeypatch: pytest
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
     monkeypatch.setattr(lab.Progress, "__call__", vanishing)
     code, _, errors = main(monkeypatch, capsys, SHORT, tmp_path / "out")
-    assert code == 2 and errors == (f"error: {tmp_path / 'out'} was removed while this command worked in it, and nothing more is written there; "
-                                    "the same command starts it anew\n")
+    assert code == 2 and errors == (
+        f"error: {tmp_path / 'out'}, or config.json in it, was removed or replaced while this command worked there, and nothing more is written to "
+        "it; the same command continues from the last checkpoint that is left\n")
     assert not (tmp_path / "out").exists()
 
 

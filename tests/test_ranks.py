@@ -93,16 +93,18 @@ def test_ranks_leave_the_files_of_one_process(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_replay_of_other_files_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: dict) -> None:
-    """Settings do not tell what is in the released files."""
+    """What is in the released files counts among the settings."""
     experiment, flags = commands["replay"]
     call(monkeypatch, experiment, flags, tmp_path / "out")
-    path = tmp_path / "released" / "tau1.5.npz"
-    np.savez(path, **{**np.load(path), "T_grok_per_seed": np.array([-1, 125])})
-    call(monkeypatch, experiment, flags, tmp_path / "out")
+    before = contents(tmp_path / "out")
     (tmp_path / "out" / "trajectories.csv").unlink()   # as runs of record are kept
     call(monkeypatch, experiment, flags, tmp_path / "out")
-    assert (tmp_path / "out" / "trajectories.csv").exists()
-    assert [row["t_grok_released"] for row in files.read_csv(tmp_path / "out" / "replay.csv") if row["cell"] == "tau1.5"] == [None, 125]
+    assert contents(tmp_path / "out") == before
+    path = tmp_path / "released" / "tau1.5.npz"
+    np.savez(path, **{**np.load(path), "T_grok_per_seed": np.array([-1, 125])})
+    with pytest.raises(UsageError, match="holds another configuration: inputs is"):
+        call(monkeypatch, experiment, flags, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
 
 
 def test_a_merge_that_is_cut_short_is_made_again_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: dict) -> None:
