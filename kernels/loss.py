@@ -118,6 +118,20 @@ def audit_rows(logits, tau, labels, p: tl.constexpr):
 
 
 @triton.jit
+def loss_gradient_rows(logits, labels, tau, n_train, p: tl.constexpr, LOSS: tl.constexpr):
+    """Gradient of the mean loss over `n_train` pairs with respect to `logits (rows, P)`; `p` columns are classes."""
+    column = tl.arange(0, logits.shape[1])[None, :]
+    scaled = logits * divide(tl.full([], 1.0, tau.dtype), tau)
+    onehot = tl.where(column == labels[:, None], 1.0, 0.0)
+    if LOSS == "ce":
+        exponentials, total, _ = softmax_rows(scaled, column < p)
+        ds = exponentials * divide(tl.full([logits.shape[0]], 1.0, tau.dtype), total)[:, None] - onehot
+    else:
+        ds = 2 * tl.where(column < p, scaled - onehot, 0.0)
+    return ds * divide(tl.full([], 1.0, tau.dtype), tau * n_train)
+
+
+@triton.jit
 def _loss_gradient_kernel(params, tables, slots, scalars, dz, n_slots, n_train, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr,
                           p_pad: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                           LOSS: tl.constexpr, PRECISION: tl.constexpr):
@@ -129,15 +143,7 @@ def _loss_gradient_kernel(params, tables, slots, scalars, dz, n_slots, n_train, 
     live = pair >= 0
     a, b = tl.where(live, pair // p, 0), tl.where(live, pair % p, 0)
     logits = logits_tile(params + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)
-    tau = tl.load(scalars + run * 8)
-    scaled = logits * divide(tl.full([], 1.0, tau.dtype), tau)
-    onehot = tl.where(column == ((a + b) % p)[:, None], 1.0, 0.0)
-    if LOSS == "ce":
-        exponentials, total, _ = softmax_rows(scaled, column < p)
-        ds = exponentials * divide(tl.full([BN], 1.0, tau.dtype), total)[:, None] - onehot
-    else:
-        ds = 2 * tl.where(column < p, scaled - onehot, 0.0)
-    ds *= divide(tl.full([], 1.0, tau.dtype), tau * n_train)
+    ds = loss_gradient_rows(logits, (a + b) % p, tl.load(scalars + run * 8), n_train, p, LOSS)
     at = dz + run * n_slots * p_pad + slot[:, None] * p_pad + column
     tl.store(at, tl.where(live[:, None], ds, 0.0), mask=(slot[:, None] < n_slots) & (column < p_pad))
 
