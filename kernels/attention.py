@@ -24,7 +24,7 @@ from .layout import HEADS, TransformerLayout
 
 LN_EPS = 1e-5
 _LN_EPS = tl.constexpr(LN_EPS)
-BR = 32            # rows in a tile
+BR = 16            # rows in a tile
 _BR = tl.constexpr(BR)
 
 

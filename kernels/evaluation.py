@@ -16,6 +16,7 @@ from .loss import audit_rows, loss_rows, softmax_rows
 
 N_PARTIAL = 11
 BN = 32            # pairs in a tile: the audit holds a tile of logits in float64 as well
+BN_LOGITS = 16     # of a transformer, whose logits may be 128 columns of float64
 _BN, _N_PARTIAL = tl.constexpr(BN), tl.constexpr(N_PARTIAL)
 
 
@@ -34,10 +35,10 @@ def _evaluate_kernel(params, tables, train, scalars, partials, train_row, p: tl.
 
 @triton.jit
 def _evaluate_logits_kernel(logits, train, scalars, partials, logits_run, train_row, p: tl.constexpr, CLASSES: tl.constexpr, p_pad: tl.constexpr,
-                            SCALARS: tl.constexpr, P: tl.constexpr, LOSS: tl.constexpr):
+                            SCALARS: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, LOSS: tl.constexpr):
     """A program: one run, BN consecutive pairs, whose logits lie in memory."""
     run = tl.program_id(1).to(tl.int64)
-    pair = tl.program_id(0) * _BN + tl.arange(0, _BN)
+    pair = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = pair < p * p
     column = tl.arange(0, P)[None, :]
     tile = tl.load(logits + run * logits_run + pair[:, None] * p_pad + column, mask=inside[:, None] & (column < p_pad), other=0.0)
@@ -47,7 +48,7 @@ def _evaluate_logits_kernel(logits, train, scalars, partials, logits_run, train_
 
 @triton.jit
 def measure_tile(logits, labels, pair, inside, tau, train, partials, p: tl.constexpr, LOSS: tl.constexpr):
-    """The partial sums of `logits (BN, P)`, of which `p` columns are classes, into `partials (11, tiles)` of the run."""
+    """The partial sums of a tile of `logits (pairs, P)`, of which `p` columns are classes, into `partials (11, tiles)` of the run."""
     on_train = tl.load(train + pair, mask=inside, other=0).to(tl.float64)
     on_test = tl.where(inside, 1 - on_train, 0.0)
     column = tl.arange(0, logits.shape[1])[None, :]
@@ -60,7 +61,7 @@ def measure_tile(logits, labels, pair, inside, tau, train, partials, p: tl.const
     within = tl.where(column < p, scaled, 0.0)
     scale = square_root(tl.sum(within * within, axis=1)).to(tl.float64)
     _, total, _ = softmax_rows(scaled, column < p)
-    saturated = divide(tl.full([_BN], 1.0, total.dtype), total) > 0.999
+    saturated = divide(tl.full([logits.shape[0]], 1.0, total.dtype), total) > 0.999
     collapsed32, collapsed64, sum_is_one, zero, difference = audit_rows(logits, tau, labels, p)
 
     at, tiles = partials + tl.program_id(0), tl.num_programs(0)
@@ -101,7 +102,7 @@ def _metrics_kernel(partials, squares, metrics, metrics_row, n_train, n_pairs, T
 
 
 def evaluation_tiles(layout: Layout | TransformerLayout) -> int:
-    return -(-layout.p**2 // BN)
+    return -(-layout.p**2 // (BN_LOGITS if isinstance(layout, TransformerLayout) else BN))
 
 
 def evaluate(params: Tensor, tables: Tensor, train: Tensor, scalars: Tensor, partials: Tensor, squares: Tensor, metrics: Tensor,
@@ -122,7 +123,7 @@ def evaluate_logits(params: Tensor, logits: Tensor, train: Tensor, scalars: Tens
     """The same from the logits of all pairs, `logits (R, >= p*p, p_pad)`; `metrics (R, 12 + groups)`."""
     grid = (evaluation_tiles(layout), params.shape[0])
     _evaluate_logits_kernel[grid](logits, train, scalars, partials, logits.stride(0), train.stride(0), layout.p, layout.classes, layout.p_pad,
-                                  scalars.shape[1], power_of_two(layout.p_pad), loss, num_warps=8)
+                                  scalars.shape[1], power_of_two(layout.p_pad), BN_LOGITS, loss, num_warps=8)
     _sum_tiles(params, partials, squares, metrics, n_train, layout)
 
 

@@ -19,8 +19,7 @@ from .hidden import INV_SQRT_2
 from .layout import HEADS, TransformerLayout
 
 BN = 64            # pairs in a tile
-BL = 16            # pairs of a list taken at once; heads are padded to as many, the least that a dot takes
-BF = 128           # columns of a table row in one program
+BL = 16            # pairs of a list taken at once
 _BL, _HEADS, _LN_EPS, _INV_SQRT_2 = tl.constexpr(BL), tl.constexpr(HEADS), tl.constexpr(LN_EPS), tl.constexpr(INV_SQRT_2)
 
 
@@ -134,7 +133,14 @@ def _mix_kernel(scores, T, G, back, pairs, mixed, weights, inverses, out, rows, 
             tl.store(at, w[h][0])
             tl.store(at + _HEADS, w[h][1])
     column = tl.arange(0, QP)
-    acc = mixed_tile(T, residual, w, first, second, H + column, column < Q, p, F)               # (BN, QP)
+    out += run * out_run + slot[:, None] * Q
+    for start in range(0, Q, BK):       # block by block through memory: all columns at once, times two tokens and four heads, fill the registers
+        k = start + tl.arange(0, BK)
+        rest = mixed_tile(T, residual, w, first, second, H + k, k < Q, p, F)
+        tl.store(out + k[None, :], rest, mask=(slot[:, None] < rows) & (k[None, :] < Q))
+    tl.debug_barrier()
+    inside = (slot[:, None] < rows) & (column[None, :] < Q)
+    acc = tl.load(out + column[None, :], mask=inside, other=0.0)                                # (BN, QP)
     inverse = tl.full([BN], 1.0, acc.dtype)
     if NORMED:
         inverse = inverse_deviation(acc, d)
@@ -148,15 +154,15 @@ def _mix_kernel(scores, T, G, back, pairs, mixed, weights, inverses, out, rows, 
             x *= inverse[:, None]
         if TRAIN:
             tl.store(mixed + slot[:, None] * F + k[None, :], x)
-        h = x * (0.5 + 0.5 * tl.erf(x * _INV_SQRT_2))
+        hidden = x * (0.5 + 0.5 * tl.erf(x * _INV_SQRT_2))
         right = tl.load(back + run * (H * Q) + k[:, None] * Q + column[None, :], mask=column[None, :] < Q, other=0.0)
-        acc = dot(h, right, acc, PRECISION)
+        acc = dot(hidden, right, acc, PRECISION)
     if NORMED:
         inverse = inverse_deviation(acc, d)
         acc *= inverse[:, None]
         if TRAIN:
             tl.store(inverses + (2 * run + 1) * rows + slot, inverse)
-    tl.store(out + run * out_run + slot[:, None] * Q + column[None, :], acc, mask=(slot[:, None] < rows) & (column[None, :] < Q))
+    tl.store(out + column[None, :], acc, mask=inside)
 
 
 def mix(scores: Tensor, T: Tensor, G: Tensor, back: Tensor, pairs: Tensor | None, mixed: Tensor, weights: Tensor, inverses: Tensor, out: Tensor,
@@ -165,37 +171,51 @@ def mix(scores: Tensor, T: Tensor, G: Tensor, back: Tensor, pairs: Tensor | None
     `pairs (R, slots)` also `mixed (R, slots, F)`: x, and r with LayerNorm; `weights (R, slots, 2, heads)`; with LayerNorm
     `inverses (R, 2, slots)`. Without `pairs`: `out` of all p*p pairs, nothing else."""
     rows, Q = layout.p**2 if pairs is None else pairs.shape[1], back.shape[2]
-    grid = (-(-rows // BN), T.shape[0])
+    tile = BN * 4 // T.itemsize                 # float64 takes twice the registers
+    grid = (-(-rows // tile), T.shape[0])
     _mix_kernel[grid](scores, T, G, back, mixed if pairs is None else pairs, mixed, weights, inverses, out, rows,
-                      0 if pairs is None else pairs.stride(0), out.stride(0), layout.p, layout.d, layout.H, Q, power_of_two(Q), BN, BK,
-                      layout.normed, pairs is not None, arithmetic, num_warps=8)
+                      0 if pairs is None else pairs.stride(0), out.stride(0), layout.p, layout.d, layout.H, Q, power_of_two(Q), tile, BK,
+                      layout.normed, pairs is not None, arithmetic, num_warps=8, num_stages=1)
 
 
 @triton.jit
-def _mix_backward_kernel(mixed, T, weights, lists, dT, dweights, n_slots, lists_run, L, p: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
-                         PRECISION: tl.constexpr):
+def head_row(T, head: tl.constexpr, row, column, p: tl.constexpr, F: tl.constexpr):
+    """One head's table row at `column`, (1, columns)."""
+    return tl.load(T + (head * (2 * p + 1) + row) * F + column, mask=column < F, other=0.0)[None, :]
+
+
+@triton.jit
+def _mix_backward_kernel(mixed, T, weights, lists, dT, dweights, n_slots, lists_run, L, p: tl.constexpr, F: tl.constexpr, BF: tl.constexpr):
     """A program: one run, one table row of every head, BF columns. Owns these of dT; of dw it leaves what its columns bring."""
     run = tl.program_id(1).to(tl.int64)
     row, block = tl.program_id(0) % (2 * p), tl.program_id(0) // (2 * p)
-    side = row // p
-    column = block * BF + tl.arange(0, BF)[None, :]
-    head = tl.arange(0, _BL)
-    of_head = (head[:, None] * (2 * p + 1) + row) * F + column
-    rows = tl.load(T + run * (_HEADS * (2 * p + 1) * F) + of_head, mask=(head[:, None] < _HEADS) & (column < F), other=0.0)    # (BL, BF)
-    weights += run * n_slots * (2 * _HEADS) + side * _HEADS
-    dweights += (run * tl.cdiv(F, BF) + block) * n_slots * (2 * _HEADS) + side * _HEADS
-    acc = tl.zeros([_BL, BF], mixed.dtype.element_ty)
+    column = block * BF + tl.arange(0, BF)
+    T += run * (_HEADS * (2 * p + 1) * F)
+    rows = (head_row(T, 0, row, column, p, F), head_row(T, 1, row, column, p, F), head_row(T, 2, row, column, p, F),
+            head_row(T, 3, row, column, p, F))
+    weights += run * n_slots * (2 * _HEADS) + row // p * _HEADS
+    dweights += (run * tl.cdiv(F, BF) + block) * n_slots * (2 * _HEADS) + row // p * _HEADS
+    acc0 = tl.zeros([_BL, BF], mixed.dtype.element_ty)
+    acc1 = tl.zeros([_BL, BF], mixed.dtype.element_ty)
+    acc2 = tl.zeros([_BL, BF], mixed.dtype.element_ty)
+    acc3 = tl.zeros([_BL, BF], mixed.dtype.element_ty)
+    plain = tl.zeros([_BL, BF], mixed.dtype.element_ty)
     for start in range(0, L, _BL):
-        slot = tl.load(lists + run * lists_run + row * L + start + tl.arange(0, _BL))[:, None]
+        slot = tl.load(lists + run * lists_run + row * L + start + tl.arange(0, _BL))
         live = slot >= 0
-        of_pair = slot * (2 * _HEADS) + head[None, :]
-        dm = tl.load(mixed + run * n_slots * F + slot * F + column, mask=live & (column < F), other=0.0)       # (BL, BF)
-        w = tl.load(weights + of_pair, mask=live & (head[None, :] < _HEADS), other=0.0)                        # (BL, heads)
-        w = tl.where(head[None, :] == _HEADS, 1.0, w)
-        acc = dot(tl.trans(w), dm, acc, PRECISION)
-        dw = dot(dm, tl.trans(rows), tl.zeros([_BL, _BL], dm.dtype), PRECISION)
-        tl.store(dweights + of_pair, dw, mask=live & (head[None, :] < _HEADS))
-    tl.store(dT + run * ((_HEADS + 1) * (2 * p + 1) * F) + of_head, acc, mask=(head[:, None] <= _HEADS) & (column < F))
+        dm = tl.load(mixed + run * n_slots * F + slot[:, None] * F + column[None, :], mask=live[:, None] & (column[None, :] < F), other=0.0)
+        at = weights + slot * (2 * _HEADS)
+        acc0 += tl.load(at, mask=live, other=0.0)[:, None] * dm
+        acc1 += tl.load(at + 1, mask=live, other=0.0)[:, None] * dm
+        acc2 += tl.load(at + 2, mask=live, other=0.0)[:, None] * dm
+        acc3 += tl.load(at + 3, mask=live, other=0.0)[:, None] * dm
+        plain += dm
+        for h in tl.static_range(_HEADS):
+            tl.store(dweights + slot * (2 * _HEADS) + h, tl.sum(dm * rows[h], axis=1), mask=live)
+    dT += run * ((_HEADS + 1) * (2 * p + 1) * F) + row * F + column
+    sums = (acc0, acc1, acc2, acc3, plain)
+    for h in tl.static_range(_HEADS + 1):
+        tl.store(dT + h * (2 * p + 1) * F, tl.sum(sums[h], axis=0), mask=column < F)
 
 
 @triton.jit
@@ -204,15 +224,16 @@ def _mix_sums_kernel(weights, dweights, lists, dscores, dT, dG, n_slots, lists_r
     """A program: one run; a table row's gradient of its scores, or BF columns of that of `base`, written where each reader looks for it."""
     run = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0)
+    weights += run * n_slots * (2 * _HEADS)
+    dweights += run * tl.cdiv(F, BF) * n_slots * (2 * _HEADS)
+    dT += run * ((_HEADS + 1) * (2 * p + 1) * F)
     if row < 2 * p:
-        head = tl.arange(0, _HEADS)[None, :]
-        weights += run * n_slots * (2 * _HEADS) + head
-        dweights += run * tl.cdiv(F, BF) * n_slots * (2 * _HEADS) + head
+        head = tl.arange(0, _HEADS)
         total = tl.zeros([_HEADS], weights.dtype.element_ty)
         for start in range(0, L, _BL):
             slot = tl.load(lists + run * lists_run + row * L + start + tl.arange(0, _BL))[:, None]
             live = slot >= 0
-            at = slot * (2 * _HEADS)
+            at = slot * (2 * _HEADS) + head[None, :]
             first, second = tl.load(weights + at, mask=live, other=0.0), tl.load(weights + at + _HEADS, mask=live, other=0.0)
             dfirst, dsecond = tl.zeros_like(first), tl.zeros_like(second)
             for _ in range(0, F, BF):
@@ -221,33 +242,31 @@ def _mix_sums_kernel(weights, dweights, lists, dscores, dT, dG, n_slots, lists_r
                 at += n_slots * (2 * _HEADS)
             mean = first * dfirst + second * dsecond
             total += tl.sum(tl.where(row < p, first * (dfirst - mean), second * (dsecond - mean)), axis=0)
-        tl.store(dscores + run * (2 * p * _HEADS) + row * _HEADS + tl.arange(0, _HEADS), total)
+        tl.store(dscores + run * (2 * p * _HEADS) + row * _HEADS + head, total)
     else:
         column = (row - 2 * p) * BF + tl.arange(0, BF)
         inside = column < F
-        dT += run * ((_HEADS + 1) * (2 * p + 1) * F)
-        total = tl.zeros([BF], dT.dtype.element_ty)
+        sums = tl.zeros([BF], dT.dtype.element_ty)
         for start in range(0, p, _BL):
             a = start + tl.arange(0, _BL)[:, None]
-            sums = dT + (_HEADS * (2 * p + 1) + a) * F + column[None, :]
-            total += tl.sum(tl.load(sums, mask=(a < p) & inside[None, :], other=0.0), axis=0)
+            of_rows = dT + (_HEADS * (2 * p + 1) + a) * F + column[None, :]
+            sums += tl.sum(tl.load(of_rows, mask=(a < p) & inside[None, :], other=0.0), axis=0)
         for h in tl.static_range(_HEADS):
-            tl.store(dT + (h * (2 * p + 1) + 2 * p) * F + column, total, mask=inside)
-        tl.store(dG + run * ((d + 1) * F) + d * F + column, total, mask=inside)
+            tl.store(dT + (h * (2 * p + 1) + 2 * p) * F + column, sums, mask=inside)
+        tl.store(dG + run * ((d + 1) * F) + d * F + column, sums, mask=inside)
 
 
-def column_blocks(F: int) -> int:
-    return -(-F // BF)
+def column_block(itemsize: int) -> int:
+    """Columns of a table row in one program."""
+    return 512 // itemsize
 
 
 def mix_backward(mixed: Tensor, T: Tensor, weights: Tensor, lists: Tensor, dT: Tensor, dweights: Tensor, dscores: Tensor, dG: Tensor,
-                 layout: TransformerLayout, arithmetic: str) -> None:
+                 layout: TransformerLayout) -> None:
     """`mixed (R, slots, F)`, now dm, `lists (R, 2p, L)` -> `dT (R, heads+1, 2p+1, F)`, `dscores (R, 2p, heads)`, the last row of
     `dG (R, d+1, F)`. The last row of dT's heads and that of dG are the gradient of `base`; the last head is scratch, as is
     `dweights (R, blocks, slots, 2, heads)`."""
-    (runs, n_slots, F), p = mixed.shape, layout.p
-    order = lists, lists.stride(0), lists.shape[2]
-    _mix_backward_kernel[(2 * p * column_blocks(F), runs)](mixed, T, weights, order[0], dT, dweights, n_slots, *order[1:], p, F, BF, arithmetic,
-                                                           num_warps=4)
-    _mix_sums_kernel[(2 * p + column_blocks(F), runs)](weights, dweights, order[0], dscores, dT, dG, n_slots, *order[1:], p, layout.d, F, BF,
-                                                       num_warps=4)
+    (runs, n_slots, F), p, BF, blocks = mixed.shape, layout.p, column_block(mixed.itemsize), dweights.shape[1]
+    size = n_slots, lists.stride(0), lists.shape[2]
+    _mix_backward_kernel[(2 * p * blocks, runs)](mixed, T, weights, lists, dT, dweights, *size, p, F, BF, num_warps=4)
+    _mix_sums_kernel[(2 * p + blocks, runs)](weights, dweights, lists, dscores, dT, dG, *size, p, layout.d, F, BF, num_warps=4)

@@ -19,7 +19,7 @@ from .evaluation import N_PARTIAL, evaluate_logits, evaluation_tiles
 from .layout import HEADS, TransformerLayout
 from .loss import logit_gradient
 from .matmul import matmul
-from .mixing import column_blocks, mix, mix_backward, order_of, slots_for, views_of
+from .mixing import column_block, mix, mix_backward, order_of, slots_for, views_of
 from .transformer import gelu_backward, norm_backward, residual_backward, unit_block
 
 __all__ = ["Workspace", "evaluate_all", "order_of", "slot_count", "step", "workspace_shapes"]
@@ -67,11 +67,12 @@ def workspace_shapes(layout: TransformerLayout, n_slots: int, itemsize: int) -> 
     p, d, H, p_pad, normed = layout[:5]
     rows, t = max(n_slots, p * p), 2 * p + 1
     Q = d if normed else p_pad
-    F, only = H + Q, int(normed)                    # of LayerNorm only
+    F, only = H + Q, int(normed)                    # `only`: 0 without LayerNorm
+    units, columns = H // unit_block(H, itemsize), -(-F // column_block(itemsize))
     return ((t, d), (d + 1, d), (1, d), (d, HEADS), (t, HEADS), (t, d), (d + 1, F), (HEADS, t, F), (H, Q),
             (n_slots, F), (n_slots, 2, HEADS), (2 * only, n_slots), (rows * only, d), (rows, p_pad), (n_slots * only, d),
-            (H // unit_block(H, itemsize) * only, n_slots), (column_blocks(F), n_slots, 2, HEADS), (HEADS + 1, t, F), (2 * p, HEADS), (d + 1, F),
-            (d + 1, d), (H, Q), (t, d), (t, d), (d, HEADS), (1, d), (layout.n_params,), (len(layout.groups), adamw.partial_blocks(layout)),
+            (units * only, n_slots), (columns, n_slots, 2, HEADS), (HEADS + 1, t, F), (2 * p, HEADS), (d + 1, F), (d + 1, d), (H, Q),
+            (t, d), (t, d), (d, HEADS), (1, d), (layout.n_params,), (len(layout.groups), adamw.partial_blocks(layout)),
             (N_PARTIAL, evaluation_tiles(layout)))
 
 
@@ -136,7 +137,7 @@ def gradient(params: Tensor, order: Tensor, scalars: Tensor, w: Workspace, n_tra
         dz = w.mixed[:, :, H:]
         logit_gradient(w.logits, pairs, scalars, dz, n_train, layout, loss)
         gelu_backward(w.mixed, dz, w.back, w.dback, w.inverses, w.dots, layout, arithmetic)
-    mix_backward(w.mixed, w.T, w.weights, lists, w.dT, w.dweights, w.dscores, w.dG, layout, arithmetic)
+    mix_backward(w.mixed, w.T, w.weights, lists, w.dT, w.dweights, w.dscores, w.dG, layout)
     dT = w.dT[:, :HEADS]
     matmul(by_head(w.V).mT, dT, heads_of(w.dG), arithmetic)
     matmul(dT, heads_of(w.G).mT, by_head(w.dV), arithmetic)

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from kernels.cuda import CudaKernels
-from kernels.layout import mlp_layout
+from kernels.layout import model_layout
 
 MODULI = (43, 59, 67, 97, 113)
 MODES = ((torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float64, "ieee"))
@@ -49,9 +49,9 @@ class Build(NamedTuple):
     asm: dict[str, str]
 
 
-def recorded_launches(p: int, dtype: torch.dtype, arithmetic: str, loss: str) -> list[tuple[JITFunction, tuple, dict]]:
+def recorded_launches(p: int, dtype: torch.dtype, arithmetic: str, loss: str, model: str = "mlp") -> list[tuple[JITFunction, tuple, dict]]:
     """`(kernel, arguments, options)` of every launch of one step and its evaluation, at the experiments' d and H. Nothing runs."""
-    layout, n = mlp_layout(p, dtype=dtype), int(0.4 * p * p)
+    layout, n = model_layout(model, p, dtype), int(0.4 * p * p)
     pairs = torch.randperm(p * p, generator=torch.Generator().manual_seed(1000))[None, :n]
     rows = [torch.zeros(1, layout.n_params, dtype=dtype) for _ in range(3)]
     engine = CudaKernels(layout, loss, dtype, arithmetic, *rows, pairs // p, pairs % p, torch.zeros(1, p * p))
@@ -61,7 +61,7 @@ def recorded_launches(p: int, dtype: torch.dtype, arithmetic: str, loss: str) ->
         launches.append((kernel, args, options))
 
     with mock.patch.object(JITFunction, "run", record):
-        engine.interval(torch.ones(1, 1, 8, dtype=torch.float64))
+        engine.interval(torch.ones(1, 1, engine.scalars, dtype=torch.float64))
     return launches
 
 
@@ -69,7 +69,7 @@ def compile_launch(kernel: JITFunction, args: tuple, options: dict) -> object:
     """The compiled kernel, from the types, the alignment and the constants of a launch."""
     signature, constants, attributes = {}, {}, {}
     for i, (param, value) in enumerate(zip(kernel.params, args, strict=True)):
-        if param.is_constexpr:
+        if param.is_constexpr or (isinstance(value, int) and value == 1):
             signature[param.name], constants[(i,)] = "constexpr", value
             continue
         signature[param.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
@@ -89,9 +89,18 @@ def assembled(cubin: bytes) -> tuple[dict[str, int], list[str]]:
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage)}, opcodes
 
 
-def build(p: int, dtype: torch.dtype, arithmetic: str, loss: str) -> list[Build]:
-    """Every kernel of a step and its evaluation, compiled afresh; for MSE only the two that differ."""
-    launches = {launch[0].fn.__name__.strip("_"): launch for launch in recorded_launches(p, dtype, arithmetic, loss)}
+def build(p: int, dtype: torch.dtype, arithmetic: str, loss: str, model: str = "mlp") -> list[Build]:
+    """Every kernel of a step and its evaluation, compiled afresh; for MSE only the two that differ. One that is launched with several sets of
+    constants is as many kernels; the product of matrices has a kernel for each kind of operands, named by the first that it multiplies."""
+    launches, kinds = {}, set()
+    for launch in recorded_launches(p, dtype, arithmetic, loss, model):
+        name, args = launch[0].fn.__name__.strip("_"), launch[1]
+        kind = name, *(value if param.is_constexpr or value == 1 else value % 16 == 0 for param, value in zip(launch[0].params, args, strict=True)
+                       if not isinstance(value, torch.Tensor))
+        if kind not in kinds:
+            name = f"matmul_{args[3]}x{args[4]}x{args[5]}" if name == "matmul_kernel" else name
+            launches[name if name not in launches else f"{name}_again"] = launch
+            kinds.add(kind)
     builds = []
     for name, (kernel, args, options) in launches.items():
         if loss == "mse" and "LOSS" not in [param.name for param in kernel.params]:
