@@ -74,13 +74,13 @@ def load_squares(partials, BLOCKS: tl.constexpr, BB: tl.constexpr):
 
 @triton.jit
 def _adamw_kernel(params, moment1, moment2, gradient, scalars, partials, ENDS: tl.constexpr, SIZE: tl.constexpr, ROW: tl.constexpr,
-                  BLOCK: tl.constexpr, DECAY_LAST: tl.constexpr):
+                  SCALARS: tl.constexpr, BLOCK: tl.constexpr, DECAY_LAST: tl.constexpr):
     """A program: one run, BLOCK elements. The row's tail past SIZE is left alone."""
     WEIGHTS: tl.constexpr = ENDS[len(ENDS) - 1]
     run = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = i < SIZE
-    scalars += run * (5 + len(ENDS))
+    scalars += run * SCALARS
     decay, step_size, bias2_sqrt = tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 3)
     at = run * ROW + i
     g = tl.load(gradient + at, mask=live, other=0.0)
@@ -117,11 +117,11 @@ def held_ratio(target, square):
 
 
 @triton.jit
-def _project_kernel(params, scalars, partials, ENDS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-                    BB: tl.constexpr):
+def _project_kernel(params, scalars, partials, ENDS: tl.constexpr, ROW: tl.constexpr, SCALARS: tl.constexpr, BLOCK: tl.constexpr,
+                    BLOCKS: tl.constexpr, BB: tl.constexpr):
     run = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    targets = scalars + run * (5 + len(ENDS)) + 4
+    targets = scalars + run * SCALARS + 4
     most = tl.load(targets)
     for g in tl.static_range(len(ENDS)):
         most = tl.maximum(most, tl.load(targets + 1 + g))
@@ -148,12 +148,12 @@ def partial_blocks(layout: Layout | TransformerLayout) -> int:
 
 def adamw_project(params: Tensor, moment1: Tensor, moment2: Tensor, gradient: Tensor, scalars: Tensor, partials: Tensor,
                   layout: Layout | TransformerLayout, decay_last: bool = False) -> None:
-    """One update in place on the rows `(R, n_params)`; `scalars (R, 5 + groups)`. `partials (R, groups, blocks)` float64 is scratch."""
+    """One update in place on the rows `(R, n_params)`; `scalars (R, >= 5 + groups)`. `partials (R, groups, blocks)` float64 is scratch."""
     blocks, ends, row = partial_blocks(layout), group_ends(layout), layout.n_params
     grid = (blocks, params.shape[0])
-    _adamw_kernel[grid](params, moment1, moment2, gradient, scalars, partials, ends, sum(layout.sizes), row, BLOCK, decay_last,
+    _adamw_kernel[grid](params, moment1, moment2, gradient, scalars, partials, ends, sum(layout.sizes), row, scalars.shape[1], BLOCK, decay_last,
                         num_warps=4)
-    _project_kernel[grid](params, scalars, partials, ends, row, BLOCK, blocks, power_of_two(blocks), num_warps=4)
+    _project_kernel[grid](params, scalars, partials, ends, row, scalars.shape[1], BLOCK, blocks, power_of_two(blocks), num_warps=4)
 
 
 def group_squares(params: Tensor, partials: Tensor, layout: Layout | TransformerLayout) -> None:

@@ -107,7 +107,8 @@ class CudaKernels:
         runs, steps = self.state.params.shape[0], scalars.shape[1]
         if scalars.shape != (runs, steps, self.scalars) or steps < 1:
             raise ValueError(f"scalars: expected ({runs}, k, {self.scalars}) with k >= 1, got {tuple(scalars.shape)}")
-        by_step = scalars.transpose(0, 1).to(self.dtype).contiguous()                   # (k, R, 5 + groups), rounded once
+        # (k, R, 8 or 16), rounded once; rows are padded for the same reason as in `aligned_rows`
+        by_step = torch.nn.functional.pad(scalars.transpose(0, 1).to(self.dtype), (0, -self.scalars % 8)).contiguous()
         if self.device.type != "cuda":
             self._launch(self.state, by_step, self.metrics, evaluated)
             return
