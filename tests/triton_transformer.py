@@ -54,9 +54,9 @@ def sizes(case: Case) -> tuple[int, int, int, int, int]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("M", "K", "N"), [(1, 32, 16), (11, 5, 4), (70, 20, 130)], ids=["one row", "ragged", "several tiles"])
 def test_matmul(M: int, K: int, N: int, dtype: torch.dtype) -> None:
-    """With heads side by side in the columns, a transposed operand, a scale and an addend."""
-    x, y, addend = draw(2, M, 3 * K, dtype=dtype), draw(2, 3, N, K, dtype=dtype, seed=2).mT, draw(2, 3, M, N, dtype=dtype, seed=3)
-    x = x.unflatten(2, (3, K)).transpose(1, 2)
+    """With heads side by side in the columns, a transposed operand beside which lies NaN, a scale and an addend."""
+    x, addend, y = draw(2, M, 3 * K, dtype=dtype), draw(2, 3, M, N, dtype=dtype, seed=3), torch.full((2, 3, N, K + 16), float("nan"), dtype=dtype)
+    x, y = x.unflatten(2, (3, K)).transpose(1, 2), y[..., :K].copy_(draw(2, 3, N, K, dtype=dtype, seed=2)).mT
     for add in (False, True):
         out = addend.to(DEVICE, copy=True) if add else nan(2, 3, M, N, dtype=dtype)
         matmul(x.to(DEVICE), y.to(DEVICE), out, "ieee", 0.3, add)
