@@ -5,9 +5,8 @@
     with LayerNorm     x = m[:, :H] / sigma(r),  out = LN(r + gelu(x) back)        r = m[:, H:], back = Wout C (H, Q = d)
     back again         dT_h[t] = sum of w_h(t) dm,  dw_h(t) = dm . T_h[t],  ds_h(t) = sum of w_h(t) (dw_h(t) - mean_h)
 
-sums over the pairs that share the token t. On a GPU the pairs of a run lie in ascending order, padded to tiles of 64 with -1; behind them,
-for each of the 2p table rows, the list of the pairs that share it. A table row belongs to one program, which walks its list in order, 16
-pairs at a time: no atomics, and no bit that depends on other runs. A fifth head of weight 1 there gives the plain sums of dm, the gradient
+sums over the pairs that share the token t. On a GPU a table row belongs to one program, which walks the list of its pairs (`pairs.py`) in order,
+16 at a time: no atomics, and no bit that depends on other runs. A fifth head of weight 1 there gives the plain sums of dm, the gradient
 of `base`. Traffic per run: the tables through the cache; x, later dm, written and read twice, 3.2 MB each time at p=59.
 """
 import torch
@@ -17,10 +16,9 @@ from .attention import LN_EPS
 from .dialect import BK, divide, dot, power_of_two, square_root, tl, triton
 from .hidden import INV_SQRT_2
 from .layout import HEADS, TransformerLayout
+from .pairs import LIST_ROWS, SLOT_ROWS
 
-BN = 64            # pairs in a tile
-BL = 16            # pairs of a list taken at once
-_BL, _HEADS, _LN_EPS, _INV_SQRT_2 = tl.constexpr(BL), tl.constexpr(HEADS), tl.constexpr(LN_EPS), tl.constexpr(INV_SQRT_2)
+_BL, _HEADS, _LN_EPS, _INV_SQRT_2 = tl.constexpr(LIST_ROWS), tl.constexpr(HEADS), tl.constexpr(LN_EPS), tl.constexpr(INV_SQRT_2)
 
 
 def attend_ref(scores: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -49,32 +47,6 @@ def mix_backward_ref(dmixed: Tensor, weights: Tensor, T: Tensor, a: Tensor, b: T
     ds_eq = -(1 - weights.sum(1)) * mean                                     # '=' has gradient 0 relative to itself
     zeros = ds.new_zeros(p, HEADS)
     return dT, torch.cat([zeros.index_add(0, a, ds[:, 0]), zeros.index_add(0, b, ds[:, 1]), ds_eq.sum(0)[None]])
-
-
-def order_of(a: Tensor, b: Tensor, p: int) -> Tensor:
-    """`a, b (R, n)` -> `(R, slots + 2 p L)` int32: the pairs `a p + b` in ascending order, and for every table row the slots of the pairs that
-    share it; -1 where there are none. L is that of the longest list, so a shorter one ends in tiles that add nothing."""
-    pairs = (a.cpu() * p + b.cpu()).sort(dim=1).values                          # (R, n)
-    runs, n = pairs.shape
-    slots = torch.full((runs, slots_for(n)), -1)
-    slots[:, :n] = pairs
-    tokens = torch.stack([pairs // p, pairs % p], 1)                            # (R, 2, n)
-    counts = torch.zeros(runs, 2, p, dtype=torch.int64).scatter_add(2, tokens, torch.ones_like(tokens))
-    length = -(-int(counts.max()) // BL) * BL
-    grouped, slot = tokens.sort(dim=2, stable=True)
-    place = torch.arange(n) - (counts.cumsum(2) - counts).gather(2, grouped)    # in its list
-    lists = torch.full((runs, 2, p * length), -1).scatter(2, grouped * length + place, slot)
-    return torch.cat([slots, lists.flatten(1)], 1).to(torch.int32)
-
-
-def slots_for(n: int) -> int:
-    """Slots of a run with `n` pairs."""
-    return -(-n // BN) * BN
-
-
-def views_of(order: Tensor, n_slots: int, p: int) -> tuple[Tensor, Tensor]:
-    """Of `order_of`: the pairs `(R, slots)`, and the lists `(R, 2p, L)`."""
-    return order[:, :n_slots], order[:, n_slots:].unflatten(1, (2 * p, -1))
 
 
 @triton.jit
@@ -171,7 +143,7 @@ def mix(scores: Tensor, T: Tensor, G: Tensor, back: Tensor, pairs: Tensor | None
     `pairs (R, slots)` also `mixed (R, slots, F)`: x, and r with LayerNorm; `weights (R, slots, 2, heads)`; with LayerNorm
     `inverses (R, 2, slots)`. Without `pairs`: `out` of all p*p pairs, nothing else."""
     rows, Q = layout.p**2 if pairs is None else pairs.shape[1], back.shape[2]
-    tile = BN * 4 // T.itemsize                 # float64 takes twice the registers
+    tile = SLOT_ROWS * 4 // T.itemsize                 # float64 takes twice the registers
     grid = (-(-rows // tile), T.shape[0])
     _mix_kernel[grid](scores, T, G, back, mixed if pairs is None else pairs, mixed, weights, inverses, out, rows,
                       0 if pairs is None else pairs.stride(0), out.stride(0), layout.p, layout.d, layout.H, Q, power_of_two(Q), tile, BK,

@@ -19,7 +19,8 @@ from .evaluation import N_PARTIAL, evaluate_logits, evaluation_tiles
 from .layout import HEADS, TransformerLayout
 from .loss import logit_gradient
 from .matmul import matmul
-from .mixing import column_block, mix, mix_backward, order_of, slots_for, views_of
+from .mixing import column_block, mix, mix_backward
+from .pairs import order_of, slots_for, views_of
 from .transformer import gelu_backward, norm_backward, residual_backward, unit_block
 
 __all__ = ["Workspace", "evaluate_all", "order_of", "slot_count", "step", "workspace_shapes"]

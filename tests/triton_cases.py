@@ -7,8 +7,7 @@ from torch import Tensor
 
 from kernels.adamw import scalar_names
 from kernels.layout import Layout, TransformerLayout, mlp_layout, transformer_layout
-from kernels.mixing import order_of
-from kernels.pairs import slots_of
+from kernels.pairs import order_of, slots_of
 
 ON_GPU = os.environ.get("GROKKING_TEST_GPU") == "1"
 DEVICE = "cuda" if ON_GPU else "cpu"

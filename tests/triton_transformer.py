@@ -10,22 +10,18 @@ import torch
 from tolerance import assert_accurate
 from torch import Tensor
 from triton_cases import DEVICE, Case, draw, make_transformer_case, nan
-from triton_steps import assert_agrees, assert_bits_depend_on_nothing_else, assert_the_trainer_agrees, engine, schedule, small
 
-import common
 import kernels.step
 from kernels import attention, mixing, transformer
 from kernels.adamw import adamw_project, adamw_project_ref, group_norms_ref, partial_blocks
-from kernels.cuda import chunk_runs, state_bytes_per_run, workspace_bytes_per_run
 from kernels.evaluation import N_PARTIAL, evaluate_logits, evaluation_tiles
 from kernels.hidden import gelu_ref
-from kernels.layout import HEADS, transformer_layout
+from kernels.layout import HEADS
 from kernels.loss import logit_gradient, loss_gradient_ref
 from kernels.matmul import matmul
-from kernels.step import evaluate_ref, gradient_ref, metric_names
-from kernels.transformer_launches import gradient
+from kernels.pairs import order_of, slots_for, views_of
+from kernels.step import evaluate_ref, metric_names
 
-__all__ = ["small"]
 Outputs = dict[str, Tensor]     # name -> (R, ...)
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float64, id="float64")]
 LAYER_NORM = pytest.mark.parametrize("model", ["transformer", "transformer_ln"])
@@ -111,7 +107,7 @@ def mix_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def order_views(case: Case) -> tuple[Tensor, Tensor]:
-    return mixing.views_of(case.slots.to(DEVICE), mixing.slots_for(case.n), case.layout.p)
+    return views_of(case.slots.to(DEVICE), slots_for(case.n), case.layout.p)
 
 
 def run_mix(case: Case) -> Outputs:
@@ -165,7 +161,7 @@ def ref_mix_backward(case: Case, r: int) -> list[Tensor]:
 
 def gelu_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, _, H, Q, F = sizes(case)
-    slots = mixing.slots_for(case.n)
+    slots = slots_for(case.n)
     dout = of(case, slots, Q, seed=2)
     dout[:, case.n:] = 0
     return of(case, slots, F, seed=1), dout, of(case, H, Q, seed=3), of(case, 2, slots, seed=4).abs()
@@ -189,7 +185,7 @@ def ref_gelu_backward(case: Case, r: int) -> list[Tensor]:
 
 
 def norm_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (_, d, _, _, F), slots = sizes(case), mixing.slots_for(case.n)
+    (_, d, _, _, F), slots = sizes(case), slots_for(case.n)
     return (of(case, slots, d, seed=1), of(case, slots, d, seed=2), of(case, 2, slots, seed=3).abs(), of(case, 2, slots, seed=4),
             of(case, slots, F, seed=5))
 
@@ -233,7 +229,7 @@ def test_layer_norm_backward_agrees_with_definition(dtype: torch.dtype) -> None:
 
 def test_the_order_lists_every_pair_under_both_its_tokens() -> None:
     p, pairs = 7, torch.stack([torch.randperm(49, generator=torch.Generator().manual_seed(seed))[:23] for seed in (1, 2)])
-    found, lists = mixing.views_of(mixing.order_of(pairs // p, pairs % p, p), mixing.slots_for(23), p)
+    found, lists = views_of(order_of(pairs // p, pairs % p, p), slots_for(23), p)
     assert lists.shape[1:] == (2 * p, 16)
     for r in range(2):
         assert found[r, :23].tolist() == sorted(pairs[r].tolist()) and (found[r, 23:] < 0).all()
@@ -309,64 +305,3 @@ def test_audit_counts_what_the_definition_counts(model: str, dtype: torch.dtype,
         assert metrics[0, names.index(name)] == pytest.approx(float(wanted[names.index(name)]), abs=1e-15), name
         assert 0 < wanted[names.index(name)] < 1, name
     assert torch.allclose(metrics[0].cpu(), wanted, rtol=1e-6, atol=1e-7)     # losses, scale and norms, which have tests of their own
-
-
-@pytest.mark.parametrize(("model", "loss", "tau", "targets", "decay_last", "dtype"), [
-    ("transformer", "ce", 1.0, (), False, torch.float32), ("transformer", "mse", 0.5, (20.0,), False, torch.float64),
-    ("transformer", "ce", 1.7, (0, 0, 0, 0, 4.0), False, torch.float32), ("transformer_ln", "ce", 1.7, (20.0,), False, torch.float64),
-    ("transformer_ln", "mse", 0.5, (), False, torch.float32), ("transformer_ln", "ce", 1.0, (0, 2.0), True, torch.float32),
-    ("transformer_b", "ce", 1.7, (), True, torch.float32), ("transformer_b", "mse", 1.0, (0, 0, 3.0), False, torch.float64)])
-def test_one_step(model: str, loss: str, tau: float, targets: tuple[float, ...], decay_last: bool, dtype: torch.dtype) -> None:
-    """A step and an evaluation; run 0 holds its total norm or one group's, run 1 is free."""
-    case = make_transformer_case(model, dtype=dtype, loss=loss, tau=tau)
-    made = assert_agrees(case, schedule(case, 1, targets=targets), decay_last)
-    norms = made.metrics[0, metric_names(case.layout.groups).index("norm"):].tolist()
-    for target, norm in zip(targets, norms, strict=False):
-        assert not target or abs(norm - target) <= 2 * torch.finfo(dtype).eps * target
-
-
-@pytest.mark.parametrize(("model", "dtype", "arithmetic"), [("transformer", torch.float32, "ieee"), ("transformer_ln", torch.float32, "tf32x3")])
-def test_bits_depend_on_nothing_else(model: str, dtype: torch.dtype, arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_transformer_case(model, 3, dtype=dtype)
-    assert_bits_depend_on_nothing_else(case, schedule(case, 2, targets=(9.0,)), arithmetic, monkeypatch)
-
-
-@LAYER_NORM
-def test_gradient_at_the_experiments_widths(model: str) -> None:
-    case = make_transformer_case(model, 13, runs=1, d=128, H=512, scale=1.0, tau=1.3)
-    made, scalars = engine(case), case.scalars.to(DEVICE)
-    gradient(made.state.params, made.state.slots, scalars, made.workspace, case.n, case.layout, "ce", "ieee")
-    plain, exact = (gradient_ref(case.params[0].to(t), case.a[0], case.b[0], scalars[0, 0].cpu().to(t), case.layout, "ce")
-                    for t in (torch.float32, torch.float64))
-    for name, mine, theirs, true in zip(("E", "pos", "Wq", "Wk", "Wv", "Wo", "Win", "Wout", "U"), case.layout.views(made.workspace.gradient[0].cpu()),
-                                        case.layout.views(plain), case.layout.views(exact), strict=True):
-        assert_accurate(name, mine, theirs, true)
-
-
-@pytest.mark.parametrize("model", ["transformer", "transformer_ln"])
-def test_workspace_is_counted_and_bounded(model: str) -> None:
-    case = make_transformer_case(model)
-    made = engine(case)
-    per_run = workspace_bytes_per_run(case.layout, mixing.slots_for(case.n), torch.float32)
-    assert sum(tensor.nbytes for tensor in made.workspace) == made.chunk * per_run
-    layout, slots = transformer_layout(59, model=model), mixing.slots_for(1392)
-    for runs in (160, 20_000):
-        assert chunk_runs(layout, slots, torch.float32, runs) * workspace_bytes_per_run(layout, slots, torch.float32) <= 1 << 30
-    assert chunk_runs(layout, slots, torch.float32, 160) >= 54       # a third of the paper's ensemble at once
-    assert 20_000 * (state_bytes_per_run(layout, torch.float32) + 4 * case.slots.shape[1] + 59**2) + (1 << 30) < 100e9
-
-
-def test_every_row_starts_aligned() -> None:
-    """A chunk that starts elsewhere must launch the kernels compiled for the first, for nothing may compile inside a capture."""
-    made = engine(make_transformer_case("transformer_ln", 7))
-    for tensor in (*made.state, made.metrics):
-        assert tensor[1:].data_ptr() % 16 == tensor.data_ptr() % 16 == 0
-
-
-def test_the_trainer_drives_the_kernels_as_it_drives_the_definition(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations every 2 steps, so that there are several. A group is held in one cell; the other starts later."""
-    monkeypatch.setattr(common, "EVAL_EVERY", 2)
-    monkeypatch.setattr(common, "LOG_EVERY", 4)
-    shape = dict(p=5, block=2, budget_steps=6, model="transformer", lr=5e-4)
-    cells = [common.Cell("a", members=(0,), arm="clamp", clamp_start=2, held=((0, 0, 0, 0, 2.0),), **shape), common.Cell("b", members=(1,), **shape)]
-    assert_the_trainer_agrees(cells, [0, 2])
