@@ -73,7 +73,7 @@ def load_squares(partials, BLOCKS: tl.constexpr, BB: tl.constexpr):
 
 
 @triton.jit
-def _adamw_kernel(params, moment1, moment2, gradient, scalars, partials, ENDS: tl.constexpr, SIZE: tl.constexpr, ROW: tl.constexpr,
+def _adamw_kernel(theta, moment1, moment2, gradient, scalars, partials, ENDS: tl.constexpr, SIZE: tl.constexpr, ROW: tl.constexpr,
                   SCALARS: tl.constexpr, BLOCK: tl.constexpr, DECAY_LAST: tl.constexpr):
     """A program: one run, BLOCK elements. The row's tail past SIZE is left alone."""
     WEIGHTS: tl.constexpr = ENDS[len(ENDS) - 1]
@@ -86,7 +86,7 @@ def _adamw_kernel(params, moment1, moment2, gradient, scalars, partials, ENDS: t
     g = tl.load(gradient + at, mask=live, other=0.0)
     m = tl.load(moment1 + at, mask=live, other=0.0)
     v = tl.load(moment2 + at, mask=live, other=0.0)
-    weights = tl.load(params + at, mask=live, other=0.0)
+    weights = tl.load(theta + at, mask=live, other=0.0)
     m += (1 - _BETA1) * (g - m)
     v = v * _BETA2 + (1 - _BETA2) * g * g
     update = divide(step_size * m, divide(square_root(v), bias2_sqrt) + _EPS)
@@ -97,15 +97,15 @@ def _adamw_kernel(params, moment1, moment2, gradient, scalars, partials, ENDS: t
         weights = tl.where(i < WEIGHTS, weights * decay, weights) - update
     tl.store(moment1 + at, m, mask=live)
     tl.store(moment2 + at, v, mask=live)
-    tl.store(params + at, weights, mask=live)
+    tl.store(theta + at, weights, mask=live)
     store_squares(weights, i, partials + run * len(ENDS) * tl.num_programs(0), ENDS)
 
 
 @triton.jit
-def _squares_kernel(params, partials, ENDS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr):
+def _squares_kernel(theta, partials, ENDS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr):
     run = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    weights = tl.load(params + run * ROW + i, mask=i < ENDS[len(ENDS) - 1], other=0.0)
+    weights = tl.load(theta + run * ROW + i, mask=i < ENDS[len(ENDS) - 1], other=0.0)
     store_squares(weights, i, partials + run * len(ENDS) * tl.num_programs(0), ENDS)
 
 
@@ -117,7 +117,7 @@ def held_ratio(target, square):
 
 
 @triton.jit
-def _project_kernel(params, scalars, partials, ENDS: tl.constexpr, ROW: tl.constexpr, SCALARS: tl.constexpr, BLOCK: tl.constexpr,
+def _project_kernel(theta, scalars, partials, ENDS: tl.constexpr, ROW: tl.constexpr, SCALARS: tl.constexpr, BLOCK: tl.constexpr,
                     BLOCKS: tl.constexpr, BB: tl.constexpr):
     run = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -133,7 +133,7 @@ def _project_kernel(params, scalars, partials, ENDS: tl.constexpr, ROW: tl.const
             of_group = load_squares(partials + g * BLOCKS, BLOCKS, BB)
             square += of_group
             ratio = tl.where(i < ENDS[g - 1], ratio, held_ratio(tl.load(targets + 1 + g), of_group))
-        at, live = params + run * ROW + i, i < ENDS[len(ENDS) - 1]
+        at, live = theta + run * ROW + i, i < ENDS[len(ENDS) - 1]
         tl.store(at, tl.load(at, mask=live, other=0.0) * (held_ratio(tl.load(targets), square) * ratio), mask=live)
 
 

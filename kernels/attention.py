@@ -105,43 +105,43 @@ def normalised_backward(dy, y, inverse, inside, d: tl.constexpr):
 
 
 @triton.jit
-def token_rows(params, row, column, p: tl.constexpr, d: tl.constexpr):
+def token_rows(theta, row, column, p: tl.constexpr, d: tl.constexpr):
     """Rows `row (rows, 1)` of X, the last being '='; 0 outside."""
     place = tl.where(row < p, 0, tl.where(row < 2 * p, 1, 2))
     token = tl.where(row == 2 * p, p, row - place * p)
     inside = (row <= 2 * p) & (column < d)
-    return tl.load(params + token * d + column, mask=inside, other=0.0) + tl.load(params + ((p + 1) + place) * d + column, mask=inside, other=0.0)
+    return tl.load(theta + token * d + column, mask=inside, other=0.0) + tl.load(theta + ((p + 1) + place) * d + column, mask=inside, other=0.0)
 
 
 @triton.jit
-def _before_kernel(params, D, O, back, O_run, O_row, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, DP: tl.constexpr,
+def _before_kernel(theta, D, O, back, O_run, O_row, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, DP: tl.constexpr,
                    NORMED: tl.constexpr):
     """A program: one run, BR rows of D, of O = [Wo; X_=], or, with LayerNorm, of back = Wout C."""
     run = tl.program_id(1).to(tl.int64)
-    params += run * ROW
+    theta += run * ROW
     column = tl.arange(0, DP)[None, :]
     inside = column < d
     D_tiles: tl.constexpr = (2 * p + _BR) // _BR
     O_tiles: tl.constexpr = (d + _BR) // _BR
     tile = tl.program_id(0)
-    last = token_rows(params, tl.full([1, 1], 2 * p, tl.int32), column, p, d)       # (1, DP) X_=
+    last = token_rows(theta, tl.full([1, 1], 2 * p, tl.int32), column, p, d)       # (1, DP) X_=
     if tile < D_tiles:
         row = tile * _BR + tl.arange(0, _BR)[:, None]
-        A = token_rows(params, row, column, p, d)
+        A = token_rows(theta, row, column, p, d)
         if NORMED:
             A, _ = normalised(A, inside, d)
             last, _ = normalised(last, inside, d)
         tl.store(D + run * ((2 * p + 1) * d) + row * d + column, tl.where(row < 2 * p, A - last, A), mask=inside & (row <= 2 * p))
     elif tile < D_tiles + O_tiles:
         row = (tile - D_tiles) * _BR + tl.arange(0, _BR)[:, None]
-        rows = tl.load(params + ((p + 4) * d + 3 * d * d) + row * d + column, mask=inside & (row < d), other=0.0)
+        rows = tl.load(theta + ((p + 4) * d + 3 * d * d) + row * d + column, mask=inside & (row < d), other=0.0)
         rows = tl.where(row < d, rows, last)
         if NORMED:
             rows -= tl.sum(rows, axis=1)[:, None] * (1 / d)
         tl.store(O + run * O_run + row * O_row + column, rows, mask=inside & (row <= d))
     else:
         row = (tile - D_tiles - O_tiles) * _BR + tl.arange(0, _BR)[:, None]
-        rows = tl.load(params + ((p + 4) * d + 4 * d * d + d * H) + row * d + column, mask=inside & (row < H), other=0.0)
+        rows = tl.load(theta + ((p + 4) * d + 4 * d * d + d * H) + row * d + column, mask=inside & (row < H), other=0.0)
         rows -= tl.sum(rows, axis=1)[:, None] * (1 / d)
         tl.store(back + run * (H * d) + row * d + column, rows, mask=inside & (row < H))
 
@@ -156,11 +156,11 @@ def before(params: Tensor, D: Tensor, O: Tensor, back: Tensor, layout: Transform
 
 
 @triton.jit
-def _behind_kernel(params, dD, dO, dG, gradient, dG_run, dG_row, p: tl.constexpr, d: tl.constexpr, ROW: tl.constexpr, DP: tl.constexpr,
+def _behind_kernel(theta, dD, dO, dG, gradient, dG_run, dG_row, p: tl.constexpr, d: tl.constexpr, ROW: tl.constexpr, DP: tl.constexpr,
                    NORMED: tl.constexpr):
     """A program: one run; the first dE and dpos, each other BR rows of dWo."""
     run = tl.program_id(1).to(tl.int64)
-    params, gradient = params + run * ROW, gradient + run * ROW
+    theta, gradient = theta + run * ROW, gradient + run * ROW
     dD, dO, dG = dD + run * ((2 * p + 1) * d), dO + run * ((d + 1) * d), dG + run * dG_run
     column = tl.arange(0, DP)[None, :]
     inside = column < d
@@ -170,18 +170,18 @@ def _behind_kernel(params, dD, dO, dG, gradient, dG_run, dG_row, p: tl.constexpr
                  mask=inside & (row < d))
     else:
         lane = tl.arange(0, _BR)[:, None]
-        first = tl.zeros([DP], params.dtype.element_ty)
-        second = tl.zeros([DP], params.dtype.element_ty)
-        all_rows = tl.zeros([DP], params.dtype.element_ty)
+        first = tl.zeros([DP], theta.dtype.element_ty)
+        second = tl.zeros([DP], theta.dtype.element_ty)
+        all_rows = tl.zeros([DP], theta.dtype.element_ty)
         for start in range(0, p, _BR):
             row = start + lane
             live = inside & (row < p)
             of_a, of_b = tl.load(dD + row * d + column, mask=live, other=0.0), tl.load(dD + (p + row) * d + column, mask=live, other=0.0)
             all_rows += tl.sum(of_a, axis=0) + tl.sum(of_b, axis=0)
             if NORMED:
-                y, inverse = normalised(token_rows(params, row, column, p, d), inside, d)
+                y, inverse = normalised(token_rows(theta, row, column, p, d), inside, d)
                 of_a = tl.where(live, normalised_backward(of_a, y, inverse, inside, d), 0.0)
-                y, inverse = normalised(token_rows(params, p + row, column, p, d), inside, d)
+                y, inverse = normalised(token_rows(theta, p + row, column, p, d), inside, d)
                 of_b = tl.where(live, normalised_backward(of_b, y, inverse, inside, d), 0.0)
             first += tl.sum(of_a, axis=0)
             second += tl.sum(of_b, axis=0)
@@ -189,7 +189,7 @@ def _behind_kernel(params, dD, dO, dG, gradient, dG_run, dG_row, p: tl.constexpr
         last = tl.full([1, 1], 2 * p, tl.int32)
         dx = tl.load(dD + last * d + column, mask=inside, other=0.0) - all_rows[None, :]        # (1, DP)
         if NORMED:
-            y, inverse = normalised(token_rows(params, last, column, p, d), inside, d)
+            y, inverse = normalised(token_rows(theta, last, column, p, d), inside, d)
             dx = normalised_backward(dx, y, inverse, inside, d)
         dx += output_rows(dO, dG, dG_row, tl.full([1, 1], d, tl.int32), column, d, NORMED)
         dpos = gradient + (p + 1) * d + column

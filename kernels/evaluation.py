@@ -21,14 +21,14 @@ _BN, _N_PARTIAL = tl.constexpr(BN), tl.constexpr(N_PARTIAL)
 
 
 @triton.jit
-def _evaluate_kernel(params, tables, train, scalars, partials, train_row, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr,
+def _evaluate_kernel(theta, tables, train, scalars, partials, train_row, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr,
                      ROW: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, LOSS: tl.constexpr, PRECISION: tl.constexpr):
     """A program: one run, BN consecutive pairs."""
     run = tl.program_id(1).to(tl.int64)
     pair = tl.program_id(0) * _BN + tl.arange(0, _BN)
     inside = pair < p * p
     a, b = tl.where(inside, pair // p, 0), tl.where(inside, pair % p, 0)
-    logits = logits_tile(params + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)    # (BN, P)
+    logits = logits_tile(theta + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)    # (BN, P)
     measure_tile(logits, (a + b) % p, pair, inside, tl.load(scalars + run * 8), train + run * train_row,
                  partials + run * (_N_PARTIAL * tl.num_programs(0)), p, LOSS)
 

@@ -132,7 +132,7 @@ def loss_gradient_rows(logits, labels, tau, n_train, p: tl.constexpr, LOSS: tl.c
 
 
 @triton.jit
-def _loss_gradient_kernel(params, tables, slots, scalars, dz, n_slots, n_train, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr,
+def _loss_gradient_kernel(theta, tables, slots, scalars, dz, n_slots, n_train, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr,
                           p_pad: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                           LOSS: tl.constexpr, PRECISION: tl.constexpr):
     """A program: one run, BN slots."""
@@ -142,7 +142,7 @@ def _loss_gradient_kernel(params, tables, slots, scalars, dz, n_slots, n_train, 
     pair = tl.load(slots + run * n_slots + slot, mask=slot < n_slots, other=-1)
     live = pair >= 0
     a, b = tl.where(live, pair // p, 0), tl.where(live, pair % p, 0)
-    logits = logits_tile(params + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)
+    logits = logits_tile(theta + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)
     ds = loss_gradient_rows(logits, (a + b) % p, tl.load(scalars + run * 8), n_train, p, LOSS)
     at = dz + run * n_slots * p_pad + slot[:, None] * p_pad + column
     tl.store(at, tl.where(live[:, None], ds, 0.0), mask=(slot[:, None] < n_slots) & (column < p_pad))
