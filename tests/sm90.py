@@ -19,8 +19,8 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from kernels.cuda import CudaKernels
@@ -28,7 +28,7 @@ from kernels.layout import model_layout
 
 MODULI = {"mlp": (43, 59, 67, 97, 113), "transformer": (59, 97), "transformer_ln": (59, 71), "transformer_b": (59,)}
 MODES = ((torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float64, "ieee"))
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.uint8: "*u8"}
+TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -68,28 +68,21 @@ def recorded_launches(p: int, dtype: torch.dtype, arithmetic: str, loss: str, mo
     return launches
 
 
-def kind(launch: tuple[JITFunction, tuple, dict]) -> tuple:
-    """What tells the compiled kernels of a source apart: constants, types, and which numbers and addresses are 1 or multiples of 16."""
+def bound(launch: tuple[JITFunction, tuple, dict]) -> tuple[dict, list, dict]:
+    """A launch's arguments by name, and what they specialise the kernel to: by Triton's own launcher, which has names of its own."""
     kernel, args, options = launch
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGET))(*args, **options)
 
-    def of(param: object, value: object) -> object:
-        if isinstance(value, torch.Tensor):
-            return value.dtype, value.data_ptr() % 16 == 0
-        return value if param.is_constexpr else (value == 1, value % 16 == 0)
-    return kernel.fn.__name__, *options.items(), *map(of, kernel.params, args)
+
+def kind(launch: tuple[JITFunction, tuple, dict]) -> str:
+    """What tells the compiled kernels of a source apart: constants, types, and which numbers and addresses are 1 or multiples of 16."""
+    return repr((launch[0].fn.__name__, *bound(launch)[1:]))
 
 
 def compile_launch(kernel: JITFunction, args: tuple, options: dict) -> object:
-    """The compiled kernel, from the types, the alignment and the constants of a launch."""
-    signature, constants, attributes = {}, {}, {}
-    for i, (param, value) in enumerate(zip(kernel.params, args, strict=True)):
-        if param.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[param.name], constants[(i,)] = "constexpr", value
-            continue
-        signature[param.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-        if (value.data_ptr() if isinstance(value, torch.Tensor) else value) % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", 90, 32), options=options)
+    """The compiled kernel of a launch."""
+    packed, signature, constants, attributes = kernel._pack_args(make_backend(TARGET), options, *bound((kernel, args, options)))
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=packed.__dict__)
 
 
 def assembled(cubin: bytes) -> tuple[dict[str, int], list[str]]:
