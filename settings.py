@@ -77,11 +77,7 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
     model = given.get("model", "mlp")
-    if device == "cuda" and model != "mlp":
-        raise UsageError(f"--model {model} has no CUDA kernels yet; use --device cpu")
-    if device == "auto" and model != "mlp":
-        device = "cpu"
-    elif device == "auto":
+    if device == "auto":
         device = "cuda" if torch.cuda.is_available() and given.get("backend", "auto") in ("auto", "triton") else "cpu"
     if (given.get("backend") == "triton") != (device == "cuda") and given.get("backend", "auto") != "auto":
         raise UsageError(f"--backend {given['backend']} does not run on --device {device}; triton needs cuda, compiled and eager need cpu")

@@ -25,10 +25,17 @@ STAGES = {      # name -> command; {out} and {released} are filled in
     "tests": [PYTHON, "-m", "pytest", "-q", "-rs", "tests/test_triton.py", "tests/test_triton_compile.py"],
     "measurements": [PYTHON, "bench/gpu_measurements.py", "--out", "{out}"],
     "bench": [PYTHON, "bench/bench_step.py", "--p", "59", "97", "--runs", "160", "--out", "{out}"],
+    **{f"bench_{model}": [PYTHON, "bench/bench_step.py", "--model", model, "--p", "59", "--runs", "160", "--out", "{out}_" + model]
+       for model in ("transformer", "transformer_ln")},
     "bench_sweep": [PYTHON, "bench/bench_step.py", "--sweep", "--out", "{out}"],
     "replay_ieee": [PYTHON, "exp_replay.py", "{released}", "--match", *REPLAYED, "--arithmetic", "ieee", "--out", "results/replay/ieee"],
     "replay_tf32x3": [PYTHON, "exp_replay.py", "{released}", "--match", *REPLAYED, "--arithmetic", "tf32x3", "--out", "results/replay/tf32x3"],
     "dense_sweep": [PYTHON, "exp_delay_law.py", "--preset", "paper", "--parts", "dense", "--out", "results/delay_law/paper"],
+    "transformer_dense": [PYTHON, "exp_delay_law.py", "--model", "transformer", "--preset", "paper", "--out", "results/delay_law/transformer_paper"],
+    "transformer_ln_groups": [PYTHON, "exp_delay_law.py", "--model", "transformer_ln", "--preset", "paper", "--out",
+                              "results/delay_law/transformer_ln_paper"],
+    "transformer_b_mediation": [PYTHON, "exp_logit_scale.py", "--model", "transformer_b", "--w-c", "32.49", "--preset", "paper", "--parts",
+                                "mediation", "--out", "results/logit_scale/transformer_b_paper"],
 }
 COLUMNS = ("stage", "outcome", "seconds", "commit", "device", "command")
 GRACE = 20      # seconds between asking a stage to stop and ending it

@@ -2,21 +2,24 @@
 
     dot_rate    TFLOP/s of bare block products at the blocks of the loss kernel, operands from the cache
     kernel_rate TFLOP/s (products) or GB/s (AdamW) of every kernel of the step, and microseconds per run-step
+    transformer microseconds per run-step of every kernel of the transformers' step, and of the step
     dW2_error   largest error of dW2's sum over all pairs against float64, over its largest value: ieee, tf32x3, torch
     row_adds    microseconds per run-step of the fixed-order adds into dU and dV alone, and their share of the kernel that holds them
     graph       microseconds of a replay of five empty kernels
     copy        GB/s of a copy in device memory, read and written
     memory      bytes allocated per run with 50,000 runs of p=59 (as many as fit, if fewer), after one step and an evaluation
 
-Usage: python bench/gpu_measurements.py --out results/bench [--p 59 97] [--runs 160] [--only graph copy]. About two minutes.
+Usage: python bench/gpu_measurements.py --out results/bench [--p 59 97] [--runs 160] [--only graph copy]. A few minutes.
 """
 import argparse
 import csv
+import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
@@ -26,11 +29,12 @@ from kernels.cuda import CudaKernels, state_bytes_per_run, workspace_bytes_per_r
 from kernels.dialect import BK, dot, power_of_two, tl, triton
 from kernels.first_layer import tables, tables_backward
 from kernels.hidden import hidden_backward, hidden_backward_ref, hidden_ref
-from kernels.layout import mlp_layout
+from kernels.layout import mlp_layout, model_layout
 from kernels.loss import loss_gradient
 from kernels.pairs import tile_rows
 
 ARITHMETIC = ("ieee", "tf32x3")
+MODES = (torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float64, "ieee")
 
 
 class Row(NamedTuple):
@@ -75,13 +79,12 @@ def rate(work: float, times: tuple[float, float, float], unit: float) -> tuple[f
     return work / middle / unit, work / slow / unit, work / fast / unit
 
 
-def example(p: int, runs: int, dtype: torch.dtype = torch.float32, arithmetic: str = "ieee", device: str = "cuda") -> CudaKernels:
+def example(p: int, runs: int, dtype: torch.dtype = torch.float32, arithmetic: str = "ieee", device: str = "cuda", model: str = "mlp") -> CudaKernels:
     """An engine on random weights of the paper's sizes; all runs share one split, which costs a GPU nothing less."""
-    layout, generator = mlp_layout(p, dtype=dtype), torch.Generator().manual_seed(0)
+    layout, generator = model_layout(model, p, dtype), torch.Generator().manual_seed(0)
     row = torch.zeros(layout.n_params)
-    E, W1, W2, _, _ = layout.views(row)
-    for part, size in ((E, 128), (W1, 256), (W2[:, :p], 256)):
-        part.copy_(torch.randn(part.shape, generator=generator) / size**0.5)
+    for part, (inputs, outputs, divisor) in zip(layout.views(row), layout.draws(), strict=False):
+        part[:, :outputs] = torch.randn(inputs, outputs, generator=generator) / divisor
     pairs = torch.randperm(p * p, generator=generator)[: int(0.4 * p * p)].expand(runs, -1)
     train = torch.zeros(1, p * p, dtype=torch.uint8).index_fill(1, pairs[0], 1).expand(runs, -1)
     params = row.to(device, dtype).repeat(runs, 1)
@@ -89,9 +92,9 @@ def example(p: int, runs: int, dtype: torch.dtype = torch.float32, arithmetic: s
                        train)
 
 
-def step_scalars(runs: int, steps: int) -> torch.Tensor:
+def step_scalars(runs: int, steps: int, count: int = 8) -> torch.Tensor:
     """tau 1, lr 0.001, weight decay 1, as at step 1; the total norm held, so that the projection does its work."""
-    return torch.tensor([1, 0.999, 0.01, 0.0316, 15.0, 0, 0, 0], dtype=torch.float64).repeat(runs, steps, 1)
+    return torch.tensor([1, 0.999, 0.01, 0.0316, 15.0] + [0] * (count - 5), dtype=torch.float64).repeat(runs, steps, 1)
 
 
 @triton.jit
@@ -136,7 +139,7 @@ def step_calls(engine: CudaKernels) -> dict[str, tuple[Callable[[], object], flo
 
 
 def kernel_rate(p: int, runs: int) -> Iterator[Row]:
-    for dtype, arithmetic in ((torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float64, "ieee")):
+    for dtype, arithmetic in MODES:
         engine = example(p, runs, dtype, arithmetic)
         label, chunk = f"{arithmetic} {str(dtype).removeprefix('torch.')}", engine.chunk
         for name, (call, work, unit) in step_calls(engine).items():
@@ -145,8 +148,34 @@ def kernel_rate(p: int, runs: int) -> Iterator[Row]:
             yield Row("kernel_time", name, p, chunk, label, *(t * 1e6 / chunk for t in times), "us per run-step")
         scalars = step_scalars(runs, 25)
         engine.interval(scalars)
-        times = replays(engine.graphs[25][1], 15)
+        times = replays(engine.graphs[25, True][1], 15)
         yield Row("step_time", "25 steps and an evaluation", p, runs, label, *(t * 1e6 / 25 / runs for t in times), "us per run-step")
+
+
+def transformer(p: int, runs: int) -> Iterator[Row]:
+    """Every launch of a step by itself, those of one name added up; a product is named by its shape."""
+    for model, (dtype, arithmetic) in itertools.product(("transformer", "transformer_ln"), MODES):
+        engine = example(p, runs, dtype, arithmetic, model=model)
+        label, chunk, scalars = f"{arithmetic} {str(dtype).removeprefix('torch.')}", engine.chunk, step_scalars(runs, 25, engine.scalars)
+        engine.interval(scalars)
+        times = replays(engine.graphs[25, True][1], 15)
+        yield Row("step_time", f"{model}: 25 steps and an evaluation", p, runs, label, *(t * 1e6 / 25 / runs for t in times), "us per run-step")
+        launches: list[tuple[str, Callable[[], object]]] = []
+
+        def record(kernel: object, *args: object, launches: list = launches, **options: object) -> None:
+            name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+            shape = " {}x{}x{}".format(*args[3:6]) if name == "matmul" else ""
+            launches.append((name + shape, lambda: kernel.run(*args, **options)))
+
+        state, scalars = engine.state.runs(slice(0, chunk)), step_scalars(chunk, 1, 16)[:, 0].to(engine.device, dtype)
+        with mock.patch.object(type(_empty_kernel), "run", record):
+            engine.network.step(*state[:4], scalars, engine.workspace, engine.n_train, engine.layout, "ce", arithmetic, False)
+        total: dict[str, list[float]] = {}
+        for name, call in launches:
+            found = total.setdefault(name, [0.0, 0.0, 0.0])
+            total[name] = [a + b * 1e6 / chunk for a, b in zip(found, seconds(call, repeats=5), strict=True)]
+        for name, found in total.items():
+            yield Row("kernel_time", f"{model}: {name}", p, chunk, label, *found, "us per run-step")
 
 
 def dW2_error(p: int, runs: int) -> Iterator[Row]:
@@ -238,7 +267,7 @@ def memory(p: int, runs: int) -> Iterator[Row]:
 
 
 MEASUREMENTS = {"graph": graph, "copy": copy, "dot_rate": dot_rate, "dW2_error": dW2_error, "row_adds": row_adds,
-                "kernel_rate": kernel_rate, "memory": memory}
+                "kernel_rate": kernel_rate, "transformer": transformer, "memory": memory}
 ONCE = ("graph", "copy", "memory")      # do not depend on p
 
 

@@ -57,60 +57,56 @@ def adamw_project_ref(params: Tensor, moment1: Tensor, moment2: Tensor, gradient
 
 
 @triton.jit
-def store_squares(weights, i, partials, E_END: tl.constexpr, W1_END: tl.constexpr, W2_END: tl.constexpr):
-    """This block's sums of squares by group, float64, into `partials (3, blocks)` of the run."""
+def store_squares(weights, i, partials, ENDS: tl.constexpr):
+    """This block's sums of squares by group, float64, into `partials (groups, blocks)` of the run; group g ends where `ENDS[g]` says."""
     squares = weights.to(tl.float64) * weights.to(tl.float64)
-    at, blocks = partials + tl.program_id(0), tl.num_programs(0)
-    tl.store(at, tl.sum(tl.where(i < E_END, squares, 0.0), axis=0))
-    tl.store(at + blocks, tl.sum(tl.where((i >= E_END) & (i < W1_END), squares, 0.0), axis=0))
-    tl.store(at + 2 * blocks, tl.sum(tl.where((i >= W1_END) & (i < W2_END), squares, 0.0), axis=0))
+    for g in tl.static_range(len(ENDS)):
+        start = ENDS[g - 1] if g > 0 else 0
+        tl.store(partials + g * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where((i >= start) & (i < ENDS[g]), squares, 0.0), axis=0))
 
 
 @triton.jit
 def load_squares(partials, BLOCKS: tl.constexpr, BB: tl.constexpr):
-    """`||E||^2, ||W1||^2, ||W2||^2` from `partials (3, BLOCKS)`: the same tree of additions in every program."""
+    """A group's squared norm from its `partials (BLOCKS)`: the same tree of additions in every program."""
     j = tl.arange(0, BB)
-    E = tl.sum(tl.load(partials + j, mask=j < BLOCKS, other=0.0), axis=0)
-    W1 = tl.sum(tl.load(partials + BLOCKS + j, mask=j < BLOCKS, other=0.0), axis=0)
-    W2 = tl.sum(tl.load(partials + 2 * BLOCKS + j, mask=j < BLOCKS, other=0.0), axis=0)
-    return E, W1, W2
+    return tl.sum(tl.load(partials + j, mask=j < BLOCKS, other=0.0), axis=0)
 
 
 @triton.jit
-def _adamw_kernel(params, moment1, moment2, gradient, scalars, partials, E_END: tl.constexpr, W1_END: tl.constexpr,
-                  W2_END: tl.constexpr, SIZE: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, DECAY_LAST: tl.constexpr):
+def _adamw_kernel(theta, moment1, moment2, gradient, scalars, partials, ENDS: tl.constexpr, SIZE: tl.constexpr, ROW: tl.constexpr,
+                  SCALARS: tl.constexpr, BLOCK: tl.constexpr, DECAY_LAST: tl.constexpr):
     """A program: one run, BLOCK elements. The row's tail past SIZE is left alone."""
+    WEIGHTS: tl.constexpr = ENDS[len(ENDS) - 1]
     run = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = i < SIZE
-    decay, step_size = tl.load(scalars + run * 8 + 1), tl.load(scalars + run * 8 + 2)
-    bias2_sqrt = tl.load(scalars + run * 8 + 3)
+    scalars += run * SCALARS
+    decay, step_size, bias2_sqrt = tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 3)
     at = run * ROW + i
     g = tl.load(gradient + at, mask=live, other=0.0)
     m = tl.load(moment1 + at, mask=live, other=0.0)
     v = tl.load(moment2 + at, mask=live, other=0.0)
-    weights = tl.load(params + at, mask=live, other=0.0)
+    weights = tl.load(theta + at, mask=live, other=0.0)
     m += (1 - _BETA1) * (g - m)
     v = v * _BETA2 + (1 - _BETA2) * g * g
     update = divide(step_size * m, divide(square_root(v), bias2_sqrt) + _EPS)
     if DECAY_LAST:
         weights -= update
-        weights = tl.where(i < W2_END, weights * decay, weights)
+        weights = tl.where(i < WEIGHTS, weights * decay, weights)
     else:
-        weights = tl.where(i < W2_END, weights * decay, weights) - update
+        weights = tl.where(i < WEIGHTS, weights * decay, weights) - update
     tl.store(moment1 + at, m, mask=live)
     tl.store(moment2 + at, v, mask=live)
-    tl.store(params + at, weights, mask=live)
-    store_squares(weights, i, partials + run * 3 * tl.num_programs(0), E_END, W1_END, W2_END)
+    tl.store(theta + at, weights, mask=live)
+    store_squares(weights, i, partials + run * len(ENDS) * tl.num_programs(0), ENDS)
 
 
 @triton.jit
-def _squares_kernel(params, partials, E_END: tl.constexpr, W1_END: tl.constexpr, W2_END: tl.constexpr, ROW: tl.constexpr,
-                    BLOCK: tl.constexpr):
+def _squares_kernel(theta, partials, ENDS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr):
     run = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    weights = tl.load(params + run * ROW + i, mask=i < W2_END, other=0.0)
-    store_squares(weights, i, partials + run * 3 * tl.num_programs(0), E_END, W1_END, W2_END)
+    weights = tl.load(theta + run * ROW + i, mask=i < ENDS[len(ENDS) - 1], other=0.0)
+    store_squares(weights, i, partials + run * len(ENDS) * tl.num_programs(0), ENDS)
 
 
 @triton.jit
@@ -121,41 +117,46 @@ def held_ratio(target, square):
 
 
 @triton.jit
-def _project_kernel(params, scalars, partials, E_END: tl.constexpr, W1_END: tl.constexpr, W2_END: tl.constexpr, ROW: tl.constexpr,
-                    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BB: tl.constexpr):
+def _project_kernel(theta, scalars, partials, ENDS: tl.constexpr, ROW: tl.constexpr, SCALARS: tl.constexpr, BLOCK: tl.constexpr,
+                    BLOCKS: tl.constexpr, BB: tl.constexpr):
     run = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    targets = scalars + run * 8 + 4
-    total, E, W1, W2 = tl.load(targets), tl.load(targets + 1), tl.load(targets + 2), tl.load(targets + 3)
-    if tl.maximum(tl.maximum(total, E), tl.maximum(W1, W2)) > 0:
-        E_square, W1_square, W2_square = load_squares(partials + run * 3 * BLOCKS, BLOCKS, BB)
-        total = held_ratio(total, E_square + W1_square + W2_square)
-        E, W1, W2 = held_ratio(E, E_square), held_ratio(W1, W1_square), held_ratio(W2, W2_square)
-        at = params + run * ROW + i
-        weights = tl.load(at, mask=i < W2_END, other=0.0)
-        tl.store(at, weights * (total * tl.where(i < E_END, E, tl.where(i < W1_END, W1, W2))), mask=i < W2_END)
+    targets = scalars + run * SCALARS + 4
+    most = tl.load(targets)
+    for g in tl.static_range(len(ENDS)):
+        most = tl.maximum(most, tl.load(targets + 1 + g))
+    if most > 0:
+        partials += run * len(ENDS) * BLOCKS
+        square = load_squares(partials, BLOCKS, BB)
+        ratio = tl.zeros([BLOCK], scalars.dtype.element_ty) + held_ratio(tl.load(targets + 1), square)      # of the group of each element
+        for g in tl.static_range(1, len(ENDS)):
+            of_group = load_squares(partials + g * BLOCKS, BLOCKS, BB)
+            square += of_group
+            ratio = tl.where(i < ENDS[g - 1], ratio, held_ratio(tl.load(targets + 1 + g), of_group))
+        at, live = theta + run * ROW + i, i < ENDS[len(ENDS) - 1]
+        tl.store(at, tl.load(at, mask=live, other=0.0) * (held_ratio(tl.load(targets), square) * ratio), mask=live)
 
 
-def group_ends(layout: Layout) -> tuple[int, int, int]:
+def group_ends(layout: Layout | TransformerLayout) -> tuple[int, ...]:
     return tuple(part.stop for part in layout.group_slices())
 
 
-def partial_blocks(layout: Layout) -> int:
-    """Blocks of a row, that is the last dimension of `partials (R, 3, blocks)`, float64."""
+def partial_blocks(layout: Layout | TransformerLayout) -> int:
+    """Blocks of a row, that is the last dimension of `partials (R, groups, blocks)`, float64."""
     return -(-layout.n_params // BLOCK)
 
 
 def adamw_project(params: Tensor, moment1: Tensor, moment2: Tensor, gradient: Tensor, scalars: Tensor, partials: Tensor,
-                  layout: Layout, decay_last: bool = False) -> None:
-    """One update in place on the rows `(R, n_params)`; `scalars (R, 8)`. `partials (R, 3, blocks)` float64 is scratch."""
+                  layout: Layout | TransformerLayout, decay_last: bool = False) -> None:
+    """One update in place on the rows `(R, n_params)`; `scalars (R, >= 5 + groups)`. `partials (R, groups, blocks)` float64 is scratch."""
     blocks, ends, row = partial_blocks(layout), group_ends(layout), layout.n_params
     grid = (blocks, params.shape[0])
-    _adamw_kernel[grid](params, moment1, moment2, gradient, scalars, partials, *ends, sum(layout.sizes), row, BLOCK, decay_last,
+    _adamw_kernel[grid](params, moment1, moment2, gradient, scalars, partials, ends, sum(layout.sizes), row, scalars.shape[1], BLOCK, decay_last,
                         num_warps=4)
-    _project_kernel[grid](params, scalars, partials, *ends, row, BLOCK, blocks, power_of_two(blocks), num_warps=4)
+    _project_kernel[grid](params, scalars, partials, ends, row, scalars.shape[1], BLOCK, blocks, power_of_two(blocks), num_warps=4)
 
 
-def group_squares(params: Tensor, partials: Tensor, layout: Layout) -> None:
-    """Sums of squares of every block and group of `params (R, n_params)` into `partials (R, 3, blocks)`."""
+def group_squares(params: Tensor, partials: Tensor, layout: Layout | TransformerLayout) -> None:
+    """Sums of squares of every block and group of `params (R, n_params)` into `partials (R, groups, blocks)`."""
     grid = (partial_blocks(layout), params.shape[0])
-    _squares_kernel[grid](params, partials, *group_ends(layout), layout.n_params, BLOCK, num_warps=4)
+    _squares_kernel[grid](params, partials, group_ends(layout), layout.n_params, BLOCK, num_warps=4)

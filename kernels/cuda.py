@@ -1,24 +1,20 @@
 """The CUDA path: an ensemble's state on the device, an interval between two evaluations as one replay of a CUDA graph.
 
-A step of a chunk of runs is six launches: tables, loss and logit gradient, hidden backward, tables backward, AdamW, projection. Chunks
-share one workspace and are walked one after the other, so its size is bounded whatever the number of runs; a run's bits do not depend
-on its chunk. Without CUDA (Triton's interpreter) the same launches run one by one.
+What a step launches is the network's own, `mlp_launches.py` or `transformer_launches.py`. Chunks of runs share one workspace and are walked
+one after the other, so its size is bounded whatever the number of runs; a run's bits do not depend on its chunk. Without CUDA (Triton's
+interpreter) the same launches run one by one.
 """
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .adamw import SCALARS, adamw_project, partial_blocks
-from .evaluation import N_PARTIAL, evaluate, evaluation_tiles
-from .first_layer import tables, tables_backward
-from .hidden import hidden_backward
-from .layout import Layout
-from .loss import loss_gradient
-from .pairs import slots_of
-from .step import METRICS
+from . import mlp_launches, transformer_launches
+from .adamw import scalar_names
+from .layout import Layout, TransformerLayout
+from .step import metric_names
 
-SMALLEST_WORKSPACE, LARGEST_WORKSPACE = 64 << 20, 256 << 20     # bytes: one chunk fills the device; more brings nothing
 ARITHMETIC = ("ieee", "tf32x3")
 
 
@@ -27,48 +23,34 @@ class State(NamedTuple):
     params: Tensor      # (R, n_params), as are both moments
     moment1: Tensor
     moment2: Tensor
-    slots: Tensor       # (R, slots) int32, see pairs.py
+    slots: Tensor       # (R, slots) int32: the order of the pairs, see pairs.py and mixing.py
     train: Tensor       # (R, p*p) uint8, 1 on training pairs
 
     def runs(self, chosen: slice | Tensor) -> "State":
         return State(*(tensor[chosen] for tensor in self))
 
 
-class Workspace(NamedTuple):
-    """What a chunk of runs needs within a step or an evaluation; first dimension is the chunk's runs."""
-    tables: Tensor      # (C, 2, p, H)
-    dtables: Tensor     # (C, 2, p, H)
-    dz: Tensor          # (C, slots, p_pad)
-    gradient: Tensor    # (C, n_params)
-    squares: Tensor     # (C, 3, blocks) float64
-    partials: Tensor    # (C, 11, tiles) float64
-
-    def runs(self, count: int) -> "Workspace":
-        return Workspace(*(tensor[:count] for tensor in self))
+def launches_of(layout: Layout | TransformerLayout) -> ModuleType:
+    """The module that knows the network's workspace, the order of its pairs, its step and its evaluation."""
+    return transformer_launches if isinstance(layout, TransformerLayout) else mlp_launches
 
 
-def workspace_shapes(layout: Layout, n_slots: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes for one run, in the order of `Workspace`; the last two are float64 whatever the dtype."""
-    p, _, H, p_pad = layout
-    return ((2, p, H), (2, p, H), (n_slots, p_pad), (layout.n_params,), (3, partial_blocks(layout)),
-            (N_PARTIAL, evaluation_tiles(layout)))
-
-
-def workspace_bytes_per_run(layout: Layout, n_slots: int, dtype: torch.dtype) -> int:
+def workspace_bytes_per_run(layout: Layout | TransformerLayout, n_slots: int, dtype: torch.dtype) -> int:
     """Bytes of workspace for each run of a chunk."""
-    sizes = [dtype.itemsize] * 4 + [8, 8]
-    return sum(size * torch.Size(shape).numel() for size, shape in zip(sizes, workspace_shapes(layout, n_slots), strict=True))
+    *shapes, squares, partials = launches_of(layout).workspace_shapes(layout, n_slots, dtype.itemsize)
+    return dtype.itemsize * sum(torch.Size(shape).numel() for shape in shapes) + 8 * (torch.Size(squares).numel() + torch.Size(partials).numel())
 
 
-def state_bytes_per_run(layout: Layout, dtype: torch.dtype) -> int:
+def state_bytes_per_run(layout: Layout | TransformerLayout, dtype: torch.dtype) -> int:
     """Parameters and both moments."""
     return 3 * layout.n_params * dtype.itemsize
 
 
-def chunk_runs(layout: Layout, n_slots: int, dtype: torch.dtype, runs: int) -> int:
-    """Runs in a chunk: its workspace takes at most half of what parameters and moments take, once that is worth counting, and at most
-    `LARGEST_WORKSPACE`. 50,000 runs of p=59 are 53 GB of state beside 0.27 GB of workspace."""
-    budget = min(LARGEST_WORKSPACE, max(SMALLEST_WORKSPACE, runs * state_bytes_per_run(layout, dtype) // 2))
+def chunk_runs(layout: Layout | TransformerLayout, n_slots: int, dtype: torch.dtype, runs: int) -> int:
+    """Runs in a chunk: its workspace takes at most half of what parameters and moments take, once that is worth counting, and at most the
+    network's `LARGEST_WORKSPACE`. 50,000 runs of p=59 are 53 GB of state beside 0.27 GB of workspace."""
+    network = launches_of(layout)
+    budget = min(network.LARGEST_WORKSPACE, max(network.SMALLEST_WORKSPACE, runs * state_bytes_per_run(layout, dtype) // 2))
     most = max(1, min(runs, budget // workspace_bytes_per_run(layout, n_slots, dtype)))
     return -(-runs // -(-runs // most))                         # equal chunks
 
@@ -87,22 +69,24 @@ class CudaKernels:
     The three rows are updated in place and stay readable as `.state.params` and so on. Raises ValueError on arguments that do not fit.
     """
 
-    def __init__(self, layout: Layout, loss: str, dtype: torch.dtype, arithmetic: str, params: Tensor, moment1: Tensor,
+    def __init__(self, layout: Layout | TransformerLayout, loss: str, dtype: torch.dtype, arithmetic: str, params: Tensor, moment1: Tensor,
                  moment2: Tensor, a: Tensor, b: Tensor, train: Tensor, decay_last: bool = False):
         _check(layout, loss, dtype, arithmetic, params, moment1, moment2, a, b, train)
         self.layout, self.loss, self.dtype, self.arithmetic, self.n_train = layout, loss, dtype, arithmetic, a.shape[1]
-        self.device, self.decay_last = params.device, decay_last
-        self.state = State(params, moment1, moment2, slots_of(a, b, layout.p).to(self.device),
+        self.device, self.decay_last, self.network = params.device, decay_last, launches_of(layout)
+        self.scalars, self.n_metrics = len(scalar_names(layout.groups)), len(metric_names(layout.groups))
+        self.state = State(params, moment1, moment2, self.network.order_of(a, b, layout.p).to(self.device),
                            aligned_rows(train.to(self.device, torch.uint8)))
         self._allocate()
 
     def _allocate(self) -> None:
-        runs, n_slots = self.state.slots.shape
+        runs, n_slots = len(self.state.slots), self.network.slot_count(self.state.slots, self.n_train)
         self.chunk = chunk_runs(self.layout, n_slots, self.dtype, runs)
-        dtypes = [self.dtype] * 4 + [torch.float64] * 2
-        self.workspace = Workspace(*(torch.empty(self.chunk, *shape, dtype=dtype, device=self.device) for shape, dtype in
-                                     zip(workspace_shapes(self.layout, n_slots), dtypes, strict=True)))
-        self.metrics = aligned_rows(torch.empty(runs, len(METRICS), dtype=torch.float64, device=self.device))
+        shapes = self.network.workspace_shapes(self.layout, n_slots, self.dtype.itemsize)
+        dtypes = [self.dtype] * (len(shapes) - 2) + [torch.float64] * 2
+        self.workspace = self.network.Workspace(*(torch.empty(self.chunk, *shape, dtype=dtype, device=self.device)
+                                                  for shape, dtype in zip(shapes, dtypes, strict=True)))
+        self.metrics = aligned_rows(torch.empty(runs, self.n_metrics, dtype=torch.float64, device=self.device))
         self.graphs: dict[tuple, tuple[Tensor, object]] = {}    # (steps, evaluated) of an interval -> its buffer of scalars, its graph
 
     def keep(self, indices: Tensor) -> None:
@@ -113,16 +97,18 @@ class CudaKernels:
         self._allocate()
 
     def interval(self, scalars: Tensor) -> Tensor:
-        """`scalars (R, k, 8)` float64, named by `adamw.SCALARS` -> k steps of every run, then its metrics `(R, 15)` float64 on the CPU."""
+        """`scalars (R, k, 5 + groups)` float64, named by `adamw.scalar_names` -> k steps of every run, then its metrics `(R, 12 + groups)`,
+        named by `step.metric_names`, float64 on the CPU."""
         self.steps(scalars, evaluated=True)
         return self.metrics.to("cpu", copy=True)
 
     def steps(self, scalars: Tensor, evaluated: bool = False) -> None:
         """The k steps alone, or with the evaluation after them; returns before the device has finished."""
         runs, steps = self.state.params.shape[0], scalars.shape[1]
-        if scalars.shape != (runs, steps, len(SCALARS)) or steps < 1:
-            raise ValueError(f"scalars: expected ({runs}, k, {len(SCALARS)}) with k >= 1, got {tuple(scalars.shape)}")
-        by_step = scalars.transpose(0, 1).to(self.dtype).contiguous()                   # (k, R, 8), rounded once
+        if scalars.shape != (runs, steps, self.scalars) or steps < 1:
+            raise ValueError(f"scalars: expected ({runs}, k, {self.scalars}) with k >= 1, got {tuple(scalars.shape)}")
+        # (k, R, 8 or 16), rounded once; rows are padded for the same reason as in `aligned_rows`
+        by_step = torch.nn.functional.pad(scalars.transpose(0, 1).to(self.dtype), (0, -self.scalars % 8)).contiguous()
         if self.device.type != "cuda":
             self._launch(self.state, by_step, self.metrics, evaluated)
             return
@@ -150,25 +136,14 @@ class CudaKernels:
             part = state.runs(chunk)
             work = self.workspace.runs(part.params.shape[0])
             for scalars in by_step:
-                self._step(part, work, scalars[chunk])
-            if not evaluated:
-                continue
-            tables(part.params, work.tables, self.layout, self.arithmetic)
-            evaluate(part.params, work.tables, part.train, by_step[-1, chunk], work.partials, work.squares, metrics[chunk],
-                     self.n_train, self.layout, self.loss, self.arithmetic)
-
-    def _step(self, state: State, work: Workspace, scalars: Tensor) -> None:
-        layout, arithmetic = self.layout, self.arithmetic
-        tables(state.params, work.tables, layout, arithmetic)
-        loss_gradient(state.params, work.tables, state.slots, scalars, work.dz, self.n_train, layout, self.loss, arithmetic)
-        hidden_backward(state.params, work.tables, work.dz, state.slots, work.dtables, work.gradient, layout, arithmetic)
-        tables_backward(state.params, work.dtables, work.gradient, layout, arithmetic)
-        adamw_project(state.params, state.moment1, state.moment2, work.gradient, scalars, work.squares, layout,
-                      self.decay_last)
+                self.network.step(*part[:4], scalars[chunk], work, self.n_train, self.layout, self.loss, self.arithmetic, self.decay_last)
+            if evaluated:
+                self.network.evaluate_all(part.params, part.train, by_step[-1, chunk], work, metrics[chunk], self.n_train, self.layout, self.loss,
+                                          self.arithmetic)
 
 
-def _check(layout: Layout, loss: str, dtype: torch.dtype, arithmetic: str, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor,
-           b: Tensor, train: Tensor) -> None:
+def _check(layout: Layout | TransformerLayout, loss: str, dtype: torch.dtype, arithmetic: str, params: Tensor, moment1: Tensor, moment2: Tensor,
+           a: Tensor, b: Tensor, train: Tensor) -> None:
     runs, n = a.shape
     wanted = {"params": (runs, layout.n_params), "moment1": (runs, layout.n_params), "moment2": (runs, layout.n_params), "b": (runs, n),
               "train": (runs, layout.p**2)}

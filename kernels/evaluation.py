@@ -11,29 +11,47 @@ from torch import Tensor
 from .adamw import group_squares, load_squares, partial_blocks
 from .dialect import BK, divide, power_of_two, square_root, tl, triton
 from .hidden import logits_tile
-from .layout import Layout
+from .layout import Layout, TransformerLayout
 from .loss import audit_rows, loss_rows, softmax_rows
 
 N_PARTIAL = 11
 BN = 32            # pairs in a tile: the audit holds a tile of logits in float64 as well
+BN_LOGITS = 16     # of a transformer, whose logits may be 128 columns of float64
 _BN, _N_PARTIAL = tl.constexpr(BN), tl.constexpr(N_PARTIAL)
 
 
 @triton.jit
-def _evaluate_kernel(params, tables, train, scalars, partials, train_row, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr,
+def _evaluate_kernel(theta, tables, train, scalars, partials, train_row, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr,
                      ROW: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, LOSS: tl.constexpr, PRECISION: tl.constexpr):
     """A program: one run, BN consecutive pairs."""
     run = tl.program_id(1).to(tl.int64)
     pair = tl.program_id(0) * _BN + tl.arange(0, _BN)
     inside = pair < p * p
     a, b = tl.where(inside, pair // p, 0), tl.where(inside, pair % p, 0)
-    labels = (a + b) % p
-    logits = logits_tile(params + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)    # (BN, P)
-    tau = tl.load(scalars + run * 8)
-    on_train = tl.load(train + run * train_row + pair, mask=inside, other=0).to(tl.float64)
-    on_test = tl.where(inside, 1 - on_train, 0.0)
+    logits = logits_tile(theta + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)    # (BN, P)
+    measure_tile(logits, (a + b) % p, pair, inside, tl.load(scalars + run * 8), train + run * train_row,
+                 partials + run * (_N_PARTIAL * tl.num_programs(0)), p, LOSS)
 
+
+@triton.jit
+def _evaluate_logits_kernel(logits, train, scalars, partials, logits_run, train_row, p: tl.constexpr, CLASSES: tl.constexpr, p_pad: tl.constexpr,
+                            SCALARS: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, LOSS: tl.constexpr):
+    """A program: one run, BN consecutive pairs, whose logits lie in memory."""
+    run = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = pair < p * p
     column = tl.arange(0, P)[None, :]
+    tile = tl.load(logits + run * logits_run + pair[:, None] * p_pad + column, mask=inside[:, None] & (column < p_pad), other=0.0)
+    measure_tile(tile, (pair // p + pair % p) % p, pair, inside, tl.load(scalars + run * SCALARS), train + run * train_row,
+                 partials + run * (_N_PARTIAL * tl.num_programs(0)), CLASSES, LOSS)
+
+
+@triton.jit
+def measure_tile(logits, labels, pair, inside, tau, train, partials, p: tl.constexpr, LOSS: tl.constexpr):
+    """The partial sums of a tile of `logits (pairs, P)`, of which `p` columns are classes, into `partials (11, tiles)` of the run."""
+    on_train = tl.load(train + pair, mask=inside, other=0).to(tl.float64)
+    on_test = tl.where(inside, 1 - on_train, 0.0)
+    column = tl.arange(0, logits.shape[1])[None, :]
     is_label = column == labels[:, None]
     at_label = tl.sum(tl.where(is_label, logits, 0.0), axis=1)
     rival = tl.max(tl.where(is_label | (column >= p), -float("inf"), logits), axis=1)
@@ -43,10 +61,10 @@ def _evaluate_kernel(params, tables, train, scalars, partials, train_row, p: tl.
     within = tl.where(column < p, scaled, 0.0)
     scale = square_root(tl.sum(within * within, axis=1)).to(tl.float64)
     _, total, _ = softmax_rows(scaled, column < p)
-    saturated = divide(tl.full([_BN], 1.0, total.dtype), total) > 0.999
+    saturated = divide(tl.full([logits.shape[0]], 1.0, total.dtype), total) > 0.999
     collapsed32, collapsed64, sum_is_one, zero, difference = audit_rows(logits, tau, labels, p)
 
-    at, tiles = partials + run * (_N_PARTIAL * tl.num_programs(0)) + tl.program_id(0), tl.num_programs(0)
+    at, tiles = partials + tl.program_id(0), tl.num_programs(0)
     tl.store(at, tl.sum(correct * on_train, axis=0))
     tl.store(at + tiles, tl.sum(correct * on_test, axis=0))
     tl.store(at + 2 * tiles, tl.sum(loss * on_train, axis=0))
@@ -62,8 +80,8 @@ def _evaluate_kernel(params, tables, train, scalars, partials, train_row, p: tl.
 
 @triton.jit
 def _metrics_kernel(partials, squares, metrics, metrics_row, n_train, n_pairs, TILES: tl.constexpr, BT: tl.constexpr,
-                    BLOCKS: tl.constexpr, BB: tl.constexpr):
-    """A program: one run. Divides by n_train, n_test or p*p, in the order of `step.METRICS`."""
+                    BLOCKS: tl.constexpr, BB: tl.constexpr, GROUPS: tl.constexpr):
+    """A program: one run. Divides by n_train, n_test or p*p, in the order of `step.metric_names`."""
     run = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BT)
     at = partials + run * (_N_PARTIAL * TILES) + j
@@ -73,17 +91,18 @@ def _metrics_kernel(partials, squares, metrics, metrics_row, n_train, n_pairs, T
     for k in tl.static_range(0, 10):
         count = n_pairs if k == 4 or k == 5 else n_test if k == 1 or k == 3 else n_train
         mean = tl.sum(tl.load(at + k * TILES, mask=j < TILES, other=0.0), axis=0) / count
-        tl.store(out + (k if k < 6 else k + 4), mean)
-    tl.store(out + 14, tl.max(tl.load(at + 10 * TILES, mask=j < TILES, other=0.0), axis=0))
-    E, W1, W2 = load_squares(squares + run * 3 * BLOCKS, BLOCKS, BB)
-    tl.store(out + 6, tl.sqrt(E + W1 + W2))
-    tl.store(out + 7, tl.sqrt(E))
-    tl.store(out + 8, tl.sqrt(W1))
-    tl.store(out + 9, tl.sqrt(W2))
+        tl.store(out + (k if k < 6 else k + 1 + GROUPS), mean)
+    tl.store(out + 11 + GROUPS, tl.max(tl.load(at + 10 * TILES, mask=j < TILES, other=0.0), axis=0))
+    square = tl.zeros([], tl.float64)
+    for g in tl.static_range(GROUPS):
+        of_group = load_squares(squares + (run * GROUPS + g) * BLOCKS, BLOCKS, BB)
+        tl.store(out + 7 + g, tl.sqrt(of_group))
+        square += of_group
+    tl.store(out + 6, tl.sqrt(square))
 
 
-def evaluation_tiles(layout: Layout) -> int:
-    return -(-layout.p**2 // BN)
+def evaluation_tiles(layout: Layout | TransformerLayout) -> int:
+    return -(-layout.p**2 // (BN_LOGITS if isinstance(layout, TransformerLayout) else BN))
 
 
 def evaluate(params: Tensor, tables: Tensor, train: Tensor, scalars: Tensor, partials: Tensor, squares: Tensor, metrics: Tensor,
@@ -93,9 +112,23 @@ def evaluate(params: Tensor, tables: Tensor, train: Tensor, scalars: Tensor, par
 
     Scratch, float64: `partials (R, 11, tiles)`, `squares (R, 3, blocks)`.
     """
-    runs, tiles, blocks, P = params.shape[0], evaluation_tiles(layout), partial_blocks(layout), power_of_two(layout.p_pad)
+    grid = (evaluation_tiles(layout), params.shape[0])
+    _evaluate_kernel[grid](params, tables, train, scalars, partials, train.stride(0), *layout, layout.n_params, power_of_two(layout.p_pad), BK,
+                           loss, arithmetic, num_warps=8)
+    _sum_tiles(params, partials, squares, metrics, n_train, layout)
+
+
+def evaluate_logits(params: Tensor, logits: Tensor, train: Tensor, scalars: Tensor, partials: Tensor, squares: Tensor, metrics: Tensor,
+                    n_train: int, layout: TransformerLayout, loss: str) -> None:
+    """The same from the logits of all pairs, `logits (R, >= p*p, p_pad)`; `metrics (R, 12 + groups)`."""
+    grid = (evaluation_tiles(layout), params.shape[0])
+    _evaluate_logits_kernel[grid](logits, train, scalars, partials, logits.stride(0), train.stride(0), layout.p, layout.classes, layout.p_pad,
+                                  scalars.shape[1], power_of_two(layout.p_pad), BN_LOGITS, loss, num_warps=8)
+    _sum_tiles(params, partials, squares, metrics, n_train, layout)
+
+
+def _sum_tiles(params: Tensor, partials: Tensor, squares: Tensor, metrics: Tensor, n_train: int, layout: Layout | TransformerLayout) -> None:
+    tiles, blocks = evaluation_tiles(layout), partial_blocks(layout)
     group_squares(params, squares, layout)
-    _evaluate_kernel[(tiles, runs)](params, tables, train, scalars, partials, train.stride(0), *layout, layout.n_params, P, BK, loss,
-                                    arithmetic, num_warps=8)
-    _metrics_kernel[(runs,)](partials, squares, metrics, metrics.stride(0), n_train, layout.p**2, tiles, power_of_two(tiles), blocks,
-                             power_of_two(blocks), num_warps=4)
+    _metrics_kernel[(params.shape[0],)](partials, squares, metrics, metrics.stride(0), n_train, layout.p**2, tiles, power_of_two(tiles), blocks,
+                                        power_of_two(blocks), len(layout.groups), num_warps=4)

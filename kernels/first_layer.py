@@ -27,7 +27,7 @@ def tables_backward_ref(dU: Tensor, dV: Tensor, E: Tensor, W1: Tensor) -> tuple[
 
 
 @triton.jit
-def _tables_kernel(params, tables, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr, ROW: tl.constexpr,
+def _tables_kernel(theta, tables, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr, ROW: tl.constexpr,
                    BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
     """A program: one run, one of the two tables, BM rows, BH hidden units."""
     run = tl.program_id(1).to(tl.int64)
@@ -36,9 +36,9 @@ def _tables_kernel(params, tables, p: tl.constexpr, d: tl.constexpr, H: tl.const
     row = tl.program_id(0) // (2 * h_blocks) * BM + tl.arange(0, BM)
     unit = tl.program_id(0) % h_blocks * BH + tl.arange(0, BH)
     inner = tl.arange(0, BK)
-    E = params + run * ROW
+    E = theta + run * ROW
     W1 = E + p * d + second * d * H
-    acc = tl.zeros([BM, BH], params.dtype.element_ty)
+    acc = tl.zeros([BM, BH], theta.dtype.element_ty)
     for start in range(0, d, BK):
         k = start + inner
         left = tl.load(E + row[:, None] * d + k[None, :], mask=row[:, None] < p, other=0.0)
@@ -59,7 +59,7 @@ def tables(params: Tensor, out: Tensor, layout: Layout, arithmetic: str) -> None
 
 
 @triton.jit
-def _tables_backward_kernel(params, dtables, gradient, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr,
+def _tables_backward_kernel(theta, dtables, gradient, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr,
                             ROW: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
                             PRECISION: tl.constexpr):
     """A program: one run and a (BD, BH) tile of dW1, or a (BP, BD) tile of dE. Reads the weights before any of them is updated."""
@@ -69,15 +69,15 @@ def _tables_backward_kernel(params, dtables, gradient, p: tl.constexpr, d: tl.co
     dW1_tiles: tl.constexpr = 2 * d_blocks * h_blocks
     tile = tl.program_id(0)
     inner = tl.arange(0, BK)
-    E = params + run * ROW
+    E = theta + run * ROW
     dE = gradient + run * ROW
     dU = dtables + run * (2 * p * H)
     if tile < dW1_tiles:
         second = tile // (d_blocks * h_blocks)
         column = tile // h_blocks % d_blocks * BD + tl.arange(0, BD)
         unit = tile % h_blocks * BH + tl.arange(0, BH)
-        acc = tl.zeros([BD, BH], params.dtype.element_ty)
-        total = tl.zeros([BH], params.dtype.element_ty)
+        acc = tl.zeros([BD, BH], theta.dtype.element_ty)
+        total = tl.zeros([BH], theta.dtype.element_ty)
         for start in range(0, p, BK):
             k = start + inner
             left = tl.load(E + k[:, None] * d + column[None, :], mask=k[:, None] < p, other=0.0)
@@ -90,7 +90,7 @@ def _tables_backward_kernel(params, dtables, gradient, p: tl.constexpr, d: tl.co
     else:
         row = (tile - dW1_tiles) // d_blocks * BP + tl.arange(0, BP)
         column = (tile - dW1_tiles) % d_blocks * BD + tl.arange(0, BD)
-        acc = tl.zeros([BP, BD], params.dtype.element_ty)
+        acc = tl.zeros([BP, BD], theta.dtype.element_ty)
         for start in range(0, 2 * H, BK):
             second = start // H
             k = start % H + inner

@@ -42,13 +42,13 @@ def hidden_backward_ref(dz: Tensor, dgelu: Tensor, W2: Tensor, a: Tensor, b: Ten
 
 
 @triton.jit
-def logits_tile(params, table, a, b, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr, P: tl.constexpr,
+def logits_tile(theta, table, a, b, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr, P: tl.constexpr,
                 BK: tl.constexpr, PRECISION: tl.constexpr):
     """Logits `(rows, P)` of the pairs `a, b (rows,)` from one run's row and tables; columns past p_pad are 0."""
-    W2 = params + p * d + 2 * d * H
+    W2 = theta + p * d + 2 * d * H
     column = tl.arange(0, P)
     inner = tl.arange(0, BK)
-    acc = tl.zeros([a.shape[0], P], params.dtype.element_ty)
+    acc = tl.zeros([a.shape[0], P], theta.dtype.element_ty)
     for start in range(0, H, BK):
         k = start + inner
         x = tl.load(table + a[:, None] * H + k[None, :]) + tl.load(table + p * H + b[:, None] * H + k[None, :])     # (rows, BK)
@@ -60,7 +60,7 @@ def logits_tile(params, table, a, b, p: tl.constexpr, d: tl.constexpr, H: tl.con
 
 
 @triton.jit
-def _hidden_backward_kernel(params, tables, dz, slots, dtables, gradient, n_slots, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr,
+def _hidden_backward_kernel(theta, tables, dz, slots, dtables, gradient, n_slots, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr,
                             p_pad: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
                             BK: tl.constexpr, PRECISION: tl.constexpr):
     """A program: one run, BH hidden units, all tiles of BN pairs. Owns its columns of dU and dV, its rows of dW2; the first owns db2."""
@@ -70,7 +70,7 @@ def _hidden_backward_kernel(params, tables, dz, slots, dtables, gradient, n_slot
     slot = tl.arange(0, BN)
     U = tables + run * (2 * p * H) + unit[None, :]
     dU = dtables + run * (2 * p * H) + unit[None, :]
-    W2 = params + run * ROW + p * d + 2 * d * H
+    W2 = theta + run * ROW + p * d + 2 * d * H
     dz += run * n_slots * p_pad
     for start in range(0, 2 * p, BN):
         row = start + slot

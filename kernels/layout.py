@@ -101,8 +101,9 @@ class TransformerLayout(NamedTuple):
         return tuple((rows, count, divisor) for (rows, _), count, divisor in zip(self.shapes, columns, divisors, strict=True))
 
     def views(self, row: Tensor) -> tuple[Tensor, ...]:
-        """`(E, pos, Wq, Wk, Wv, Wo, Win, Wout, U)` as views of `row (n_params,)`."""
-        return tuple(part.view(shape) for part, shape in zip(row[: self.n_weights].split(self.sizes), self.shapes, strict=True))
+        """`(E, pos, Wq, Wk, Wv, Wo, Win, Wout, U)` as views of `row (..., n_params)`: of one run, or of many."""
+        parts = row[..., : self.n_weights].split(self.sizes, dim=-1)
+        return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True))
 
     def group_slices(self) -> tuple[slice, ...]:
         """E and pos; the four matrices of attention; Win and Wout; U."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .dialect import BK, divide, power_of_two, tl, triton
 from .hidden import logits_tile
-from .layout import Layout
+from .layout import Layout, TransformerLayout
 
 
 def columns(logits: Tensor, p: int) -> Tensor:
@@ -118,7 +118,21 @@ def audit_rows(logits, tau, labels, p: tl.constexpr):
 
 
 @triton.jit
-def _loss_gradient_kernel(params, tables, slots, scalars, dz, n_slots, n_train, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr,
+def loss_gradient_rows(logits, labels, tau, n_train, p: tl.constexpr, LOSS: tl.constexpr):
+    """Gradient of the mean loss over `n_train` pairs with respect to `logits (rows, P)`; `p` columns are classes."""
+    column = tl.arange(0, logits.shape[1])[None, :]
+    scaled = logits * divide(tl.full([], 1.0, tau.dtype), tau)
+    onehot = tl.where(column == labels[:, None], 1.0, 0.0)
+    if LOSS == "ce":
+        exponentials, total, _ = softmax_rows(scaled, column < p)
+        ds = exponentials * divide(tl.full([logits.shape[0]], 1.0, tau.dtype), total)[:, None] - onehot
+    else:
+        ds = 2 * tl.where(column < p, scaled - onehot, 0.0)
+    return ds * divide(tl.full([], 1.0, tau.dtype), tau * n_train)
+
+
+@triton.jit
+def _loss_gradient_kernel(theta, tables, slots, scalars, dz, n_slots, n_train, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr,
                           p_pad: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                           LOSS: tl.constexpr, PRECISION: tl.constexpr):
     """A program: one run, BN slots."""
@@ -128,16 +142,8 @@ def _loss_gradient_kernel(params, tables, slots, scalars, dz, n_slots, n_train, 
     pair = tl.load(slots + run * n_slots + slot, mask=slot < n_slots, other=-1)
     live = pair >= 0
     a, b = tl.where(live, pair // p, 0), tl.where(live, pair % p, 0)
-    logits = logits_tile(params + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)
-    tau = tl.load(scalars + run * 8)
-    scaled = logits * divide(tl.full([], 1.0, tau.dtype), tau)
-    onehot = tl.where(column == ((a + b) % p)[:, None], 1.0, 0.0)
-    if LOSS == "ce":
-        exponentials, total, _ = softmax_rows(scaled, column < p)
-        ds = exponentials * divide(tl.full([BN], 1.0, tau.dtype), total)[:, None] - onehot
-    else:
-        ds = 2 * tl.where(column < p, scaled - onehot, 0.0)
-    ds *= divide(tl.full([], 1.0, tau.dtype), tau * n_train)
+    logits = logits_tile(theta + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)
+    ds = loss_gradient_rows(logits, (a + b) % p, tl.load(scalars + run * 8), n_train, p, LOSS)
     at = dz + run * n_slots * p_pad + slot[:, None] * p_pad + column
     tl.store(at, tl.where(live[:, None], ds, 0.0), mask=(slot[:, None] < n_slots) & (column < p_pad))
 
@@ -149,3 +155,24 @@ def loss_gradient(params: Tensor, tables: Tensor, slots: Tensor, scalars: Tensor
     grid = (-(-slots.shape[1] // BN), params.shape[0])
     _loss_gradient_kernel[grid](params, tables, slots, scalars, dz, slots.shape[1], n_train, *layout, layout.n_params, P, BN, BK, loss,
                                 arithmetic, num_warps=BN * P // 1024)
+
+
+@triton.jit
+def _logit_gradient_kernel(logits, pairs, scalars, dz, n_train, logits_run, pairs_run, dz_run, dz_row, p: tl.constexpr, CLASSES: tl.constexpr,
+                           p_pad: tl.constexpr, SCALARS: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, LOSS: tl.constexpr):
+    """A program: one run, BN slots, whose logits lie in memory."""
+    run = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * BN + tl.arange(0, BN)
+    column = tl.arange(0, P)[None, :]
+    pair = tl.load(pairs + run * pairs_run + slot)
+    tile = tl.load(logits + run * logits_run + slot[:, None] * p_pad + column, mask=column < p_pad, other=0.0)
+    ds = loss_gradient_rows(tile, (pair // p + pair % p) % p, tl.load(scalars + run * SCALARS), n_train, CLASSES, LOSS)
+    tl.store(dz + run * dz_run + slot[:, None] * dz_row + column, tl.where((pair >= 0)[:, None], ds, 0.0), mask=column < p_pad)
+
+
+def logit_gradient(logits: Tensor, pairs: Tensor, scalars: Tensor, dz: Tensor, n_train: int, layout: TransformerLayout, loss: str) -> None:
+    """`logits (R, >= slots, p_pad)` of `pairs (R, slots)`, a multiple of 64 -> `dz (R, slots, p_pad)`, 0 in empty slots; may be the same rows."""
+    BN, P = 64, power_of_two(layout.p_pad)
+    _logit_gradient_kernel[(pairs.shape[1] // BN, pairs.shape[0])](
+        logits, pairs, scalars, dz, n_train, logits.stride(0), pairs.stride(0), dz.stride(0), dz.stride(1), layout.p, layout.classes,
+        layout.p_pad, scalars.shape[1], P, BN, loss, num_warps=max(1, BN * P // 1024))

@@ -1,12 +1,18 @@
-"""The order in which a run's training pairs are walked on a GPU: tiles in which all `a` differ and all `b` differ.
+"""The order in which a run's training pairs are walked on a GPU: for the MLP tiles in which all `a` differ and all `b` differ.
 
 Such a tile adds its rows into dU and dV without two rows meeting, so the sums need no atomics and have one fixed order. A tile is a
 matching of the bipartite graph whose edges are the pairs; König: as many matchings as the largest degree suffice, and any number of
 them can be made equally large (de Werra 1971). So padding is about 1% (p=59: 44 tiles of 32 for 1392 pairs), where the p classes of
 `(b - a) mod p`, each padded to 32, would cost 36%.
+
+For a transformer: ascending order, padded to whole tiles with -1, and behind it, for each of the 2p rows of a table, the list of the pairs that
+share it. A pair adds its row four times, with a weight for each head, to sums that a program can keep at hand.
 """
 import torch
 from torch import Tensor
+
+SLOT_ROWS = 64     # pairs in a tile of a transformer
+LIST_ROWS = 16     # pairs of a list taken at once
 
 
 def tile_rows(p: int) -> int:
@@ -94,3 +100,29 @@ def slots_of(a: Tensor, b: Tensor, p: int) -> Tensor:
     for row, tile in zip(slots, tiles, strict=True):
         row[: len(tile)] = tile
     return slots[which]
+
+
+def order_of(a: Tensor, b: Tensor, p: int) -> Tensor:
+    """`a, b (R, n)` -> `(R, slots + 2 p L)` int32: the pairs `a p + b` in ascending order, and for every table row the slots of the pairs that
+    share it; -1 where there are none. L is that of the longest list, so a shorter one ends in tiles that add nothing."""
+    pairs = (a.cpu() * p + b.cpu()).sort(dim=1).values                          # (R, n)
+    runs, n = pairs.shape
+    slots = torch.full((runs, slots_for(n)), -1)
+    slots[:, :n] = pairs
+    tokens = torch.stack([pairs // p, pairs % p], 1)                            # (R, 2, n)
+    counts = torch.zeros(runs, 2, p, dtype=torch.int64).scatter_add(2, tokens, torch.ones_like(tokens))
+    length = -(-int(counts.max()) // LIST_ROWS) * LIST_ROWS
+    grouped, slot = tokens.sort(dim=2, stable=True)
+    place = torch.arange(n) - (counts.cumsum(2) - counts).gather(2, grouped)    # in its list
+    lists = torch.full((runs, 2, p * length), -1).scatter(2, grouped * length + place, slot)
+    return torch.cat([slots, lists.flatten(1)], 1).to(torch.int32)
+
+
+def slots_for(n: int) -> int:
+    """Slots of a run with `n` pairs."""
+    return -(-n // SLOT_ROWS) * SLOT_ROWS
+
+
+def views_of(order: Tensor, n_slots: int, p: int) -> tuple[Tensor, Tensor]:
+    """Of `order_of`: the pairs `(R, slots)`, and the lists `(R, 2p, L)`."""
+    return order[:, :n_slots], order[:, n_slots:].unflatten(1, (2 * p, -1))

@@ -34,12 +34,16 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, run: object, f
     assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_a_gpu_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("model", ["transformer", "transformer_ln", "transformer_b"])
+def test_a_gpu_is_used_where_there_is_one(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="no CUDA device is visible here; use --device cpu"):
+        exp_delay_law.run(["--model", model, "--device", "cuda", "--out", str(tmp_path / "out")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UsageError, match="--model transformer has no CUDA kernels yet; use --device cpu"):
-        exp_delay_law.run(["--model", "transformer", "--device", "cuda", "--out", str(tmp_path / "out")])
-    exp_delay_law.run(["--model", "transformer", "--dry-run", "--out", str(tmp_path / "out")])
-    assert "preset laptop on cpu" in capsys.readouterr().out
+    for flags, device in (([], "paper on cuda"), (["--device", "cuda"], "paper on cuda"), (["--backend", "triton"], "paper on cuda"),
+                          (["--device", "cpu"], "laptop on cpu"), (["--backend", "eager"], "laptop on cpu")):
+        exp_delay_law.run(["--model", model, "--dry-run", "--out", str(tmp_path / "out"), *flags])
+        assert f"preset {device}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, cells", [

@@ -13,7 +13,7 @@ import torch
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("suite", ["triton_kernels.py", "triton_steps.py"])
+@pytest.mark.parametrize("suite", ["triton_kernels.py", "triton_steps.py", "triton_transformer.py", "triton_transformer_steps.py"])
 def test_suite(suite: str) -> None:
     pytest.importorskip("triton", reason="Triton cannot be installed here: its kernels are NOT tested")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

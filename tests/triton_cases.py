@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.layout import Layout, mlp_layout
-from kernels.pairs import slots_of
+from kernels.adamw import scalar_names
+from kernels.layout import Layout, TransformerLayout, mlp_layout, transformer_layout
+from kernels.pairs import order_of, slots_of
 
 ON_GPU = os.environ.get("GROKKING_TEST_GPU") == "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -15,14 +16,14 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 @dataclass(frozen=True)
 class Case:
     """Inputs on the CPU, drawn in float32 so that both dtypes start from equal numbers."""
-    layout: Layout
+    layout: Layout | TransformerLayout
     loss: str
     params: Tensor      # (R, n_params)
     a: Tensor           # (R, n)
     b: Tensor
     train: Tensor       # (R, p*p)
-    slots: Tensor       # (R, slots)
-    scalars: Tensor     # (R, 8)
+    slots: Tensor       # (R, slots): the order of the pairs
+    scalars: Tensor     # (R, 5 + groups)
 
     @property
     def runs(self) -> int:
@@ -57,6 +58,22 @@ def make_case(p: int = 13, runs: int = 2, dtype: torch.dtype = torch.float32, lo
     train = torch.zeros(runs, p * p).scatter_(1, pairs, 1.0)
     scalars = torch.tensor([tau, 0.999, 0.01, 0.0316, 0, 0, 0, 0]).repeat(runs, 1)      # step 1 of AdamW at lr = 0.001, no target
     return Case(layout, loss, params.to(dtype), pairs // p, pairs % p, train, slots_of(pairs // p, pairs % p, p), scalars.to(dtype))
+
+
+def make_transformer_case(model: str, p: int = 5, runs: int = 2, dtype: torch.dtype = torch.float32, loss: str = "ce", tau: float = 1.0, d: int = 16,
+                          H: int = 32, scale: float = 1.5, train_frac: float = 0.4, seed: int = 0) -> Case:
+    """Weights `scale` times those of a start, so that attention is far from uniform. Pairs in ascending order: slot i holds pair i."""
+    layout = transformer_layout(p, d, H, dtype, model)
+    generator = torch.Generator().manual_seed(seed)
+    params = torch.zeros(runs, layout.n_params)
+    for row in params:
+        for part, (rows, columns, divisor) in zip(layout.views(row), layout.draws(), strict=True):
+            part[:, :columns] = scale * torch.randn(rows, columns, generator=generator) / divisor
+    pairs = torch.stack([torch.randperm(p * p, generator=generator)[: int(train_frac * p * p)].sort().values for _ in range(runs)])     # (R, n)
+    train = torch.zeros(runs, p * p).scatter_(1, pairs, 1.0)
+    scalars = torch.zeros(runs, len(scalar_names(layout.groups)))
+    scalars[:, :4] = torch.tensor([tau, 0.999, 0.01, 0.0316])
+    return Case(layout, loss, params.to(dtype), pairs // p, pairs % p, train, order_of(pairs // p, pairs % p, p), scalars.to(dtype))
 
 
 def nan(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -9,55 +9,55 @@ from torch import Tensor
 from triton_cases import DEVICE, ON_GPU, Case, make_case
 
 import common
-import kernels.cuda
-from kernels.adamw import BETA1, BETA2
-from kernels.cuda import CudaKernels, chunk_runs, state_bytes_per_run, workspace_bytes_per_run
-from kernels.layout import mlp_layout
-from kernels.step import METRICS, evaluate_ref, train_step_ref
+from kernels.adamw import BETA1, BETA2, scalar_names
+from kernels.cuda import CudaKernels, chunk_runs, launches_of, state_bytes_per_run, workspace_bytes_per_run
+from kernels.layout import mlp_layout, model_layout, transformer_layout
+from kernels.loss import AUDIT
+from kernels.step import METRICS, evaluate_ref, metric_names, train_step_ref
 
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float64, id="float64")]
 
 
-def engine(case: Case, arithmetic: str = "ieee") -> CudaKernels:
+def engine(case: Case, arithmetic: str = "ieee", decay_last: bool = False) -> CudaKernels:
     """A fresh optimiser; the workspace starts as NaN."""
     params = case.params.to(DEVICE, copy=True)
     made = CudaKernels(case.layout, case.loss, params.dtype, arithmetic, params, torch.zeros_like(params), torch.zeros_like(params),
-                       case.a, case.b, case.train)
+                       case.a, case.b, case.train, decay_last)
     for tensor in (*made.workspace, made.metrics):
         tensor.fill_(float("nan"))
     return made
 
 
-def schedule(case: Case, steps: int, lr: float = 1e-3, targets: tuple[float, ...] = (0, 0, 0, 0)) -> Tensor:
-    """`(R, steps, 8)` float64 scalars of the first steps, weight decay 1; run 0 holds the targets, the others do not. Beside its case's
+def schedule(case: Case, steps: int, lr: float = 1e-3, targets: tuple[float, ...] = ()) -> Tensor:
+    """`(R, steps, 5 + groups)` float64 scalars of the first steps, weight decay 1; run 0 holds the targets, the others do not. Beside its case's
     value tau grows with run and step, so that an index gone wrong shows."""
     step = torch.arange(1, steps + 1, dtype=torch.float64)
-    out = torch.zeros(case.runs, steps, 8, dtype=torch.float64)
+    out = torch.zeros(case.runs, steps, case.scalars.shape[1], dtype=torch.float64)
     out[..., 0] = case.scalars[:, :1] + 0.1 * torch.arange(case.runs)[:, None] + 0.01 * step
     out[..., 1], out[..., 2], out[..., 3] = 1 - lr, lr / (1 - BETA1**step), (1 - BETA2**step).sqrt()
-    out[0, :, 4:] = torch.tensor(targets, dtype=torch.float64)
+    out[0, :, 4: 4 + len(targets)] = torch.tensor(targets, dtype=torch.float64)
     return out
 
 
-def definition(case: Case, scalars: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`params, moment1, moment2 (R, n_params)` and metrics `(R, 15)` after the steps of `scalars (R, k, 8)`."""
+def definition(case: Case, scalars: Tensor, dtype: torch.dtype, decay_last: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`params, moment1, moment2 (R, n_params)` and metrics `(R, 12 + groups)` after the steps of `scalars (R, k, 5 + groups)`."""
     case, scalars = case.to(dtype), scalars.to(dtype)
     rows, metrics = [case.params.clone(), torch.zeros_like(case.params), torch.zeros_like(case.params)], []
     for r in range(case.runs):
         for row in scalars[r]:
-            train_step_ref(*(tensor[r] for tensor in rows), case.a[r], case.b[r], row, case.layout, case.loss)
+            train_step_ref(*(tensor[r] for tensor in rows), case.a[r], case.b[r], row, case.layout, case.loss, decay_last)
         metrics.append(evaluate_ref(rows[0][r], case.train[r], case.a[r], case.b[r], scalars[r, -1, 0], case.layout, case.loss))
     return *rows, torch.stack(metrics)
 
 
-def assert_agrees(case: Case, scalars: Tensor) -> CudaKernels:
-    made = engine(case)
+def assert_agrees(case: Case, scalars: Tensor, decay_last: bool = False) -> CudaKernels:
+    made = engine(case, decay_last=decay_last)
     metrics = made.interval(scalars)
-    plain, exact = (definition(case, scalars, dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = (definition(case, scalars, dtype, decay_last) for dtype in (torch.float32, torch.float64))
     for i, name in enumerate(("params", "moment1", "moment2")):
         for r in range(case.runs):
             assert_accurate(f"{name} run {r} after {scalars.shape[1]} steps", made.state[i][r].cpu(), plain[i][r], exact[i][r])
-    for j, name in enumerate(METRICS[:10]):
+    for j, name in enumerate(metric_names(case.layout.groups)[:-len(AUDIT)]):
         assert_accurate(name, metrics[:, j].to(case.params.dtype), plain[3][:, j], exact[3][:, j])
     return made
 
@@ -98,29 +98,34 @@ def test_training_reaches_the_accuracies_of_the_definition(loss: str) -> None:
     assert metrics[3, 0] > metrics[0, 0] > 3 / 13, metrics[:, 0]        # it learns: chance is 1 / 13
 
 
-@pytest.mark.parametrize(("dtype", "arithmetic"), [(torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float64, "ieee")])
-def test_bits_depend_on_nothing_else(dtype: torch.dtype, arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Again; one run to a chunk; alone; after reordering and compaction: the same bits. A held run beside a free one."""
-    case = make_case(13, dtype=dtype)
-    scalars = schedule(case, 4, targets=(9.0, 0, 0, 0))
+def assert_bits_depend_on_nothing_else(case: Case, scalars: Tensor, arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run to a chunk; alone; after reordering and compaction: the same bits."""
+    half = scalars.shape[1] // 2
 
     def train(case: Case, scalars: Tensor, kept: list[int] | None = None) -> list[Tensor]:
         made = engine(case, arithmetic)
-        first = made.interval(scalars[:, :2])
+        first = made.interval(scalars[:, :half])
         if kept is not None:
             made.keep(torch.tensor(kept + [r for r in range(case.runs) if r not in kept]))
             made.keep(torch.arange(len(kept)))
             scalars, first = scalars[kept], first[kept]
-        return [first, made.interval(scalars[:, 2:]), *(tensor.cpu() for tensor in made.state[:3])]
+        return [first, made.interval(scalars[:, half:]), *(tensor.cpu() for tensor in made.state[:3])]
 
     whole = train(case, scalars)
-    compared = [(train(case, scalars), [0, 1]), (train(case, scalars, kept=[1]), [1]), (train(case.alone(1), scalars[1:]), [1])]
-    monkeypatch.setattr(kernels.cuda, "SMALLEST_WORKSPACE", 1)
-    monkeypatch.setattr(kernels.cuda, "LARGEST_WORKSPACE", 1)
+    compared = [(train(case, scalars, kept=[1]), [1]), (train(case.alone(1), scalars[1:]), [1])]
+    for limit in ("SMALLEST_WORKSPACE", "LARGEST_WORKSPACE"):
+        monkeypatch.setattr(launches_of(case.layout), limit, 1)
     assert engine(case).chunk == 1
     compared.append((train(case, scalars), [0, 1]))
     for outputs, rows in compared:
         assert all(torch.equal(output, reference[rows]) for output, reference in zip(outputs, whole, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "arithmetic"), [(torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float64, "ieee")])
+def test_bits_depend_on_nothing_else(dtype: torch.dtype, arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A held run beside a free one."""
+    case = make_case(13, dtype=dtype)
+    assert_bits_depend_on_nothing_else(case, schedule(case, 4, targets=(9.0, 0, 0, 0)), arithmetic, monkeypatch)
 
 
 def test_every_row_starts_aligned() -> None:
@@ -140,20 +145,20 @@ def test_three_passes_are_not_one() -> None:
 
 
 @pytest.mark.skipif(not ON_GPU, reason="NOT RUN: 500 steps at the experiments' sizes need a GPU")
-@pytest.mark.parametrize(("p", "arithmetic"), [(59, "ieee"), (59, "tf32x3"), (97, "ieee")])
-def test_500_steps_repeat(p: int, arithmetic: str) -> None:
+@pytest.mark.parametrize(("model", "p", "arithmetic"), [("mlp", 59, "ieee"), ("mlp", 59, "tf32x3"), ("mlp", 97, "ieee"), ("transformer", 59, "ieee"),
+                                                        ("transformer_ln", 59, "tf32x3")])
+def test_500_steps_repeat(model: str, p: int, arithmetic: str) -> None:
     """Bit for bit: again, and in an ensemble of 2 rather than 40; half of the runs held."""
     generator = torch.Generator().manual_seed(0)
-    layout = mlp_layout(p)
+    layout = model_layout(model, p, torch.float32)
     params = torch.zeros(40, layout.n_params)
     for row in params:
-        for part, fan_in in zip(layout.views(row)[:3], (128, 256, 256), strict=True):
-            part.copy_(torch.randn(part.shape, generator=generator) / fan_in**0.5)
-        layout.views(row)[2][:, p:] = 0
+        for part, (rows, columns, divisor) in zip(layout.views(row), layout.draws(), strict=False):
+            part[:, :columns] = torch.randn(rows, columns, generator=generator) / divisor
     pairs = torch.stack([torch.randperm(p * p, generator=generator)[: int(0.4 * p * p)] for _ in range(40)])
     train = torch.zeros(40, p * p).scatter_(1, pairs, 1.0)
     step = torch.arange(1, 501, dtype=torch.float64)
-    scalars = torch.zeros(40, 500, 8, dtype=torch.float64)
+    scalars = torch.zeros(40, 500, len(scalar_names(layout.groups)), dtype=torch.float64)
     scalars[..., 0], scalars[..., 1] = 1, 0.999
     scalars[..., 2], scalars[..., 3] = 1e-3 / (1 - BETA1**step), (1 - BETA2**step).sqrt()
     scalars[::2, 100:, 4] = 30.0
@@ -198,21 +203,33 @@ def test_workspace_is_at_most_half_of_the_state(p: int, n_slots: int) -> None:
         assert 50_000 * own + (256 << 20) < 60e9
 
 
-def test_the_trainer_drives_the_kernels_as_it_drives_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cells that start at different steps, one retiring first: lockstep, compaction and bookkeeping on the CUDA path against the CPU path."""
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks of d=16, H=32; without a GPU the trainer's CUDA path hands the interpreter CPU tensors."""
     to = torch.Tensor.to
-    if not torch.cuda.is_available():   # the interpreter works on CPU tensors
+    if not torch.cuda.is_available():
         monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: self if a and a[0] == "cuda" else to(self, *a, **k))
-    monkeypatch.setattr(common, "model_layout", lambda model, p, dtype: mlp_layout(p, 16, 32, dtype))
-    cells = [common.Cell("a", p=5, members=(0, 1), block=2, budget_steps=75, arm="clamp", clamp_start=10, held=((3.0, 0, 0, 0),) * 2),
-             common.Cell("b", p=5, members=(1,), block=2, budget_steps=75)]
-    start = dataclasses.replace(common.Ensemble(cells, "cpu", "eager", torch.float32, "ieee").state, step=np.array([0, 0, 50]))
-    ours, theirs = (common.Ensemble(cells, device, backend, torch.float32, "ieee", start.pick([0, 1, 2]))
+    monkeypatch.setattr(common, "model_layout", lambda model, p, dtype: mlp_layout(p, 16, 32, dtype) if model == "mlp" else
+                        transformer_layout(p, 16, 32, dtype, model))
+
+
+def assert_the_trainer_agrees(cells: list[common.Cell], steps: list[int]) -> None:
+    """Runs that start at `steps`: lockstep, compaction and bookkeeping on the CUDA path against the CPU path."""
+    start = dataclasses.replace(common.Ensemble(cells, "cpu", "eager", torch.float32, "ieee").state, step=np.array(steps))
+    ours, theirs = (common.Ensemble(cells, device, backend, torch.float32, "ieee", start.pick([*range(len(steps))]))
                     for device, backend in (("cuda", "auto"), ("cpu", "eager")))
     for ensemble in (ours, theirs):
         ensemble.train(lambda _: None)
-    assert ours.step.tolist() == theirs.step.tolist() == [75, 75, 75] and ours.executed == theirs.executed == 175
+    end, needed = cells[0].budget_steps, sum(cells[0].budget_steps - step for step in steps)
+    assert ours.step.tolist() == theirs.step.tolist() == [end] * len(steps) and ours.executed == theirs.executed == needed
     assert sorted(row[:2] for row in ours.log) == sorted(row[:2] for row in theirs.log)
     for mine, other in zip(ours.state.params, theirs.state.params, strict=True):
         # 75 Adam steps carry rounding of 6e-8 each; a missed step, clamp or run is 1e-3 or more
         assert (mine - other).norm() <= 1e-5 * other.norm()
+
+
+def test_the_trainer_drives_the_kernels_as_it_drives_the_definition(small: None) -> None:
+    """Two cells that start at different steps, one retiring first."""
+    cells = [common.Cell("a", p=5, members=(0, 1), block=2, budget_steps=75, arm="clamp", clamp_start=10, held=((3.0, 0, 0, 0),) * 2),
+             common.Cell("b", p=5, members=(1,), block=2, budget_steps=75)]
+    assert_the_trainer_agrees(cells, [0, 0, 50])

@@ -1,0 +1,54 @@
+"""What an MLP's step and evaluation launch on a GPU, in order; `cuda.py` holds the state and calls this. A step is six launches."""
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .adamw import adamw_project, partial_blocks
+from .evaluation import N_PARTIAL, evaluate, evaluation_tiles
+from .first_layer import tables, tables_backward
+from .hidden import hidden_backward
+from .layout import Layout
+from .loss import loss_gradient
+from .pairs import slots_of as order_of
+
+__all__ = ["Workspace", "evaluate_all", "order_of", "slot_count", "step", "workspace_shapes"]
+SMALLEST_WORKSPACE, LARGEST_WORKSPACE = 64 << 20, 256 << 20     # bytes: one chunk fills the device; more brings nothing
+
+
+class Workspace(NamedTuple):
+    """What a chunk of runs needs within a step or an evaluation; first dimension is the chunk's runs."""
+    tables: Tensor      # (C, 2, p, H)
+    dtables: Tensor     # (C, 2, p, H)
+    dz: Tensor          # (C, slots, p_pad)
+    gradient: Tensor    # (C, n_params)
+    squares: Tensor     # (C, 3, blocks) float64
+    partials: Tensor    # (C, 11, tiles) float64
+
+    def runs(self, count: int) -> "Workspace":
+        return Workspace(*(tensor[:count] for tensor in self))
+
+
+def workspace_shapes(layout: Layout, n_slots: int, itemsize: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes for one run, in the order of `Workspace`; the last two are float64 whatever the dtype."""
+    p, _, H, p_pad = layout
+    return ((2, p, H), (2, p, H), (n_slots, p_pad), (layout.n_params,), (3, partial_blocks(layout)),
+            (N_PARTIAL, evaluation_tiles(layout)))
+
+
+def slot_count(order: Tensor, n_train: int) -> int:
+    return order.shape[1]
+
+
+def step(params: Tensor, moment1: Tensor, moment2: Tensor, slots: Tensor, scalars: Tensor, work: Workspace, n_train: int, layout: Layout,
+         loss: str, arithmetic: str, decay_last: bool) -> None:
+    tables(params, work.tables, layout, arithmetic)
+    loss_gradient(params, work.tables, slots, scalars, work.dz, n_train, layout, loss, arithmetic)
+    hidden_backward(params, work.tables, work.dz, slots, work.dtables, work.gradient, layout, arithmetic)
+    tables_backward(params, work.dtables, work.gradient, layout, arithmetic)
+    adamw_project(params, moment1, moment2, work.gradient, scalars, work.squares, layout, decay_last)
+
+
+def evaluate_all(params: Tensor, train: Tensor, scalars: Tensor, work: Workspace, metrics: Tensor, n_train: int, layout: Layout, loss: str,
+                 arithmetic: str) -> None:
+    tables(params, work.tables, layout, arithmetic)
+    evaluate(params, work.tables, train, scalars, work.partials, work.squares, metrics, n_train, layout, loss, arithmetic)
