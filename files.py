@@ -119,8 +119,7 @@ def digest(named: dict[str, Path]) -> str:
     state = hashlib.sha256()
     for name, path in sorted(named.items()):
         try:
-            with path.open("rb") as f:
-                state.update(name.encode() + b"\0" + hashlib.file_digest(f, "sha256").digest())
+            state.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from None
     return state.hexdigest()[:16]
