@@ -68,6 +68,7 @@ COLLAPSE_FREE, JUMP = 1.15, 2.5       # Table 1 fits rho up to the first, and st
 EARLY = 600                           # step right after the clamp engages, where L is not yet an outcome
 BUDGET = {"free": 60_000, "base": 40_000, "up": 120_000, "grid": 120_000, "alloc": 50_000, "audit": 60_000}   # steps
 CONFOUNDED = {"collapse": 0.05, "factor": 1.3}
+PAPER_TRANSFORMER = (59, 32.49)       # p and given norm of the transformer table
 
 
 # ---------------------------------------------------------------- cells
@@ -284,10 +285,10 @@ def mediation(m: Measured, plan: Plan, p: int, loss: str) -> None:
         m.claim(f"{key}.T_grok", (cell,), m.T(cell))
         m.claim(f"{key}.T_mem", (cell,), lambda picks, cell=cell: stats.median(m.mem[cell][picks]))
         m.claim(f"{key}.L", (cell,), m.at(cell))
-        if loss == "ce":
+        if (p, plan.config.w_c) == PAPER_TRANSFORMER:
             m.claim(f"B.tf.rho{rho:.2f}.tau{tau:.2f}.T_grok", (cell,), m.T(cell))
             m.claim(f"B.tf.rho{rho:.2f}.tau{tau:.2f}.L", (cell,), m.at(cell))
-    if plan.up == UP and plan.taus[-1] == TAUS[-1] and loss == "ce":
+    if plan.up == UP and plan.taus[-1] == TAUS[-1] and (p, plan.config.w_c) == PAPER_TRANSFORMER:
         m.claim("B.tf.effect", (up, sweep[-1]), m.ratio(up, sweep[-1]))
     if plan.up == UP:
         m.claim(f"B.med.{loss}.p{p}.T0", (base,), m.T(base))
@@ -313,6 +314,10 @@ def mediation(m: Measured, plan: Plan, p: int, loss: str) -> None:
                 m.finding(key, f"recovery fraction on {time}, L {when}; interval with the {interval}", (base, *sweep),
                           recovered(step, log, joint))
     last = sweep[-1]
+    if loss == "ce":
+        bits = 64 if plan.config.dtype == "float64" else 32
+        m.finding(f"collapse.float{bits}.{where}.rho{plan.up:.2f}", f"share of training pairs in collapse in working precision, {plan.config.model}, "
+                  f"trained in float{bits}, tau 1", (up,), m.at(up, f"collapse{bits}"))
     m.finding(f"norm_up.{where}", f"median T_grok, rho {plan.up:g} over 1, tau 1", (up, base), m.ratio(up, base))
     m.finding(f"tau_effect.{where}", f"median T_grok at rho {plan.up:g}, tau 1 over {plan.taus[-1]:g}", (up, last), m.ratio(up, last))
     m.finding(f"logit_movement.{where}", f"logit scale at rho {plan.up:g}, tau 1 over {plan.taus[-1]:g}", (up, last),

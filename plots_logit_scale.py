@@ -40,6 +40,8 @@ def save(figure: plt.Figure, folder: Path, file: str) -> None:
 
 
 def cell_key(point: dict) -> str:
+    if point["model"] != "mlp":
+        return f"B.tf.rho{point['rho']:.2f}.tau{point['tau']:.2f}"
     return f"B.cell.{point['loss']}.p{point['p']}.rho{point['rho']:.2f}.tau{point['tau']:.2f}"
 
 
@@ -64,8 +66,8 @@ def mediation(panels: dict[str, list[dict]], known: dict[str, dict], folder: Pat
                 axis.plot(*zip(*published, strict=True), "x", color="black", label="published logit scale")
         axis.axhline(1, color="gray", lw=0.8, ls=":")
         axis.set(yscale="log", xlabel="temperature tau", ylabel="over the baseline (rho 1, tau 1)",
-                 title=f"{loss}, p={base['p']}, rho {sweep[0]['rho']:g}, {len(base['T'])} members")
-        axis.set_yticks([t for t in (0.5, 0.75, 1, 1.5, 2, 3, 4, 6) if axis.get_ylim()[0] <= t <= axis.get_ylim()[1]])
+                 title=f"{base['model']}, {loss}, p={base['p']}, rho {sweep[0]['rho']:g}, {len(base['T'])} members")
+        axis.set_yticks([t for t in (0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 10, 15, 20) if axis.get_ylim()[0] <= t <= axis.get_ylim()[1]])
         axis.get_yaxis().set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.legend(fontsize=7)
@@ -82,7 +84,8 @@ def memorisation(panels: dict[str, list[dict]], known: dict[str, dict], folder: 
         squares(axis, [(c["tau"], value(known, f"{cell_key(c)}.{t}")) for c in sweep for t in ("T_grok", "T_mem")])
         axis.plot([], [], "o", color="C3", label="T_grok")
         axis.plot([], [], "D", color="C2", label="T_mem")
-        axis.set(yscale="log", xlabel="temperature tau", ylabel="steps", title=f"{loss}, p={sweep[0]['p']}, rho {sweep[0]['rho']:g}")
+        axis.set(yscale="log", xlabel="temperature tau", ylabel="steps",
+                 title=f"{sweep[0]['model']}, {loss}, p={sweep[0]['p']}, rho {sweep[0]['rho']:g}")
         axis.legend(fontsize=7)
     save(figure, folder, file)
 

@@ -344,7 +344,7 @@ def build(root: Path, draw: bool) -> tuple[str, list[tuple]]:
               ("p", "Made by `python report.py` from the files under `results/`; nothing is trained. A = arXiv 2606.13753, B = arXiv 2606.18465."),
               ("p", f"Of {len(published)} published numbers: {counts(list(published), best)}. Rule, written before the runs: REPRODUCED if our 95% "
                     "interval meets the published one (or the published value +- 3%), NOT REPRODUCED if not, INCONCLUSIVE if fewer than half the "
-                    "published members ran or half of a cell is censored, NOT RUN otherwise."),
+                    "published members ran, half of a cell is censored or doses of a published fit are missing, NOT RUN otherwise."),
               ("h2", "Headlines"), ("table", (CLAIM_HEADER, claim_rows(list(HEADLINES), best, published))),
               *doubts_section(folders), *sensitivity_section(folders, root, best, published), *replay_section(root, drawn, draw),
               *survival_section(folders, drawn, draw), *speed_section(root), *figures_section(folders, root), *claims_section(best, published),

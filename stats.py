@@ -184,7 +184,8 @@ def claim(row: dict, ours: tuple[float, float, float] | None, n: int = 0, n_cens
     """One claim of summary.json: our estimate and interval beside the published ones, and the verdict, by the rule written before the runs.
 
     REPRODUCED if our 95% interval meets the published one (or value +- 3%), NOT REPRODUCED if not, INCONCLUSIVE if fewer than half the
-    published members ran or half are censored (`worst`: share censored in the worst cell behind the number), NOT RUN without a number.
+    published members ran, half are censored (`worst`: share censored in the worst cell behind the number) or doses of the published fit are
+    missing (`why`), NOT RUN without a number.
     """
     value, lo, hi = row["value"], row["lo"], row["hi"]
     beyond = str(row.get("printed", "")).startswith("not within ")
