@@ -167,4 +167,5 @@ def test_mediation_at_a_given_norm_trains_no_control(tmp_path: Path) -> None:
     assert all("unlearned" in run for run in runs)
     assert [run["held_norm"] for run in runs] == pytest.approx([30, 34.5, 34.5]) and all(run["w_c"] == 30 for run in runs)
     claims = {claim["id"]: claim["verdict"] for claim in json.loads((out / "summary.json").read_text())["claims"]}
-    assert claims["B.tf.effect"] == "NOT RUN" and not any(key.startswith("B.cell") for key in claims)     # another norm than the paper's, another p
+    assert "B.tf.effect" in claims and not any(key.startswith("B.cell") for key in claims)
+    assert set(claims.values()) == {"NOT RUN"}                           # another norm than the paper's, another p
