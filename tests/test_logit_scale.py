@@ -10,6 +10,7 @@ from test_replay import RELEASED
 import exp_logit_scale as experiment
 import files
 import lab
+import logit_scale_claims as claims
 import settings
 import stats
 from common import UsageError
@@ -200,7 +201,7 @@ def test_dose_stops_before_the_collapse(tmp_path: Path) -> None:
                   "tau": 1.0, "t_grok_step": None if rho == 0.85 and m else 1000 * (i + 1), "t_mem_step": 175, "norm_at_grok": 54.0, "censored": 0}
                  for m in range(3)]
         log += [{"cell": name, "member": m, "step": 1000 * (i + 1), "logit_scale": L, "collapse32": 0, "collapse64": 0} for m in range(3)]
-    everyone, fitted = experiment.dose_cells(Measured(runs, log, "B.", answers=True), config, 59)
+    everyone, fitted = claims.dose_cells(Measured(runs, log, "B.", answers=True), experiment.Plan(config), 59)
     assert [float(name.split("rho")[1][:4]) for name in everyone] == [0.85, 0.90, 0.95, 1.00, 1.05, 1.20]
     assert [float(name.split("rho")[1][:4]) for name in fitted] == [0.90, 0.95]
 

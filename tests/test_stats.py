@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import stats
-from exp_delay_law import log_median
+from delay_law_claims import log_median
 
 INF = math.inf
 
