@@ -26,6 +26,7 @@ import delay_law_transformer as transformer
 import files
 import lab
 import plots
+import progress
 import settings
 import stats
 from common import CLAMP_START, EVAL_EVERY, Cell, Result, UsageError, exactly, unique
@@ -38,13 +39,15 @@ PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")   # of the MLP
 class Config(settings.Config):
     rhos: tuple[float, ...] = settings.option((), "held norms over W_c; default: each part's own", float)
     lrs: tuple[float, ...] = settings.option((1e-3, 2e-3, 4e-3, 8e-3), "learning rates of the matrix; the first is everybody else's")
-    train_fracs: tuple[float, ...] = settings.option((), "train fractions of the concentration part; default .30 .35 .40 .50 .65", float)
-    weight_decays: tuple[float, ...] = settings.option((), "weight decays of the concentration part; default .3 1 3", float)
-    moduli: tuple[int, ...] = settings.option((31, 41, 53, 59, 71), "moduli of the moduli part; --p replaces them")
-    moduli_seeds: int = settings.option(12, "block size of the moduli part")
-    free_moduli: tuple[int, ...] = settings.option((29, 41, 59, 79, 97), "moduli of the concentration part; --p replaces them")
-    free_seeds: int = settings.option(20, "block size of the concentration part")
-    group_moduli: tuple[int, ...] = settings.option((71,), "moduli of the transformers' groups part; --p replaces them")
+    train_fracs: tuple[float, ...] = settings.option((), "train fractions of the concentration part; default .30 .35 .40 .50 .65", float,
+                                                     ("concentration",))
+    weight_decays: tuple[float, ...] = settings.option((), "weight decays of the concentration part; default .3 1 3", float, ("concentration",))
+    moduli: tuple[int, ...] = settings.option((31, 41, 53, 59, 71), "moduli of the moduli part; --p replaces them", parts=("moduli",))
+    moduli_seeds: int = settings.option(12, "block size of the moduli part", parts=("moduli",))
+    free_moduli: tuple[int, ...] = settings.option((29, 41, 59, 79, 97), "moduli of the concentration part; --p replaces them",
+                                                   parts=("concentration",))
+    free_seeds: int = settings.option(20, "block size of the concentration part", parts=("concentration",))
+    group_moduli: tuple[int, ...] = settings.option((71,), "moduli of the transformers' groups part; --p replaces them", parts=("groups",))
     budget: int = settings.option(200_000, "largest step at which a run that has not grokked is censored; cells with a smaller one keep it")
 
 
@@ -227,7 +230,7 @@ def run(argv: list[str]) -> None:
     controls, others, held = (control_cells(config), other_free_cells(config), clamp_cells) if config.model == "mlp" else (
         transformer.control_cells(config), transformer.other_free_cells(config), transformer.clamp_cells)
     guess = {c.name: 54.8 * (c.p / 59) ** 0.4 for c in controls}   # for the dry run's list only; the real W_c comes from the control
-    lab.announce(config, [*controls, *others, *held(config, transformer.guess(controls) if config.model != "mlp" else guess)])
+    progress.announce(config, [*controls, *others, *held(config, transformer.guess(controls) if config.model != "mlp" else guess)], given)
     if config.dry_run:
         return None
     desk.open()

@@ -30,6 +30,7 @@ import numpy as np
 import files
 import lab
 import plots
+import progress
 import settings
 import stats
 from common import EVAL_EVERY, Cell, Result, State, UsageError, exactly, inherit
@@ -354,13 +355,13 @@ def run(argv: list[str]) -> None:
     desk = lab.Lab("fork", config, given, PRESETS)
     if config.figures_only:
         return desk.redraw(lambda: write(desk, Result(), trained=False))
-    lab.announce(config, planned(config))
+    progress.announce(config, planned(config), given)
     if config.model != "mlp":
         print(f"--model {config.model}: the published forks are of the MLP, so no published number is answered")
     elif config.device != "cuda":
         paper = Config(**{"parts": ARMS, **PRESETS["paper"], **given, "preset": "paper", "device": "cuda", "dry_run": False})
         print("a GPU would run: ", end="")
-        lab.announce(paper, planned(paper))
+        progress.announce(paper, planned(paper), given)
     if config.dry_run:
         return None
     desk.open()

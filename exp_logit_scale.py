@@ -28,6 +28,7 @@ import files
 import lab
 import logit_scale_claims as claims
 import logit_scale_plots as plots
+import progress
 import settings
 import stats
 from common import EVAL_EVERY, Cell, Result, UsageError, clamp_start, exactly, unique
@@ -41,16 +42,19 @@ class Config(settings.Config):
     p: tuple[int, ...] = settings.option((59, 97), "moduli; of the audit the first one only; with --parts dose see --moduli")
     seeds: int = settings.option(12, "block size of mediation, mse, grid and allocation")
     parts: tuple[str, ...] = settings.option((), f"parts to run: {' '.join(PARTS)}")
-    rhos: tuple[float, ...] = settings.option((), "held norms over W_c of grid and dose; mediation and mse raise to the largest", float)
-    taus: tuple[float, ...] = settings.option((), "temperatures at the raised norm, and of the grid; 1 is always among them", float)
-    gammas: tuple[float, ...] = settings.option((-0.6, -0.3, 0.0, 0.3, 0.6), "allocations: power moved from the embedding to the unembedding")
-    weight_decays: tuple[float, ...] = settings.option((0.5, 1.0, 2.0, 3.0, 4.0), "weight decays of the free runs of the dose part")
+    rhos: tuple[float, ...] = settings.option((), "held norms over W_c of grid and dose; mediation and mse raise to the largest", float,
+                                              ("mediation", "mse", "grid", "dose"))
+    taus: tuple[float, ...] = settings.option((), "temperatures at the raised norm, and of the grid; 1 is always among them", float,
+                                              ("mediation", "mse", "grid"))
+    gammas: tuple[float, ...] = settings.option((-0.6, -0.3, 0.0, 0.3, 0.6), "allocations: power moved from the embedding to the unembedding",
+                                       parts=("allocation",))
+    weight_decays: tuple[float, ...] = settings.option((0.5, 1.0, 2.0, 3.0, 4.0), "weight decays of the free runs of the dose part", parts=("dose",))
     lr: float = settings.option(1e-3, "learning rate; published numbers are answered at 1e-3 only")
-    moduli: tuple[int, ...] = settings.option((43, 59, 67, 97, 113), "moduli of the dose part; --p replaces them")
-    dose_seeds: int = settings.option(0, "block size of the dose part; 0 = the paper's, 16 at p=59 and 97, else 8")
-    audit_cells: tuple[str, ...] = settings.option(("1.15", "1.20", "1.25"), "cells of the audit, each RHO or RHO:TAU")
-    audit_dtypes: tuple[str, ...] = settings.option(("float32", "float64"), "precisions that the audit trains in")
-    audit_seeds: int = settings.option(8, "block size of the audit")
+    moduli: tuple[int, ...] = settings.option((43, 59, 67, 97, 113), "moduli of the dose part; --p replaces them", parts=("dose",))
+    dose_seeds: int = settings.option(0, "block size of the dose part; 0 = the paper's, 16 at p=59 and 97, else 8", parts=("dose",))
+    audit_cells: tuple[str, ...] = settings.option(("1.15", "1.20", "1.25"), "cells of the audit, each RHO or RHO:TAU", parts=("audit",))
+    audit_dtypes: tuple[str, ...] = settings.option(("float32", "float64"), "precisions that the audit trains in", parts=("audit",))
+    audit_seeds: int = settings.option(8, "block size of the audit", parts=("audit",))
     w_c: float = settings.option(0.0, "hold multiples of this norm and train no control (paper B's transformers: 32.49, from the end "
                                  "of theirs); 0 = the control's")
     budget: int = settings.option(120_000, "largest step at which a run that has not grokked is censored; parts with a smaller one keep it")
@@ -296,7 +300,7 @@ def run(argv: list[str]) -> None:
     controls = [] if config.w_c else plan.controls()
     given_norms = {c.name: config.w_c for c in plan.controls()} if config.w_c else {}
     guess = {c.name: (54.5 if c.loss == "ce" else 36.5) * (c.p / 59) ** 0.4 for c in controls}   # for the list and estimate only
-    lab.announce(config, [*controls, *plan.frontier(), *plan.held(given_norms or guess, dict.fromkeys(guess, (0.15, 0.64, 0.21)))])
+    progress.announce(config, [*controls, *plan.frontier(), *plan.held(given_norms or guess, dict.fromkeys(guess, (0.15, 0.64, 0.21)))], given)
     if config.dry_run:
         return None
     desk.open()

@@ -22,6 +22,7 @@ import numpy as np
 import files
 import lab
 import plots
+import progress
 import settings
 from common import EVAL_EVERY, Cell, Result, UsageError, inherit, n_train
 from logbook import Trajectories
@@ -253,7 +254,7 @@ def run(argv: list[str]) -> None:
     cells = [item.cell for item in released]
     if config.figures_only:
         return desk.redraw(lambda: plots.replay(files.read_csv(desk.out / "replay.csv"), desk.out / "figures"))
-    lab.announce(config, cells)
+    progress.announce(config, cells, given)
     if config.dry_run:
         return None
     desk.open()

@@ -2,7 +2,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import platform
 import re
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import scipy
 import torch
-from tqdm import tqdm
 
 import endings
 import files
@@ -25,11 +23,11 @@ import settings
 from common import Cell, Ensemble, Result, State, UsageError
 from endings import Signals
 from kernels.cpu import has_compiler
+from progress import Progress, duration
 
 ROOT = Path(__file__).resolve().parent
 SAVE_EVERY = 180   # seconds between checkpoints: what a kill can cost
 LONGEST_NAME = 100 * "x"   # longer than the name of any file in a folder of results: a path that has room for it has room for all
-SPEAK_EVERY = 30   # seconds between lines of progress where there is no terminal
 LOCK_TRIES = 100   # of 50 ms each, while another rank writes the settings of a new folder
 
 
@@ -48,7 +46,7 @@ def provenance(desk: "Lab", result: Result) -> dict:
     flags = sorted(w for w in _cpu_flags() if w.startswith(("avx2", "avx512f", "amx")))
     return {
         "commit": desk.commit, "dirty": desk.dirty,
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *(Path(w).name if os.sep in w else w for w in sys.argv[1:])]),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *map(_without_machine, sys.argv[1:])]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
         "device": torch.cuda.get_device_name() if config.device == "cuda" else f"cpu, {torch.get_num_threads()} threads, {' '.join(flags)}",
         "backend": desk.backend, "dtype": config.dtype, "arithmetic": config.arithmetic if config.device == "cuda" else "ieee",
@@ -59,6 +57,11 @@ def provenance(desk: "Lab", result: Result) -> dict:
     }
 
 
+def _without_machine(word: str) -> str:
+    """A path outside this folder is told by its last part alone."""
+    return Path(word).name if os.path.isabs(word) or os.pardir in Path(word).parts else word
+
+
 def _cpu_flags() -> list[str]:
     try:
         return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
@@ -66,66 +69,7 @@ def _cpu_flags() -> list[str]:
         return []
 
 
-# ---------------------------------------------------------------- training with progress, checkpoints, resume
-
-class Progress:
-    """Bar on a terminal; elsewhere a plain line now and then. Time left comes from the cells' expected steps."""
-
-    def __init__(self, stage: str, runs: int, expected: int):
-        self.stage, self.runs, self.started = stage, runs, time.monotonic()
-        self.spoken, self.first = self.started, None
-        self.bar = tqdm(total=expected, desc=stage, unit=" run-steps", unit_scale=True, disable=None, leave=False)
-
-    def __call__(self, ensemble: Ensemble) -> None:
-        if Signals.caught is not None:
-            Signals.leave(Signals.caught)
-        try:
-            self.speak(ensemble)
-        except BrokenPipeError:   # nobody reads on (`| head`): stop here, where the state is whole
-            raise SystemExit(endings.CLOSED) from None
-
-    def speak(self, ensemble: Ensemble) -> None:
-        done, now = ensemble.executed, time.monotonic()
-        if self.first is None:
-            self.first = done
-        finished = len(ensemble.step) - len(ensemble.live())
-        if not self.bar.disable:
-            self.bar.total = done + ensemble.steps_left()
-            self.bar.set_postfix_str(f"{finished}/{self.runs} runs finished", refresh=False)
-            self.bar.update(done - self.bar.n)
-        elif now - self.spoken > SPEAK_EVERY:
-            self.spoken = now
-            rate = (done - self.first) / (now - self.started)
-            left = ensemble.steps_left() / max(rate, 1e-9)
-            print(f"{self.stage}: {finished}/{self.runs} runs finished, {rate:.0f} run-steps/s, about {duration(left)} left", flush=True)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):   # a terminal that is gone must not hide why training ended
-            self.bar.close()
-
-
-def announce(config: settings.Machine, cells: list[Cell]) -> None:
-    """What will run and about how long it takes, before anything does; every cell with --dry-run."""
-    runs = sum(len(cell.members) for cell in cells)
-    steps = sum(min(cell.expected_steps or cell.budget_steps, cell.budget_steps) * len(cell.members) for cell in cells)
-    per_step = 5e-6 if config.device == "cuda" else 3.5e-3 / max(torch.get_num_threads(), 1) * (3 if config.dtype == "float64" else 1)
-    per_step *= 1 if cells[0].model == "mlp" else 3
-    growth = 2 if config.device == "cuda" else 2.75   # of a step's time with p; on a CPU p=113 was seen to cost 6 times p=59: it leaves the cache
-    seconds = sum(min(c.expected_steps or c.budget_steps, c.budget_steps) * len(c.members) * per_step * (c.p / 59) ** growth for c in cells)
-    if config.dry_run:
-        for c in cells:
-            print(f"{c.name}: {len(c.members)} members of a block of {c.block}, budget {c.budget_steps} steps, expected {c.expected_steps}")
-    for p in dict.fromkeys(c.p for c in cells):
-        if any(p % q == 0 for q in range(2, math.isqrt(p) + 1)):
-            print(f"note: p={p} is not prime; addition modulo p is defined for every p, but the papers have only primes")
-    preset = f"preset {config.preset} " if hasattr(config, "preset") else ""
-    print(f"{preset}on {config.device}, {config.dtype}: {len(cells)} cells, {runs} runs, about {steps / 1e6:.2g} million run-steps, "
-          f"about {duration(seconds)} of training", flush=True)
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
+# ---------------------------------------------------------------- training with checkpoints, resume
 
 class Dealt(Exception):
     """A process has trained its share of a command: nothing is left for it to do, or only to merge."""

@@ -11,9 +11,10 @@ from common import EVAL_EVERY, MODELS, UsageError, n_train
 from kernels.cpu import has_compiler
 
 
-def option(default: object, text: str, kind: type = str) -> object:
-    """A setting that the command line offers, with its help text; `kind` of the values where the default is an empty tuple."""
-    return field(default=default, metadata={"help": text, "kind": kind})
+def option(default: object, text: str, kind: type = str, parts: tuple[str, ...] = ()) -> object:
+    """A setting that the command line offers, with its help text; `kind` of the values where the default is an empty tuple.
+    `parts`: the only parts of the experiment that read it."""
+    return field(default=default, metadata={"help": text, "kind": kind, "parts": parts})
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,13 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
     if presets:
         check_grid(config, parts)
     return config, given
+
+
+def unread(config: Machine, given: dict) -> list[str]:
+    """A line for every given flag that only parts which do not run would read."""
+    readers = {f.name: f.metadata["parts"] for f in dataclasses.fields(config) if f.name in given and f.metadata.get("parts")}
+    return [f"--{name.replace('_', '-')} changes nothing here: it is read with --parts {' or '.join(parts)}" for name, parts in readers.items()
+            if not set(parts) & set(config.parts)]
 
 
 def check(config: Machine) -> None:

@@ -1,11 +1,12 @@
-"""Everything that only a GPU can show, in stages, most telling first. `make gpu-evidence` calls it; call it again until it says "complete".
+"""Everything that only a GPU can show, in stages, most telling first. `make gpu-evidence` calls it, `make paper` for
+the paper presets of all experiments alone; call it again until it says "complete".
 
 A stage that passed is not run again; one that ran out of time or failed is. Each call takes at most --minutes, each stage at most what is
 left of them, so that it also runs where a command may last ten minutes; an experiment that is stopped continues from its checkpoint.
 OUT/gpu_evidence.csv says of every stage: its outcome, seconds, the commit and the command; OUT/gpu_evidence_STAGE.txt is the end of what
 it printed. Exit code: 0 complete, 1 a stage failed or was left out, 3 time is up and stages are left.
 
-Usage: python bench/gpu_evidence.py --released FOLDER [--out results/bench] [--minutes 9] [--again STAGE ...]
+Usage: python bench/gpu_evidence.py --released FOLDER [--out results/bench] [--minutes 9] [--again STAGE ...] [--paper]
 """
 import argparse
 import csv
@@ -30,12 +31,12 @@ STAGES = {      # name -> command; {out} and {released} are filled in
     "bench_sweep": [PYTHON, "bench/bench_step.py", "--sweep", "--out", "{out}"],
     "replay_ieee": [PYTHON, "exp_replay.py", "{released}", "--match", *REPLAYED, "--arithmetic", "ieee", "--out", "results/replay/ieee"],
     "replay_tf32x3": [PYTHON, "exp_replay.py", "{released}", "--match", *REPLAYED, "--arithmetic", "tf32x3", "--out", "results/replay/tf32x3"],
-    "dense_sweep": [PYTHON, "exp_delay_law.py", "--preset", "paper", "--parts", "dense", "--out", "results/delay_law/paper"],
-    "transformer_dense": [PYTHON, "exp_delay_law.py", "--model", "transformer", "--preset", "paper", "--out", "results/delay_law/transformer_paper"],
-    "transformer_ln_groups": [PYTHON, "exp_delay_law.py", "--model", "transformer_ln", "--preset", "paper", "--out",
-                              "results/delay_law/transformer_ln_paper"],
-    "transformer_b_mediation": [PYTHON, "exp_logit_scale.py", "--model", "transformer_b", "--w-c", "32.49", "--preset", "paper", "--parts",
-                                "mediation", "--out", "results/logit_scale/transformer_b_paper"],
+    **{f"{name}_paper": [PYTHON, f"exp_{name}.py", "--preset", "paper", "--out", f"results/{name}/paper"]
+       for name in ("delay_law", "fork", "logit_scale")},
+    **{f"{model}_paper": [PYTHON, "exp_delay_law.py", "--model", model, "--preset", "paper", "--out", f"results/delay_law/{model}_paper"]
+       for model in ("transformer", "transformer_ln")},
+    "transformer_b_paper": [PYTHON, "exp_logit_scale.py", "--model", "transformer_b", "--w-c", "32.49", "--preset", "paper", "--parts",
+                            "mediation", "--out", "results/logit_scale/transformer_b_paper"],
 }
 COLUMNS = ("stage", "outcome", "seconds", "commit", "device", "command")
 GRACE = 20      # seconds between asking a stage to stop and ending it
@@ -75,11 +76,12 @@ def run(command: list[str], log: Path, limit: float) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Tests, measurements, bench, replays and the dense sweep on a GPU, in stages.")
+    parser = argparse.ArgumentParser(description="Tests, measurements, bench, replays and the paper presets on a GPU, in stages.")
     parser.add_argument("--released", type=Path, help="folder of the released .npz files; without it the replays are left out, aloud")
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder for tables and logs")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for this call")
     parser.add_argument("--again", nargs="+", choices=STAGES, default=[], help="stages to repeat though they passed")
+    parser.add_argument("--paper", action="store_true", help="the paper presets of all experiments and nothing else")
     return parser.parse_args()
 
 
@@ -95,7 +97,8 @@ def main() -> int:
     rows = {name: row for name, row in read(out).items() if name not in settings.again}
     for command in (STAGES[name] for name in settings.again if "--out" in STAGES[name]):   # an experiment does not repeat what is complete
         (ROOT / command[command.index("--out") + 1] / "runs.csv").unlink(missing_ok=True)
-    for name, command in STAGES.items():
+    chosen = {name: command for name, command in STAGES.items() if name.endswith("_paper") or not settings.paper}
+    for name, command in chosen.items():
         if "{released}" in command and settings.released is None:
             print(f"{name}: LEFT OUT, needs --released FOLDER")
             continue
@@ -115,7 +118,7 @@ def main() -> int:
         if outcome == "out of time":
             print("time is up; the same command continues")
             return 3
-    missing = [name for name in STAGES if rows.get(name, {}).get("outcome") != "ok"]
+    missing = [name for name in chosen if rows.get(name, {}).get("outcome") != "ok"]
     print(f"failed or left out: {', '.join(missing)}" if missing else "complete")
     return 1 if missing else 0
 

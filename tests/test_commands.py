@@ -14,6 +14,7 @@ import torch
 
 import exp_delay_law
 import files
+import lab
 import stats
 from common import UsageError
 
@@ -62,6 +63,18 @@ def test_conditions_that_differ_never_share_a_name_and_p_narrows_every_part(tmp_
     exp_delay_law.run(["--dry-run", "--p", "59", "--parts", "moduli", "concentration", "--weight-decays", "0", "--out", str(tmp_path / "out")])
     text = capsys.readouterr().out
     assert "p59_b12" in text and "wd0_" in text and not any(f"p{p}_" in text for p in (29, 31, 41, 97))
+
+
+def test_a_flag_that_no_part_reads_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    unread = "note: --weight-decays changes nothing here: it is read with --parts concentration\n"
+    for parts, told in (("dense", True), ("concentration", False)):
+        exp_delay_law.run(["--dry-run", "--parts", parts, "--weight-decays", "2", "--members", "0", "--out", str(tmp_path / "out")])
+        assert (unread in capsys.readouterr().out) == told
+
+
+def test_provenance_names_no_folder_outside() -> None:
+    words = ["--out", "results/fork/p97", "/home/me/runs", "../released/metrics", "0.9"]
+    assert [lab._without_machine(word) for word in words] == ["--out", "results/fork/p97", "runs", "metrics", "0.9"]
 
 
 def test_exit_code_and_stderr_of_a_bad_command(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_under_nohup_a_hangup_is_not_heard(monkeypatch: pytest.MonkeyPatch, befo
 def test_a_reader_who_goes_away_costs_nothing(tmp_path: Path, place: str, whole: dict, request: pytest.FixtureRequest) -> None:
     """`| head`: the pipe closes inside a stage, where only progress is printed; or the reader is gone before the last lines."""
     out, flags, last_read = tmp_path / "out", *{"inside": (LONGER, "arms_p11: 0/8 runs finished"), "at the end": (SHORT, "arms_p11: 8 runs")}[place]
-    process = start(out, flags, 60, f"lab.SPEAK_EVERY = 0; {QUICK}")
+    process = start(out, flags, 60, f"import progress; progress.SPEAK_EVERY = 0; {QUICK}")
     request.addfinalizer(process.kill)
     while last_read not in process.stdout.readline():
         assert process.poll() is None, process.communicate()

@@ -46,6 +46,12 @@ def test_what_is_to_be_repeated_is_not_complete(monkeypatch: pytest.MonkeyPatch,
     assert gpu_evidence.main() == 0 and [path.parent.name for path in tmp_path.glob("*/runs.csv")] == ["kept"]
 
 
+def test_the_paper_presets_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert {name for name in gpu_evidence.STAGES if name.endswith("_paper")} >= {"delay_law_paper", "logit_scale_paper", "fork_paper"}
+    asked = ("--paper", "--released", str(tmp_path))
+    assert call(monkeypatch, tmp_path, *asked, tests="raise SystemExit(1)", fork_paper="") == (0, {"fork_paper": "ok"})
+
+
 def test_stops_in_time_and_leaves_out_aloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     code, outcomes = call(monkeypatch, tmp_path, "--minutes", "0.15", "--released", str(tmp_path), slow="import time; time.sleep(60)", next="")
     assert (code, outcomes) == (3, {"slow": "out of time"})

@@ -1,0 +1,75 @@
+"""What is said while a command runs: the estimate before it, the bar or a line now and then during it."""
+import contextlib
+import math
+import time
+
+import torch
+from tqdm import tqdm
+
+import endings
+import settings
+from common import Cell, Ensemble
+from endings import Signals
+
+SPEAK_EVERY = 30   # seconds between lines of progress where there is no terminal
+
+
+class Progress:
+    """Bar on a terminal; elsewhere a plain line now and then. Time left comes from the cells' expected steps."""
+
+    def __init__(self, stage: str, runs: int, expected: int):
+        self.stage, self.runs, self.started = stage, runs, time.monotonic()
+        self.spoken, self.first = self.started, None
+        self.bar = tqdm(total=expected, desc=stage, unit=" run-steps", unit_scale=True, disable=None, leave=False)
+
+    def __call__(self, ensemble: Ensemble) -> None:
+        if Signals.caught is not None:
+            Signals.leave(Signals.caught)
+        try:
+            self.speak(ensemble)
+        except BrokenPipeError:   # nobody reads on (`| head`): stop here, where the state is whole
+            raise SystemExit(endings.CLOSED) from None
+
+    def speak(self, ensemble: Ensemble) -> None:
+        done, now = ensemble.executed, time.monotonic()
+        if self.first is None:
+            self.first = done
+        finished = len(ensemble.step) - len(ensemble.live())
+        if not self.bar.disable:
+            self.bar.total = done + ensemble.steps_left()
+            self.bar.set_postfix_str(f"{finished}/{self.runs} runs finished", refresh=False)
+            self.bar.update(done - self.bar.n)
+        elif now - self.spoken > SPEAK_EVERY:
+            self.spoken = now
+            rate = (done - self.first) / (now - self.started)
+            left = f"{rate:.0f} run-steps/s, about {duration(ensemble.steps_left() / rate)} left" if rate else "no estimate yet"
+            print(f"{self.stage}: {finished}/{self.runs} runs finished, {left}", flush=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):   # a terminal that is gone must not hide why training ended
+            self.bar.close()
+
+
+def announce(config: settings.Machine, cells: list[Cell], given: dict) -> None:
+    """What will run and about how long it takes, before anything does; every cell with --dry-run."""
+    runs = sum(len(cell.members) for cell in cells)
+    steps = sum(min(cell.expected_steps or cell.budget_steps, cell.budget_steps) * len(cell.members) for cell in cells)
+    per_step = 5e-6 if config.device == "cuda" else 3.5e-3 / max(torch.get_num_threads(), 1) * (3 if config.dtype == "float64" else 1)
+    per_step *= 1 if cells[0].model == "mlp" else 3
+    growth = 2 if config.device == "cuda" else 2.75   # of a step's time with p; on a CPU p=113 was seen to cost 6 times p=59: it leaves the cache
+    seconds = sum(min(c.expected_steps or c.budget_steps, c.budget_steps) * len(c.members) * per_step * (c.p / 59) ** growth for c in cells)
+    if config.dry_run:
+        for c in cells:
+            print(f"{c.name}: {len(c.members)} members of a block of {c.block}, budget {c.budget_steps} steps, expected {c.expected_steps}")
+    for p in dict.fromkeys(c.p for c in cells):
+        if any(p % q == 0 for q in range(2, math.isqrt(p) + 1)):
+            print(f"note: p={p} is not prime; addition modulo p is defined for every p, but the papers have only primes")
+    for line in settings.unread(config, given):
+        print(f"note: {line}")
+    preset = f"preset {config.preset} " if hasattr(config, "preset") else ""
+    print(f"{preset}on {config.device}, {config.dtype}: {len(cells)} cells, {runs} runs, about {steps / 1e6:.2g} million run-steps, "
+          f"about {duration(seconds)} of training", flush=True)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
