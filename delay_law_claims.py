@@ -16,7 +16,7 @@ FIT_DENSE = (0.85, 0.90, 0.95, 1.00, 1.05, 1.10, 1.15, 1.20, 1.25)   # doses of 
 FIT_MODULI = (0.85, 1.00, 1.15)                                      # doses of A.alpha.pNN
 
 
-class Measured:
+class Tables:
     """The runs as tables, and the claims they answer."""
 
     def __init__(self, runs: list[dict], base_lr: float):
@@ -63,7 +63,7 @@ def only(table: np.ndarray) -> np.ndarray:
 
 def measure(runs: list[dict], config: object) -> tuple[dict[str, dict], dict]:
     """Claims by id, and the fits that the figures draw."""
-    m, fits = Measured(runs, config.lrs[0]), {}
+    m, fits = Tables(runs, config.lrs[0]), {}
     delay_law(m, fits, config)
     matrix(m, config)
     moduli_law(m, fits, config)
@@ -72,7 +72,7 @@ def measure(runs: list[dict], config: object) -> tuple[dict[str, dict], dict]:
     return m.claims, fits
 
 
-def delay_law(m: Measured, fits: dict, config: object) -> None:
+def delay_law(m: Tables, fits: dict, config: object) -> None:
     """Figure 3: alpha of T_grok ~ exp(alpha rho), its R^2, the medians, saturation at rho 1.30, the sustained clamp's range."""
     for p in config.p:
         cells = m.pick("clamp", p, config.seeds)
@@ -108,14 +108,14 @@ def lacking(ours: np.ndarray, published: tuple[float, ...]) -> str:
 
 
 def saturation(rho: np.ndarray) -> callable:
-    """Measured over extrapolated T_grok at rho 1.30: the last row of the table against the line through the others."""
+    """Tables over extrapolated T_grok at rho 1.30: the last row of the table against the line through the others."""
     def ratio(t: np.ndarray) -> np.ndarray:
         slope, intercept, _ = stats.line(rho, log_median(t[..., :-1, :]))
         return stats.median(t[..., -1, :]) / np.exp(intercept + slope * 1.30)
     return ratio
 
 
-def matrix(m: Measured, config: object) -> None:
+def matrix(m: Tables, config: object) -> None:
     """Table 1: rho x learning rate."""
     if 59 not in config.p:
         return
@@ -131,7 +131,7 @@ def matrix(m: Measured, config: object) -> None:
             m.claim(key, [at[over], at[under]], ratio)
 
 
-def moduli_law(m: Measured, fits: dict, config: object) -> None:
+def moduli_law(m: Tables, fits: dict, config: object) -> None:
     """Section 6: alpha and W_c per modulus, the shared exponent over four of them, saturation at p=41."""
     block, groups = config.moduli_seeds, {}
     for p in config.moduli if "moduli" in config.parts else ():
@@ -159,24 +159,24 @@ def moduli_law(m: Measured, fits: dict, config: object) -> None:
     power_claim(m, "A.wc.power.pscan", m.pick("free", block=block) if "moduli" in config.parts else [])
 
 
-def oneshot(m: Measured, config: object) -> None:
+def oneshot(m: Tables, config: object) -> None:
     """Section 5: one rescale at step 500 leaves T_grok where it was."""
     cells = m.pick("rescale", 59, config.seeds)
     if len(cells) >= 2:
         m.claim("A.oneshot.spread", cells, lambda t: stats.median(t).max(-1) / stats.median(t).min(-1))
 
 
-def norms_at_grok(m: Measured, cells: list[dict]) -> np.ndarray:
+def norms_at_grok(m: Tables, cells: list[dict]) -> np.ndarray:
     """Norm at own T_grok `(cells, members)`; not a number where a run did not grok."""
     return np.array([[np.nan if r["norm_at_grok"] is None else r["norm_at_grok"] for r in m.runs if r["cell"] == c["cell"]] for c in cells])
 
 
-def critical_norm_claim(m: Measured, key: str, cells: list[dict]) -> None:
+def critical_norm_claim(m: Tables, key: str, cells: list[dict]) -> None:
     if cells and np.isfinite(norms_at_grok(m, cells[:1])).any():
         m.claim(key, cells[:1], lambda t: np.nanmedian(t, -1)[..., 0], norms_at_grok(m, cells[:1]))
 
 
-def power_claim(m: Measured, key: str, cells: list[dict]) -> tuple | None:
+def power_claim(m: Tables, key: str, cells: list[dict]) -> tuple | None:
     """k of W_c ~ p^k."""
     if len({c["p"] for c in cells}) >= 3:
         log_p = np.log([c["p"] for c in cells])
@@ -184,7 +184,7 @@ def power_claim(m: Measured, key: str, cells: list[dict]) -> tuple | None:
     return None
 
 
-def concentration(m: Measured, fits: dict, config: object) -> None:
+def concentration(m: Tables, fits: dict, config: object) -> None:
     """Section 4: W_c over train fraction, weight decay, learning rate and p; its coefficient of variation; its power law."""
     if "concentration" not in config.parts:
         return
