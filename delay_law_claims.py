@@ -14,6 +14,7 @@ PAPER_LR = 1e-3             # published numbers are answered only by runs whose 
 PAPER_SEEDS = {"A.wc.power": 20, "A.wc.cv": 20, "A.wc.power.pscan": 12, "A.alpha.shared.r2": 12, "A.saturation.p41": 12}   # elsewhere 16
 FIT_DENSE = (0.85, 0.90, 0.95, 1.00, 1.05, 1.10, 1.15, 1.20, 1.25)   # doses of A.alpha.dense
 FIT_MODULI = (0.85, 1.00, 1.15)                                      # doses of A.alpha.pNN
+MODULI, FREE_MODULI = (31, 41, 53, 59, 71), (29, 41, 59, 79, 97)     # of A.wc.power.pscan and A.wc.power
 
 
 class Tables:
@@ -99,11 +100,11 @@ def delay_law(m: Tables, fits: dict, config: object) -> None:
                 m.claim("A.sustained.spread", ends, lambda t: stats.median(t).max(-1) / stats.median(t).min(-1))
 
 
-def lacking(ours: np.ndarray, published: tuple[float, ...]) -> str:
+def lacking(ours: np.ndarray, published: tuple[float, ...], what: str = "doses") -> str:
     """What our doses lack of the published fit: both of its ends, and at least half of its doses, must be there."""
     have = {round(float(rho), 6) for rho in ours} & set(published)
     enough = {published[0], published[-1]} <= have and 2 * len(have) >= len(published)
-    ran, wanted = f"{len(ours)} doses {min(ours):g}..{max(ours):g}", f"{len(published)} of {published[0]}..{published[-1]}"
+    ran, wanted = f"{len(ours)} {what} {min(ours):g}..{max(ours):g}", f"{len(published)} of {published[0]}..{published[-1]}"
     return "" if enough else f"fitted to {ran}, the paper to {wanted}"
 
 
@@ -156,7 +157,7 @@ def moduli_law(m: Tables, fits: dict, config: object) -> None:
         ends = np.cumsum([len(r) for r in rhos])[:-1]
         for which, key in ((0, "A.alpha.shared"), (1, "A.alpha.shared.r2")):
             m.claim(key, flat, lambda t, which=which: stats.shared_slope(rhos, np.split(log_median(t), ends, axis=-1))[which])
-    power_claim(m, "A.wc.power.pscan", m.pick("free", block=block) if "moduli" in config.parts else [])
+    power_claim(m, "A.wc.power.pscan", m.pick("free", block=block) if "moduli" in config.parts else [], MODULI)
 
 
 def oneshot(m: Tables, config: object) -> None:
@@ -176,11 +177,12 @@ def critical_norm_claim(m: Tables, key: str, cells: list[dict]) -> None:
         m.claim(key, cells[:1], lambda t: np.nanmedian(t, -1)[..., 0], norms_at_grok(m, cells[:1]))
 
 
-def power_claim(m: Tables, key: str, cells: list[dict]) -> tuple | None:
-    """k of W_c ~ p^k."""
+def power_claim(m: Tables, key: str, cells: list[dict], published: tuple[int, ...]) -> tuple | None:
+    """k of W_c ~ p^k; the paper's is fitted to the moduli `published`."""
     if len({c["p"] for c in cells}) >= 3:
-        log_p = np.log([c["p"] for c in cells])
-        return m.claim(key, cells, lambda t: stats.line(log_p, np.log(np.nanmedian(t, -1)))[0], norms_at_grok(m, cells))
+        p = np.array([c["p"] for c in cells])
+        missing = lacking(p, published, "moduli")
+        return m.claim(key, cells, lambda t: stats.line(np.log(p), np.log(np.nanmedian(t, -1)))[0], norms_at_grok(m, cells), missing)
     return None
 
 
@@ -198,7 +200,7 @@ def concentration(m: Tables, fits: dict, config: object) -> None:
             keys += [f"A.wc.p59.wd3.lr{lr:g}"] if (frac, wd) == (0.50, 3) else []
         for key in keys:
             critical_norm_claim(m, key, [c])
-    fits["power"] = power_claim(m, "A.wc.power", m.pick("free", block=config.free_seeds))
+    fits["power"] = power_claim(m, "A.wc.power", m.pick("free", block=config.free_seeds), FREE_MODULI)
     over_lr = [c for c in mine if (c["p"], c["train_frac"], c["weight_decay"]) == (59, 0.50, 3)]
     if len(over_lr) >= 2:
         def cv(t: np.ndarray) -> np.ndarray:

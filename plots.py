@@ -40,7 +40,8 @@ def dots(axis: plt.Axes, x: float, runs: list[dict], color: str, spread: float =
 
 
 def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: dict, prefix: str, published: str) -> None:
-    """T_grok against rho on a log axis, one colour per modulus, fitted lines, published medians as open squares."""
+    """T_grok against rho on a log axis, a colour and a line style per modulus, lines fitted to three doses or more, published medians as
+    open squares."""
     mine = [r for r in runs if r["arm"] == arm and len({r["lr"]} & {runs[0]["lr"]})]
     figure, axis = plt.subplots(figsize=(6, 4.2))
     known = stats.published(lab.ROOT / "published.csv", "A.")
@@ -49,19 +50,23 @@ def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: 
         for rho in rhos:
             dots(axis, rho, [r for r in mine if (r["p"], r["rho"]) == (p, rho)], color)
         fit = fits.get(f"{prefix}.p{p}")
-        if fit and arm == "clamp":
+        if fit and arm == "clamp" and len(fit["rhos"]) >= 3:
             x = np.array([min(rhos), max(rhos)])
             axis.plot(x, np.exp(fit["intercept"] + fit["alpha"][0] * x), color=color, ls=LINES[i % 4], lw=1,
                       label=f"p={p}: alpha {fit['alpha'][0]:.2f} [{fit['alpha'][1]:.2f}, {fit['alpha'][2]:.2f}]")
+        else:
+            axis.plot([], [], color=color, lw=2, label=f"p={p}")
         points = [(known[k]["rho"], known[k]["value"]) for k in known if k.startswith(published.format(p=p)) and int(known[k]["p"]) == p]
         if points and arm == "clamp":
-            axis.plot([float(x) for x, _ in points], [y for _, y in points], "s", mfc="none", color="black", mec=color, mew=1.5, ms=8,
-                      label=f"p={p}: published medians")
+            axis.plot([float(x) for x, _ in points], [y for _, y in points], "s", mfc="none", mec=color, mew=1.5, ms=8)
         free_runs = [r["t_grok_step"] for r in runs if r["arm"] == "free" and r["p"] == p and r["t_grok_step"] and r["block"] == mine[0]["block"]]
         if free_runs:
-            axis.axhline(np.median(free_runs), color=color, ls=":", lw=1, label=f"p={p}: free control, median")
+            axis.axhline(np.median(free_runs), color=color, ls=(0, (1, 4)), lw=1)
     axis.set(yscale="log", xlabel="held norm / critical norm, rho" if arm == "clamp" else "norm after one rescale / critical norm, rho",
              ylabel="T_grok (steps)", title=title)
+    if arm == "clamp":
+        axis.plot([], [], "s", mfc="none", color="gray", mew=1.5, label="published median")
+    axis.plot([], [], color="gray", ls=(0, (1, 4)), lw=1, label="free control, median")
     axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
     axis.legend(fontsize=7)
     save_figure(figure, folder, file)
@@ -69,7 +74,7 @@ def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: 
 
 
 def matrix(runs: list[dict], folder: Path, file: str) -> None:
-    """T_grok against learning rate, one colour per held norm that was run at several, published medians as squares of that colour."""
+    """T_grok against learning rate, a colour and a line style per held norm that was run at several, published medians as squares."""
     known = stats.published(lab.ROOT / "published.csv", "A.matrix.")
     rhos = sorted({r["rho"] for r in runs if r["arm"] == "clamp"})
     several = [rho for rho in rhos if len({r["lr"] for r in runs if r["rho"] == rho and r["arm"] == "clamp"}) > 1]
@@ -77,46 +82,59 @@ def matrix(runs: list[dict], folder: Path, file: str) -> None:
         return
     figure, axis = plt.subplots(figsize=(6, 4.2))
     for i, rho in enumerate(several):
-        mine = [r for r in runs if r["arm"] == "clamp" and r["rho"] == rho]
+        mine, medians = [r for r in runs if r["arm"] == "clamp" and r["rho"] == rho], {}
         for lr in sorted({r["lr"] for r in mine}):
             cell = [r for r in mine if r["lr"] == lr]
+            times = np.array([math.inf if r["t_grok_step"] is None else r["t_grok_step"] for r in cell])
             for r in cell:
                 grok = r["t_grok_step"]
                 axis.plot(lr, grok or r["budget_steps"], "." if grok else "^", color=f"C{i}", mfc=f"C{i}" if grok else "none", alpha=0.5)
-            middle = float(stats.median(np.array([math.inf if r["t_grok_step"] is None else r["t_grok_step"] for r in cell])))
-            axis.plot(lr, middle if math.isfinite(middle) else np.nan, "_", color=f"C{i}", ms=16, mew=2)
-        axis.plot([], [], "_", color=f"C{i}", mew=2, label=f"rho {rho:g}")
+            medians[lr] = float(stats.median(times)) if np.isfinite(stats.median(times)) else math.nan
+            axis.plot(lr, medians[lr], "_", color=f"C{i}", ms=16, mew=2)
+        axis.plot([*medians], [*medians.values()], color=f"C{i}", ls=LINES[i % 4], lw=1, label=f"rho {rho:g}, through our medians")
         points = [(float(k["lr"]), k["value"]) for k in known.values() if float(k["rho"]) == rho and int(k["p"]) == mine[0]["p"]]
         if points:
             axis.plot(*zip(*points, strict=True), "s", mfc="none", color=f"C{i}", mew=1.5, ms=8)
     axis.plot([], [], "s", mfc="none", color="gray", label="published median")
     axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
     axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="T_grok (steps)", title="Norm against learning rate")
+    rates = sorted({r["lr"] for r in runs if r["arm"] == "clamp"})
+    axis.set_xticks(rates, [f"{lr:g}" for lr in rates])
+    axis.set_xticks([], minor=True)
     axis.legend(fontsize=7)
     save_figure(figure, folder, file)
     plt.close(figure)
 
 
 def critical_norm(runs: list[dict], folder: Path, group: str = "") -> None:
-    """Total norm at own T_grok of free runs, or that of a group: against p (with the published W_c of the model) and cell by cell."""
+    """Total norm at own T_grok of free runs, or that of a group: cell by cell, and against p where there are several. Published W_c as squares."""
     column = f"norm_{group}_at_grok" if group else "norm_at_grok"
     mine = [r for r in runs if r["arm"] == "free" and r[column] is not None]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
     plain = [r for r in mine if r["weight_decay"] == 1 and r["train_frac"] == 0.40]
-    left.plot([r["p"] for r in plain], [r[column] for r in plain], ".", alpha=0.5, label="ours, every member")
-    points = [(int(k["p"]), k["value"]) for key, k in stats.published(lab.ROOT / "published.csv", "A.").items() if k["value"] and not group
-              and k["model"] == mine[0]["model"] and key in (f"A.wc.p{k['p']}", f"A.wc.pscan.p{k['p']}", "A.tf.wc")]
-    if points:
-        left.plot(*zip(*points, strict=True), "s", mfc="none", color="black", label="published W_c")
-    left.set(xscale="log", yscale="log", xlabel="p", ylabel=f"{group} norm at T_grok, free".strip(), title="Critical norm over p")
-    left.legend(fontsize=7)
-    names = list(dict.fromkeys(r["cell"] for r in mine))
+    known = {int(k["p"]): k["value"] for key, k in stats.published(lab.ROOT / "published.csv", "A.").items() if k["value"] and not group
+             and k["model"] == mine[0]["model"] and key in (f"A.wc.p{k['p']}", f"A.wc.pscan.p{k['p']}", "A.tf.wc")}
+    moduli, names = {r["p"] for r in plain}, list(dict.fromkeys(r["cell"] for r in mine))
+    panels = 1 + (len(moduli) > 1)
+    figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 4.2), squeeze=False)
+    label = f"{group} norm at T_grok, free".strip()
     for i, cell in enumerate(names):
         values = [r[column] for r in mine if r["cell"] == cell]
-        right.plot([i] * len(values), values, ".", alpha=0.5)
-        right.plot(i, np.median(values), "_", color="black", ms=14)
-    right.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-    right.set(ylabel=f"{group} norm at T_grok, free".strip(), title="Concentration")
+        axes[0, 0].plot([i] * len(values), values, ".", color="C0", alpha=0.5, label="" if i else "ours, every member")
+        axes[0, 0].plot(i, np.median(values), "_", color="black", ms=14, label="" if i else "our median")
+        default = next((r for r in plain if r["cell"] == cell and r["lr"] == plain[0]["lr"]), None)
+        if default and default["p"] in known:
+            axes[0, 0].plot(i, known[default["p"]], "s", mfc="none", color="black")
+    axes[0, 0].set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    axes[0, 0].set(ylabel=label, title="Norm at grokking", xlim=(-0.6, len(names) - 0.4))
+    if panels == 2:
+        axes[0, 1].plot([r["p"] for r in plain], [r[column] for r in plain], ".", color="C0", alpha=0.5)
+        if points := [(p, value) for p, value in known.items() if min(moduli) <= p <= max(moduli)]:
+            axes[0, 1].plot(*zip(*points, strict=True), "s", mfc="none", color="black")
+        axes[0, 1].set(xlabel="p", title="Over p")
+        axes[0, 1].set_xticks(sorted(moduli))
+    if known:
+        axes[0, 0].plot([], [], "s", mfc="none", color="black", label="published W_c")
+    axes[0, 0].legend(fontsize=7)
     save_figure(figure, folder, f"critical_norm_{group}" if group else "critical_norm")
     plt.close(figure)
 
