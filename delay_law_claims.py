@@ -4,6 +4,7 @@ A statistic maps tables `(..., cells, members)` of T_grok to `(...)`: the whole 
 (`stats.bootstrap`). Infinite = censored, which counts as later.
 """
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Tables:
         """`T_grok (cells, members)`; infinite = censored."""
         return np.array([list(stats.times(self.runs, c["cell"]).values()) for c in cells])
 
-    def claim(self, key: str, cells: list[dict], statistic: callable, table: np.ndarray | None = None,
+    def claim(self, key: str, cells: list[dict], statistic: Callable[[np.ndarray], np.ndarray], table: np.ndarray | None = None,
               missing: str = "") -> tuple | None:
         """Answer published row `key`, if there is one, by `statistic` of the `(cells, members)` table of T_grok (or `table`).
         `missing` says what part of the published cells is not there: the answer is then inconclusive."""
@@ -88,7 +89,7 @@ def delay_law(m: Tables, fits: dict, config: object) -> None:
             fits[f"dense.p{p}"] = {"alpha": alpha, "intercept": float(intercept), "r2": float(r2), "rhos": rho.tolist()}
             counts = np.isfinite(m.table(fitted)).all()
             if counts and len(fitted) >= 4 and m.table(fitted).shape[1] >= 2:
-                fits[f"dense.p{p}"]["lack_of_fit_p"] = stats.lack_of_fit(rho, np.log(m.table(fitted)))
+                fits[f"dense.p{p}"] |= {"lack_of_fit_p": stats.lack_of_fit(rho, np.log(m.table(fitted))), "members": m.table(fitted).shape[1]}
             top = [c for c in cells if abs(c["rho"] - 1.30) < 1e-9]
             if top and p == 59:
                 m.claim("A.saturation.p59", [*fitted, *top], saturation(rho), missing=missing)
@@ -108,7 +109,7 @@ def lacking(ours: np.ndarray, published: tuple[float, ...], what: str = "doses")
     return "" if enough else f"fitted to {ran}, the paper to {wanted}"
 
 
-def saturation(rho: np.ndarray) -> callable:
+def saturation(rho: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Tables over extrapolated T_grok at rho 1.30: the last row of the table against the line through the others."""
     def ratio(t: np.ndarray) -> np.ndarray:
         slope, intercept, _ = stats.line(rho, log_median(t[..., :-1, :]))
@@ -211,15 +212,16 @@ def concentration(m: Tables, fits: dict, config: object) -> None:
 def contraction(runs: list[dict], trajectories: list[dict]) -> list[dict]:
     """Free runs: slope of ln ||W||^2 after memorisation against 2 lr wd, and the delay against ln(V_mem / V_grok), V = ||W||^2.
 
-    The norm may go on growing after T_mem, so slope and ratio are given from its peak (largest logged norm between the two) as well.
+    The norm may go on growing after T_mem, so slope and ratio are given from its peak (largest norm at T_mem or logged after it) as well.
     """
     rows = []
     for run in runs:
         if run["arm"] != "free" or run["censored"] or run["t_mem_step"] is None:
             continue
-        points = [(t["step"], 2 * math.log(t["norm"])) for t in trajectories if t["cell"] == run["cell"] and t["member"] == run["member"]
-                  and run["t_mem_step"] <= t["step"] <= run["t_grok_step"]]
-        peak_step, ln_peak = max(points, key=lambda point: point[1], default=(run["t_mem_step"], 2 * math.log(run["norm_at_mem"])))
+        points = [(run["t_mem_step"], 2 * math.log(run["norm_at_mem"]))]
+        points += [(t["step"], 2 * math.log(t["norm"])) for t in trajectories if t["cell"] == run["cell"] and t["member"] == run["member"]
+                  and run["t_mem_step"] < t["step"] <= run["t_grok_step"]]
+        peak_step, ln_peak = max(points, key=lambda point: point[1])
         falling = [point for point in points if point[0] >= peak_step]
         rate, rate_peak = (-float(stats.line(*np.array(part).T)[0]) if len(part) >= 3 else None for part in (points, falling))
         weak = 2 * run["lr"] * run["weight_decay"]
@@ -238,31 +240,47 @@ def contraction(runs: list[dict], trajectories: list[dict]) -> list[dict]:
 def findings(runs: list[dict], fits: dict, contracted: list[dict]) -> list[dict]:
     """Open doubts that these runs answer in numbers: no verdict, no goal."""
     out = []
-    for run in {r["cell"]: r for r in runs if r["arm"] == "clamp" and r["rho"] == 1.0}.values():
+
+    def grok(*cells: str) -> np.ndarray:
+        return np.array([[*stats.times(runs, cell).values()] for cell in cells])                   # (cells, members)
+
+    def add(key: str, quantity: str, ours: tuple, n: int, censored: int) -> None:
+        out.append({"id": key, "quantity": quantity, **dict(zip(("ours", "lo", "hi"), map(stats.finite, ours), strict=True)), "n": n,
+                    "n_censored": censored})
+
+    def add_ratio(key: str, quantity: str, over: str, under: str, of: Callable[[np.ndarray], np.ndarray] = lambda ratio: ratio) -> None:
+        pair = grok(over, under)
+        ours = stats.bootstrap(pair, lambda t: of(stats.median(t)[..., 0] / stats.median(t)[..., 1]))
+        add(key, quantity, ours, pair.shape[1], int((~np.isfinite(pair)).sum()))
+
+    clamps = {r["cell"]: r for r in runs if r["arm"] == "clamp"}
+    for cell, run in clamps.items():
         same = ("p", "block", "lr", "seed0", "train_frac", "weight_decay")
-        control = [r for r in runs if r["arm"] == "free" and all(r[k] == run[k] for k in same)]
-        if control:
-            pair = np.array([list(stats.times(runs, c).values()) for c in (run["cell"], control[0]["cell"])])
-            ratio = stats.bootstrap(pair, lambda t: stats.median(t)[..., 0] / stats.median(t)[..., 1])
-            out.append({"id": f"clamp_over_free.{run['cell']}", "quantity": "median T_grok, clamp at rho 1 over free, same seeds",
-                        "ours": stats.finite(ratio[0]), "lo": stats.finite(ratio[1]), "hi": stats.finite(ratio[2]), "n": pair.shape[1]})
-    for slow in {r["cell"]: r for r in runs if r["arm"] == "clamp" and r["lr"] == min(run["lr"] for run in runs)}.values():
-        fast = max((r for r in runs if all(r[k] == slow[k] for k in ("arm", "p", "block", "rho", "seed0"))), key=lambda r: r["lr"])
-        if fast["lr"] > slow["lr"]:
-            pair = np.array([list(stats.times(runs, c).values()) for c in (slow["cell"], fast["cell"])])
-            ratio = stats.bootstrap(pair, lambda t: stats.median(t)[..., 0] / stats.median(t)[..., 1])
-            out.append({"id": f"lr_factor.{slow['cell']}", "n": pair.shape[1],
-                        "quantity": f"median T_grok, learning rate {slow['lr']:g} over {fast['lr']:g}, same held norm",
-                        "ours": stats.finite(ratio[0]), "lo": stats.finite(ratio[1]), "hi": stats.finite(ratio[2])})
+        control = next((r["cell"] for r in runs if r["arm"] == "free" and all(r[k] == run[k] for k in same)), None)
+        if run["rho"] == 1.0 and control:
+            add_ratio(f"clamp_over_free.{cell}", "median T_grok, clamp at rho 1 over free, same seeds", cell, control)
+        fast = max((r for r in runs if all(r[k] == run[k] for k in ("arm", "p", "block", "rho", "seed0"))), key=lambda r: r["lr"])
+        if run["lr"] == min(r["lr"] for r in runs) < fast["lr"]:
+            quantity = f"median T_grok, learning rate {run['lr']:g} over {fast['lr']:g}, same held norm"
+            add_ratio(f"lr_factor.{cell}", quantity, cell, fast["cell"])
+        above = min((r for r in clamps.values() if all(r[k] == run[k] for k in ("p", "block", "lr")) and r["held_norm"] and run["held_norm"]
+                     and r["rho"] > run["rho"]), key=lambda r: r["rho"], default=None)
+        if above:
+            step = above["rho"] - run["rho"]
+            add_ratio(f"local_slope.{above['cell']}", f"slope of ln T_grok on rho between {run['rho']:g} and {above['rho']:g}", above["cell"], cell,
+                      lambda ratio, step=step: np.log(ratio) / step)
+        collapse = [r["collapse32_at_grok"] for r in runs if r["cell"] == cell and r["collapse32_at_grok"] is not None]
+        if any(collapse) and run.get("dtype") in (None, "float32"):
+            add(f"collapse.float32.{cell}", "share of training pairs in collapse in float32 at own T_grok, mean, least and most of members that grok",
+                (np.mean(collapse), min(collapse), max(collapse)), len(collapse), int((~np.isfinite(grok(cell))).sum()))
     for key, fit in fits.items():
         if isinstance(fit, dict) and "lack_of_fit_p" in fit:
-            out.append({"id": f"lack_of_fit.{key}", "quantity": "p-value: ln T_grok is a straight line in rho, against seed noise",
-                        "ours": stats.finite(fit["lack_of_fit_p"]), "lo": None, "hi": None, "n": len(fit["rhos"])})
+            add(f"lack_of_fit.{key}", f"p-value: ln T_grok is a straight line in rho, against seed noise, {len(fit['rhos'])} doses",
+                (fit["lack_of_fit_p"], None, None), fit["members"], 0)
     for cell in dict.fromkeys(row["cell"] for row in contracted):
         for key, text in (("ln_v_ratio", "ln(V_mem / V_grok)"), ("ln_v_peak_ratio", "ln(V_peak / V_grok)"),
                           ("rate_from_peak_over_two_lr_wd", "rate of ln ||W||^2 from its peak to T_grok over 2 lr wd")):
             values = [row[key] for row in contracted if row["cell"] == cell and row[key] is not None]
-            out.append({"id": f"contraction.{key}.{cell}", "quantity": f"{text}, median of members", "n": len(values),
-                        "ours": stats.finite(np.median(values)) if values else None, "lo": stats.finite(min(values, default=None)),
-                        "hi": stats.finite(max(values, default=None))})
+            ours = (np.median(values), min(values), max(values)) if values else (None, None, None)
+            add(f"contraction.{key}.{cell}", f"{text}, median, least and most of the members that grok", ours, len(values), 0)
     return out

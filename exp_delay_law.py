@@ -37,7 +37,8 @@ PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")   # of the MLP
 
 @dataclass(frozen=True)
 class Config(settings.Config):
-    rhos: tuple[float, ...] = settings.option((), "held norms over W_c; default: each part's own", float)
+    rhos: tuple[float, ...] = settings.option((), "held norms over W_c; default: each part's own", float,
+                                              ("dense", "matrix", "moduli", "oneshot", "groups"))
     lrs: tuple[float, ...] = settings.option((1e-3, 2e-3, 4e-3, 8e-3), "learning rates of the matrix; the first is everybody else's")
     train_fracs: tuple[float, ...] = settings.option((), "train fractions of the concentration part; default .30 .35 .40 .50 .65", float,
                                                      ("concentration",))
@@ -189,7 +190,8 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     found += mlp.findings(runs, fits, contracted)
     files.write_summary(out, answered, found)
     figures = out / "figures"
-    for block, moduli, prefix, published in ((config.seeds, config.p, "dense", "A.dense.rho" if config.model == "mlp" else "A.tf.rho"),
+    medians = {"mlp": "A.dense.rho", "transformer": "A.tf.rho"}.get(config.model, "none")
+    for block, moduli, prefix, published in ((config.seeds, config.p, "dense", medians),
                                              (config.moduli_seeds, config.moduli, "moduli", "A.pscan.p{p}.rho")):
         if prefix == "moduli" and "moduli" not in config.parts:
             continue

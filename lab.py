@@ -40,15 +40,22 @@ def git(*words: str) -> str:
         return ""
 
 
-def provenance(desk: "Lab", result: Result) -> dict:
-    """Where the numbers come from. The commit is that of the start: the tree may move on while a long command runs."""
-    config = desk.config
+def origin(device: str) -> dict:
+    """The code, command and machine that this process is."""
     flags = sorted(w for w in _cpu_flags() if w.startswith(("avx2", "avx512f", "amx")))
     return {
-        "commit": desk.commit, "dirty": desk.dirty,
+        "commit": git("rev-parse", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *map(_without_machine, sys.argv[1:])]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
-        "device": torch.cuda.get_device_name() if config.device == "cuda" else f"cpu, {torch.get_num_threads()} threads, {' '.join(flags)}",
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads, {' '.join(flags)}",
+    }
+
+
+def provenance(desk: "Lab", result: Result) -> dict:
+    """Where the numbers come from. The code is that of the start: the tree may move on while a long command runs."""
+    config = desk.config
+    return {
+        **desk.origin,
         "backend": desk.backend, "dtype": config.dtype, "arithmetic": config.arithmetic if config.device == "cuda" else "ieee",
         "training_seconds": round(result.seconds, 1), "run_steps": result.executed, "run_steps_needed": result.needed,
         "executed_over_needed": round(result.executed / max(result.needed, 1), 4),
@@ -104,7 +111,7 @@ class Lab:
         self.folder = Path(config.out) if config.out else ROOT / "results" / experiment / folder
         self.checkpoint, self.config_file = self.folder / "checkpoint", self.folder / "config.json"
         self.backend, self.said = "none", set()
-        self.commit, self.dirty = git("rev-parse", "HEAD") or "unknown", bool(git("status", "--porcelain", "--untracked-files=no"))
+        self.origin = origin(config.device)
         self.created: list[Path] = []     # folders that `open` had to make, innermost first
         self.opened, self.shares = False, 1
         self.loads: list[float] = []      # expected work of every share so far

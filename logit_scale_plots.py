@@ -149,6 +149,7 @@ def audit(pairs: list[list[dict]], known: dict[str, dict], folder: Path, file: s
             squares(right, [(at, value(known, f"{key}sc{bits}"))], "")
     right.axhline(0.05, color="gray", ls=":", lw=1, label="float32-confounded from here")
     for axis in (left, right):
+        axis.set(xlim=(-0.5, len(pairs) - 0.5))
         axis.set_xticks(range(len(pairs)), [f"rho {p[0]['rho']:g}" + (f", tau {p[0]['tau']:g}" if p[0]["tau"] != 1 else "") for p in pairs])
         axis.plot([], [], "o", color="C0", label="trained in float32")
         axis.plot([], [], "D", color="C1", label="trained in float64")
@@ -173,7 +174,7 @@ def allocation(cells: list[dict], known: dict[str, dict], folder: Path, file: st
     left.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
     left.set(yscale="log", xlabel="gamma: power moved from E to W2", ylabel="T_grok (steps)",
              title=f"Allocation at fixed total norm, p={cells[0]['p']}")
-    right.set(xlabel="gamma", ylabel="effective logit scale L", ylim=(0, None), title="Logit scale at grokking")
+    right.set(xlabel="gamma", ylabel="effective logit scale L", ylim=(0, 1.1 * right.get_ylim()[1]), title="Logit scale at grokking")
     left.legend(fontsize=7)
     right.legend(fontsize=7)
     save(figure, folder, file)

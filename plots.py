@@ -28,6 +28,13 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
         files.write_atomic(folder / f"{name}.{kind}", image.getvalue())
 
 
+def steps(axis: matplotlib.axis.Axis) -> None:
+    """Ticks of a logarithmic axis of steps: 1, 2 and 5 times powers of ten, as plain numbers."""
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+
 def dots(axis: plt.Axes, x: float, runs: list[dict], color: str, spread: float = 0.004) -> None:
     """Every member of a cell: dots where it grokked, open triangles at the budget where it did not; a bar at the median."""
     jitter = np.linspace(-spread, spread, len(runs)) if len(runs) > 1 else [0]
@@ -42,30 +49,32 @@ def dots(axis: plt.Axes, x: float, runs: list[dict], color: str, spread: float =
 def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: dict, prefix: str, published: str) -> None:
     """T_grok against rho on a log axis, a colour and a line style per modulus, lines fitted to three doses or more, published medians as
     open squares."""
-    mine = [r for r in runs if r["arm"] == arm and len({r["lr"]} & {runs[0]["lr"]})]
+    mine = [r for r in runs if r["arm"] == arm and r["lr"] == runs[0]["lr"]]
     figure, axis = plt.subplots(figsize=(6, 4.2))
-    known = stats.published(lab.ROOT / "published.csv", "A.")
+    known, shown = stats.published(lab.ROOT / "published.csv", "A."), False
     for i, p in enumerate(sorted({r["p"] for r in mine})):
         color, rhos = f"C{i}", sorted({r["rho"] for r in mine if r["p"] == p})
         for rho in rhos:
             dots(axis, rho, [r for r in mine if (r["p"], r["rho"]) == (p, rho)], color)
         fit = fits.get(f"{prefix}.p{p}")
-        if fit and arm == "clamp" and len(fit["rhos"]) >= 3:
-            x = np.array([min(rhos), max(rhos)])
+        if fit and arm == "clamp" and len(fit["rhos"]) >= 3 and math.isfinite(fit["alpha"][0]):
+            x = np.array([min(fit["rhos"]), max(fit["rhos"])])
             axis.plot(x, np.exp(fit["intercept"] + fit["alpha"][0] * x), color=color, ls=LINES[i % 4], lw=1,
                       label=f"p={p}: alpha {fit['alpha'][0]:.2f} [{fit['alpha'][1]:.2f}, {fit['alpha'][2]:.2f}]")
         else:
             axis.plot([], [], color=color, lw=2, label=f"p={p}")
         points = [(known[k]["rho"], known[k]["value"]) for k in known if k.startswith(published.format(p=p)) and int(known[k]["p"]) == p]
         if points and arm == "clamp":
+            shown = True
             axis.plot([float(x) for x, _ in points], [y for _, y in points], "s", mfc="none", mec=color, mew=1.5, ms=8)
         free_runs = [r["t_grok_step"] for r in runs if r["arm"] == "free" and r["p"] == p and r["t_grok_step"] and r["block"] == mine[0]["block"]]
         if free_runs:
             axis.axhline(np.median(free_runs), color=color, ls=(0, (1, 4)), lw=1)
     axis.set(yscale="log", xlabel="held norm / critical norm, rho" if arm == "clamp" else "norm after one rescale / critical norm, rho",
              ylabel="T_grok (steps)", title=title)
-    if arm == "clamp":
+    if shown:
         axis.plot([], [], "s", mfc="none", color="gray", mew=1.5, label="published median")
+    steps(axis.yaxis)
     axis.plot([], [], color="gray", ls=(0, (1, 4)), lw=1, label="free control, median")
     axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
     axis.legend(fontsize=7)
@@ -172,16 +181,22 @@ def trajectories(trajectories: list[dict], folder: Path) -> None:
 
 
 def replay(rows: list[dict], folder: Path) -> None:
+    """Released T_grok against ours, a marker per folder of released files: on the line they are equal."""
     picture, axis = plt.subplots(figsize=(5.5, 5))
-    for i, cell in enumerate(dict.fromkeys(row["cell"] for row in rows)):
-        points = [(r["t_grok_released"], r["t_grok"]) for r in rows if r["cell"] == cell and r["t_grok_released"] and r["t_grok"]]
+    for i, group in enumerate(dict.fromkeys(Path(row["cell"]).parent.name for row in rows)):
+        mine = [r for r in rows if Path(r["cell"]).parent.name == group]
+        points = [(r["t_grok_released"], r["t_grok"]) for r in mine if r["t_grok_released"] and r["t_grok"]]
         if points:
-            axis.plot(*zip(*points, strict=True), MARKERS[i % 8], mfc="none", ms=5, alpha=0.7, label=Path(cell).name if i < 24 else None)
+            cells = len({r["cell"] for r in mine})
+            axis.plot(*zip(*points, strict=True), MARKERS[i % 8], mfc="none", ms=6, alpha=0.7,
+                      label=f"{group or 'released'}: {len(points)} runs, {cells} cells")
     low, high = axis.get_xlim()
     axis.plot([low, high], [low, high], color="gray", lw=0.7, zorder=0)
     axis.set(xscale="log", yscale="log", xlabel="T_grok as released (steps)", ylabel="T_grok here (steps)", title="Per-seed replay")
+    steps(axis.xaxis)
+    steps(axis.yaxis)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=5)
+        axis.legend(fontsize=7, loc="upper left")
     save_figure(picture, folder, "replay")
     plt.close(picture)
 

@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent
 BEGIN, END = "<!-- claims: made by report.py -->", "<!-- end of claims -->"
 STRENGTH = ("NOT RUN", "INCONCLUSIVE", "NOT REPRODUCED", "REPRODUCED")
 MARGIN = 0.05         # of T_grok, for equivalence with the released runs
+NETWORK = ("model", "loss", "p", "train_frac", "block", "seed0", "member", "arm", "tau", "lr", "weight_decay", "clamp_start", "held_norm", "held_E",
+           "held_W1", "held_W2")   # what makes two runs the same one
 HEADLINES = ("A.alpha.dense", "A.alpha.dense.r2", "A.norm_factor", "A.lr_factor", "A.sustained.spread", "A.oneshot.spread", "A.saturation.p59",
              "A.alpha.shared", "A.wc.power", "A.wc.cv", "B.med.ce.p59.ratio", "B.med.ce.p97.ratio", "B.recovery.p59", "B.recovery.p97",
              "B.med.mse.p59.ratio", "B.med.mse.p97.ratio", "B.collapse.r2_logit.p59", "B.collapse.dr2.p59", "B.dose.alpha.p59", "B.dose.daic.p59",
@@ -180,12 +182,14 @@ def sensitivity_section(folders: list[Folder], root: Path, best: dict[str, dict]
                 e, lo, hi = stats.bootstrap(table, lambda t, rho=rho: stats.line(rho, np.log(stats.median(t)))[0])
                 thresholds.append([folder.name, text, number(e), interval(stats.finite(lo), stats.finite(hi)), str(table.shape[1]),
                                    str(int((~np.isfinite(table)).sum())), str(len(rho))])
-            free = files.read_csv(root / folder.name / "contraction.csv") if (root / folder.name / "contraction.csv").exists() else []
-            mine = [r for r in free if r["cell"] == f"free_p59_b{next(iter(doses.values()))['block']}" and r.get("v_end")]
-            if mine:
-                own, end = (float(np.median([math.sqrt(r[k]) for r in mine])) for k in ("v_grok", "v_end"))
-                alpha = float(thresholds[-2][2])
-                conventions.append([folder.name, number(own), number(end), number(alpha), number(alpha * end / own), str(len(mine))])
+        free = files.read_csv(root / folder.name / "contraction.csv") if (root / folder.name / "contraction.csv").exists() else []
+        mine = [r for r in free if r["cell"] in ("free_p59_b16", "free_p59_b12") and r.get("v_end")]
+        if mine:
+            own, end = (float(np.median([math.sqrt(r[k]) for r in mine])) for k in ("v_grok", "v_end"))
+            fitted = ("A.alpha.dense", "A.alpha.p59", "A.tf.alpha")
+            alpha = next((c["ours"] for c in folder.summary["claims"] if c["id"] in fitted and c["ours"]), None)
+            conventions.append([folder.name, runs[0]["model"], number(own), number(end), number(alpha), number(alpha and alpha * end / own),
+                                str(len(mine))])
         after = [r for r in runs if r.get("evals_below_after_grok") is not None]
         if after:
             dips.append([folder.name, str(len(after)), str(sum(r["evals_below_after_grok"] > 0 for r in after)),
@@ -194,7 +198,7 @@ def sensitivity_section(folders: list[Folder], root: Path, best: dict[str, dict]
     for title, header, rows in (
             ("Threshold of test accuracy", ["from", "threshold", "alpha", "95% interval", "n", "not reached", "doses"], thresholds),
             ("Convention of W_c: norm at each member's own T_grok, or at the end of the control run (last logged step), after its slowest member",
-             ["from", "W_c, own T_grok", "W_c, end of run", "alpha on the first", "alpha on the second", "n"], conventions),
+             ["from", "model", "W_c, own T_grok", "W_c, end of run", "alpha on the first", "alpha on the second", "n"], conventions),
             ("The same cells held at multiples of the paper's own W_c (--w-c) in place of ours",
              ["id", "paper", "at our W_c", "95% interval", "verdict", "at the paper's", "95% interval", "verdict", "n", "paper's W_c"], given),
             ("First against sustained crossing: test accuracy under 0.90 again after T_grok (--after-grok)",
@@ -206,11 +210,13 @@ def sensitivity_section(folders: list[Folder], root: Path, best: dict[str, dict]
 # ---------------------------------------------------------------- replay and survival
 
 def replayed(root: Path) -> list[dict]:
-    """Every replayed run; one that several folders hold counts once."""
+    """Every replayed network; one that several folders hold, or several released files, counts once."""
     rows: dict[tuple, dict] = {}
     for path in sorted(root.glob("replay/*/replay.csv")):
+        runs = {(run["cell"], run["member"]): run for run in files.read_runs(path.parent / "runs.csv")}
         for row in files.read_csv(path):
-            rows.setdefault((row["cell"], row["member"]), row)
+            run = runs[row["cell"], row["member"]]
+            rows.setdefault(tuple(run.get(key) for key in NETWORK), row)
     return list(rows.values())
 
 
@@ -244,7 +250,8 @@ def replay_section(root: Path, folder: Path, draw: bool) -> list[tuple]:
         plots.replay(rows, folder)
     header = ["released cell", "runs", "exact", "within one evaluation", "largest difference", "mean ln ratio [90% interval]", "p, not equivalent"]
     return [("h2", "Seed by seed"),
-            ("p", f"T_grok of released runs against ours. Equivalence: two one-sided tests against a margin of {100 * MARGIN:g}%; runs whose "
+            ("p", "T_grok of released runs against ours; released files that are not listed were not replayed, and a network that the papers "
+                  f"released under two names counts once. Equivalence: two one-sided tests against a margin of {100 * MARGIN:g}%; runs whose "
                   "ratios are all equal have no spread to test."),
             ("figure", (folder / "replay.png", "T_grok as released against T_grok here, every replayed run")), ("table", (header, table))]
 
@@ -281,14 +288,18 @@ def speed_section(root: Path) -> list[tuple]:
 
 
 def provenance_section(root: Path) -> list[tuple]:
-    rows = []
+    rows, timed = [], []
+    for path in sorted(root.glob("bench*/step.csv")):
+        p = files.read_json(path.parent / "provenance.json") if (path.parent / "provenance.json").exists() else {}
+        timed.append([str(path.parent.relative_to(root)), f"`{p['command']}`" if p else "not recorded",
+                      p["commit"][:10] + (" (changed)" if p["dirty"] else "") if p else "not recorded", p.get("device", "not recorded")])
     for path in sorted(root.glob("*/*/provenance.json")):
         p, runs = files.read_json(path), files.read_runs(path.parent / "runs.csv")
         rows.append([str(path.parent.relative_to(root)), f"`{p['command']}`", p["commit"][:10] + (" (changed)" if p["dirty"] else ""), p["device"],
                      p["backend"], p["dtype"], str(len(runs)), f"{p['training_seconds']:.0f}", str(p["run_steps"]),
                      number(p["executed_over_needed"])])
     header = ["folder", "command", "commit", "device", "backend", "dtype", "runs", "seconds", "run-steps", "executed over needed"]
-    return [("h2", "Provenance"), ("table", (header, rows))]
+    return [("h2", "Provenance"), ("table", (header, rows)), ("table", (header[:4], timed))]
 
 
 def markdown(blocks: list[tuple]) -> str:
@@ -309,7 +320,8 @@ def markdown(blocks: list[tuple]) -> str:
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:70rem;padding:1rem;color:#111;background:#fff}
 h1,h2,h3,h4{line-height:1.2;margin:1.6em 0 .5em}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem}
-th,td{border:1px solid #bbb;padding:.2rem .5rem;text-align:left;vertical-align:top}th{background:#eee}td{overflow-wrap:anywhere;min-width:3.5rem}
+th,td{border:1px solid #bbb;padding:.2rem .5rem;text-align:left;vertical-align:top}th{background:#eee}td{white-space:nowrap}
+td.text{white-space:normal;min-width:14rem}nav a{margin-right:1em}
 img{max-width:100%;height:auto}figure{margin:1rem 0}figcaption{font-size:.85rem}code{font-size:.9em}.REPRODUCED{font-weight:700}
 .NOT-REPRODUCED{font-weight:700;text-decoration:underline}.NOT-RUN{color:#666}"""
 
@@ -323,15 +335,20 @@ def webpage(blocks: list[tuple]) -> str:
     for kind, content in blocks:
         if kind == "table":
             header, rows = content
-            marked = [[f'<td class="{c.replace(" ", "-")}">{c}</td>' if c in STRENGTH else f"<td>{inline(c)}</td>" for c in row] for row in rows]
+            marked = [[f'<td class="{c.replace(" ", "-") if c in STRENGTH else "text" if len(c) > 40 else "value"}">{inline(c)}</td>' for c in row]
+                      for row in rows]
             body = "".join(f"<tr>{''.join(row)}</tr>" for row in marked)
             out.append(f'<div class="scroll"><table><tr>{"".join(f"<th>{inline(c)}</th>" for c in header)}</tr>{body}</table></div>')
         elif kind == "figure":
             data = base64.b64encode(content[0].read_bytes()).decode()
             caption = html.escape(content[1])
             out.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>')
+        elif kind == "h2":
+            out.append(f'<h2 id="{content.replace(" ", "-")}">{inline(content)}</h2>')
         else:
             out.append(f"<{kind}>{inline(content)}</{kind}>")
+    links = "".join(f'<a href="#{content.replace(" ", "-")}">{inline(content)}</a>' for kind, content in blocks if kind == "h2")
+    out.insert(1, f"<nav>{links}</nav>")
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>Two grokking papers, re-measured</title><style>{STYLE}</style></head><body>{''.join(out)}</body></html>\n")
 
@@ -344,7 +361,8 @@ def build(root: Path, draw: bool) -> tuple[str, list[tuple]]:
               ("p", "Made by `python report.py` from the files under `results/`; nothing is trained. A = arXiv 2606.13753, B = arXiv 2606.18465."),
               ("p", f"Of {len(published)} published numbers: {counts(list(published), best)}. Rule, written before the runs: REPRODUCED if our 95% "
                     "interval meets the published one (or the published value +- 3%), NOT REPRODUCED if not, INCONCLUSIVE if fewer than half the "
-                    "published members ran, half of a cell is censored or doses of a published fit are missing, NOT RUN otherwise."),
+                    "published members ran, half of a cell is censored or doses of a published fit are missing, NOT RUN otherwise. A number that "
+                    "the papers print in two tables has an id, and counts, in each."),
               ("h2", "Headlines"), ("table", (CLAIM_HEADER, claim_rows(list(HEADLINES), best, published))),
               *doubts_section(folders), *sensitivity_section(folders, root, best, published), *replay_section(root, drawn, draw),
               *survival_section(folders, drawn, draw), *speed_section(root), *figures_section(folders, root), *claims_section(best, published),

@@ -227,6 +227,7 @@ def run(argv: list[str]) -> None:
     if options.sweep:
         counts = [1, 4, 16, 64, 160, 640, 4096] if device == "cuda" else [1, 2, 4, 12, 48]
         return sweep(out, device, counts, [59, 29, 43, 67, 97, 113], options.rounds)
+    origin = lab.origin(device)
     for p in options.p:
         rows += measure(options.model, p, options.runs, options.rounds, device, options.peers)
         files.write_csv(out / "step.csv", rows)
@@ -234,6 +235,7 @@ def run(argv: list[str]) -> None:
             print(f"p={p} {row['name']:18s} {row['dtype']} {row['arithmetic']:6s} {row['us_per_run_step']:10.1f} us per run-step "
                   f"[{row['low']:.1f}, {row['high']:.1f}]  {row['ratio_to_ours']:.2f}x ours", flush=True)
     figure(rows, out / "figures")
+    files.write_json(out / "provenance.json", origin)
     print(f"results in {out}")
     return None
 

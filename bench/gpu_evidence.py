@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
-REPLAYED = ["mediation/*", "dose/*", "collapse/*", "alloc/*"]
+REPLAYED = ["mediation/*", "dose/*", "collapse/*", "alloc/*", "samestate/*", "transformer/*"]
 STAGES = {      # name -> command; {out} and {released} are filled in
     "tests": [PYTHON, "-m", "pytest", "-q", "-rs", "tests/test_triton.py", "tests/test_triton_compile.py"],
     "measurements": [PYTHON, "bench/gpu_measurements.py", "--out", "{out}"],
@@ -94,10 +94,11 @@ def main() -> int:
     out = ROOT / settings.out
     out.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    rows = {name: row for name, row in read(out).items() if name not in settings.again}
-    for command in (STAGES[name] for name in settings.again if "--out" in STAGES[name]):   # an experiment does not repeat what is complete
-        (ROOT / command[command.index("--out") + 1] / "runs.csv").unlink(missing_ok=True)
     chosen = {name: command for name, command in STAGES.items() if name.endswith("_paper") or not settings.paper}
+    again = [name for name in settings.again if name in chosen]
+    rows = {name: row for name, row in read(out).items() if name not in again}
+    for command in (STAGES[name] for name in again if "--out" in STAGES[name]):   # an experiment does not repeat what is complete
+        (ROOT / command[command.index("--out") + 1] / "runs.csv").unlink(missing_ok=True)
     for name, command in chosen.items():
         if "{released}" in command and settings.released is None:
             print(f"{name}: LEFT OUT, needs --released FOLDER")
