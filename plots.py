@@ -110,7 +110,8 @@ def matrix(runs: list[dict], folder: Path, file: str) -> None:
     rates = sorted({r["lr"] for r in runs if r["arm"] == "clamp"})
     axis.set_xticks(rates, [f"{lr:g}" for lr in rates])
     axis.set_xticks([], minor=True)
-    axis.legend(fontsize=7)
+    steps(axis.yaxis)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save_figure(figure, folder, file)
     plt.close(figure)
 

@@ -257,9 +257,9 @@ def replay_section(root: Path, folder: Path, draw: bool) -> list[tuple]:
 
 
 def survival_section(folders: list[Folder], folder: Path, draw: bool) -> list[tuple]:
-    """Kaplan-Meier curves of T_grok per dose, of the largest delay-law folder."""
+    """Kaplan-Meier curves of T_grok per dose, of the delay-law folder with most doses."""
     best = max((f for f in folders if any(r["arm"] == "clamp" and r["p"] == 59 and r["tau"] == 1 and r["loss"] == "ce" for r in f.runs)),
-               key=lambda f: (f.name.startswith("delay_law/"), len(f.runs)), default=None)
+               key=lambda f: (f.name.startswith("delay_law/"), len({r["rho"] for r in f.runs}), len(f.runs)), default=None)
     if best is None:
         return []
     if draw:
