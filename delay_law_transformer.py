@@ -159,6 +159,13 @@ def dose(m: Measured, fits: dict, config: object, p: int) -> None:
     low, high = min(cells), max(cells)
     m.finding(f"norm_factor.p{p}", f"median T_grok at rho {high:g} over rho {low:g}, total norm held", (cells[high], cells[low]),
               m.ratio(cells[high], cells[low]))
+    if np.isfinite(m.grok[cells[low]]).all() and not np.isfinite(m.grok[cells[high]]).all():
+        reached = np.minimum(m.grok[cells[high]], m.first[cells[high]]["budget_steps"])
+        m.finding(f"norm_factor_at_least.p{p}", f"the same with censored runs counted at their budget: a lower bound at rho {high:g}",
+                  (cells[high], cells[low]), lambda picks: stats.median(reached[picks]) / m.T(cells[low])(picks))
+    if m.have(control):
+        for rho, name in cells.items():
+            m.finding(f"total_over_free.{name}", f"median T_grok, total norm held at rho {rho:g}, over free", (name, control), m.ratio(name, control))
     fitted = {rho: name for rho, name in cells.items() if rho <= max(FIT) + 1e-9}
     if len(fitted) < 2:
         return
