@@ -255,7 +255,7 @@ def findings(runs: list[dict], fits: dict, contracted: list[dict]) -> list[dict]
 
     clamps = {r["cell"]: r for r in runs if r["arm"] == "clamp"}
     for cell, run in clamps.items():
-        same = ("p", "block", "lr", "seed0", "train_frac", "weight_decay")
+        same = ("model", "p", "block", "lr", "seed0", "train_frac", "weight_decay")
         control = next((r["cell"] for r in runs if r["arm"] == "free" and all(r[k] == run[k] for k in same)), None)
         if run["rho"] == 1.0 and control:
             add_ratio(f"clamp_over_free.{cell}", "median T_grok, clamp at rho 1 over free, same seeds", cell, control)
@@ -263,7 +263,7 @@ def findings(runs: list[dict], fits: dict, contracted: list[dict]) -> list[dict]
         if run["lr"] == min(r["lr"] for r in runs) < fast["lr"]:
             quantity = f"median T_grok, learning rate {run['lr']:g} over {fast['lr']:g}, same held norm"
             add_ratio(f"lr_factor.{cell}", quantity, cell, fast["cell"])
-        above = min((r for r in clamps.values() if all(r[k] == run[k] for k in ("p", "block", "lr")) and r["held_norm"] and run["held_norm"]
+        above = min((r for r in clamps.values() if all(r[k] == run[k] for k in ("p", "block", "lr", "seed0")) and r["held_norm"] and run["held_norm"]
                      and r["rho"] > run["rho"]), key=lambda r: r["rho"], default=None)
         if above:
             step = above["rho"] - run["rho"]
@@ -282,5 +282,6 @@ def findings(runs: list[dict], fits: dict, contracted: list[dict]) -> list[dict]
                           ("rate_from_peak_over_two_lr_wd", "rate of ln ||W||^2 from its peak to T_grok over 2 lr wd")):
             values = [row[key] for row in contracted if row["cell"] == cell and row[key] is not None]
             ours = (np.median(values), min(values), max(values)) if values else (None, None, None)
-            add(f"contraction.{key}.{cell}", f"{text}, median, least and most of the members that grok", ours, len(values), 0)
+            add(f"contraction.{key}.{cell}", f"{text}, median, least and most of the members that grok", ours, len(values),
+                sum(r["cell"] == cell and r["censored"] for r in runs))
     return out

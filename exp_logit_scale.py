@@ -14,7 +14,7 @@ L of a cell: mean over members of the effective logit scale at the logged step n
 
     python exp_logit_scale.py                     laptop preset: mediation under cross-entropy and MSE at p=59, 3 members, about 6 minutes
     python exp_logit_scale.py --preset paper      all tables; meant for a GPU
-    python exp_logit_scale.py --model transformer_b --w-c 32.49      mediation as in the paper's transformer table, p=59; about an hour on 2 cores
+    python exp_logit_scale.py --model transformer_b --w-c 32.49      mediation as in the paper's transformer table, p=59
     python exp_logit_scale.py --parts audit --audit-cells 1.15 1.20 1.15:1.7 --members 0 1
 """
 import dataclasses

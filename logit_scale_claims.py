@@ -217,10 +217,12 @@ def dose(m: Measured, plan: object, p: int) -> None:
         top = max(m.first[cell]["held_norm"] for cell in everyone)
         for wd in dict.fromkeys(r["weight_decay"] for r in frontier):
             mine = [r["norm_at_grok"] for r in frontier if r["weight_decay"] == wd]
-            m.finding(f"free_norm.p{p}.wd{wd:g}", "largest norm at own T_grok of a free run, over W_c", (control,),
+            m.finding(f"free_norm.p{p}.wd{wd:g}", "largest norm at own T_grok of a free run, over W_c",
+                      (next(r["cell"] for r in frontier if r["weight_decay"] == wd),),
                       max(mine) / m.first[everyone[0]]["w_c"])
         if frontier:
-            m.finding(f"frontier.p{p}", "largest norm at own T_grok of any free run, over the highest held norm", (control,),
+            m.finding(f"frontier.p{p}", "largest norm at own T_grok of any free run, over the highest held norm",
+                      tuple(dict.fromkeys(r["cell"] for r in frontier)),
                       max(r["norm_at_grok"] for r in frontier) / top)
 
 

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent
 BEGIN, END = "<!-- claims: made by report.py -->", "<!-- end of claims -->"
 STRENGTH = ("NOT RUN", "INCONCLUSIVE", "NOT REPRODUCED", "REPRODUCED")
 MARGIN = 0.05         # of T_grok, for equivalence with the released runs
+PROVENANCE = {"command", "commit", "dirty", "device", "backend", "dtype", "training_seconds", "run_steps", "executed_over_needed"}
 NETWORK = ("model", "loss", "p", "train_frac", "block", "seed0", "member", "arm", "tau", "lr", "weight_decay", "clamp_start", "held_norm", "held_E",
            "held_W1", "held_W2")   # what makes two runs the same one
 HEADLINES = ("A.alpha.dense", "A.alpha.dense.r2", "A.norm_factor", "A.lr_factor", "A.sustained.spread", "A.oneshot.spread", "A.saturation.p59",
@@ -73,8 +74,11 @@ def collect(root: Path) -> list[Folder]:
             for claim in summary["claims"]:
                 claim["source"], claim["dtype"] = str(path.parent.relative_to(root)), summary["provenance"]["dtype"]
             config = json.loads((path.parent / "config.json").read_text())
+            if missing := PROVENANCE - set(json.loads((path.parent / "provenance.json").read_text())):
+                raise ValueError(f"provenance.json has no {' '.join(sorted(missing))}")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path} is no summary of an experiment ({type(error).__name__}); remove it or make it again") from None
+            what = f"{type(error).__name__}: {error}"
+            raise UsageError(f"{path.parent} is not what an experiment leaves ({what}); remove it or make it again") from None
         given = config.get("w_c", 0.0) if config["model"] == "mlp" else 0.0
         found.append(Folder(str(path.parent.relative_to(root)), summary, files.read_runs(path.parent / "runs.csv"), given))
     return found
@@ -140,7 +144,7 @@ def claims_section(best: dict[str, dict], published: dict[str, dict]) -> list[tu
 def doubts_section(folders: list[Folder]) -> list[tuple]:
     blocks = [("h2", "Doubts, and our answers in numbers"),
               ("p", "Questions that the papers leave open. No verdict and no goal: only what the runs say. A value or an end of an interval that "
-                    "censored runs leave open is empty.")]
+                    "censored runs, or steps that were not logged, leave open is empty.")]
     header = ["finding", "ours", "95% interval or range", "n", "censored", "what", "from"]
     for question, beginnings in DOUBTS:
         rows = [[f"`{f['id']}`", number(f["ours"]), interval(f["lo"], f["hi"]), str(f["n"]), number(f.get("n_censored")), f["quantity"], folder.name]

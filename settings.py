@@ -49,7 +49,7 @@ CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "e
            "arithmetic": ("ieee", "tf32x3"), "model": tuple(MODELS)}
 POSITIVE = ("rhos", "lrs", "lr", "taus", "rho", "fork_steps", "budget", "train_fracs")
 
-LARGEST = {"rhos": 100, "rho": 100, "taus": 1e6, "weight_decays": 1e6}   # far past anything that trains
+LARGEST = {"rhos": 100, "rho": 100, "taus": 1e6, "weight_decays": 1e6, "w_c": 1e6}   # far past anything that trains
 
 
 class Parser(argparse.ArgumentParser):
@@ -130,9 +130,10 @@ def check(config: Machine) -> None:
 
 def check_grid(config: Config, parts: tuple[str, ...]) -> None:
     """Values that must fit each other, or UsageError."""
-    for p in (*config.p, *getattr(config, "moduli", ()), *getattr(config, "free_moduli", ()), *getattr(config, "group_moduli", ())):
+    moduli = [(p, flag) for flag in ("p", "moduli", "free_moduli", "group_moduli") for p in getattr(config, flag, ())]
+    for p, flag in moduli:
         if not 2 <= p <= 1000:
-            raise UsageError(f"--p must be between 2 and 1000, got {p}")
+            raise UsageError(f"--{flag.replace('_', '-')} must be between 2 and 1000, got {p}")
         for fraction in getattr(config, "train_fracs", ()) or (0.4,):
             if not 1 <= n_train(p, fraction) < p * p:
                 raise UsageError(f"--p {p} with train fraction {fraction:g} leaves no training pair; use a larger p or fraction")

@@ -88,14 +88,17 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     settings = parse()
     if not torch.cuda.is_available():
-        print("gpu_evidence: no CUDA device here; run it on a machine with one", file=sys.stderr)
+        print("error: no CUDA device here; run it on a machine with one", file=sys.stderr)
         return 2
     deadline = time.monotonic() + 60 * settings.minutes - GRACE
     out = ROOT / settings.out
     out.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     chosen = {name: command for name, command in STAGES.items() if name.endswith("_paper") or not settings.paper}
-    again = [name for name in settings.again if name in chosen]
+    if left := set(settings.again) - set(chosen):
+        print(f"error: --again {' '.join(sorted(left))}: not among the stages of --paper", file=sys.stderr)
+        return 2
+    again = settings.again
     rows = {name: row for name, row in read(out).items() if name not in again}
     for command in (STAGES[name] for name in again if "--out" in STAGES[name]):   # an experiment does not repeat what is complete
         (ROOT / command[command.index("--out") + 1] / "runs.csv").unlink(missing_ok=True)
@@ -107,7 +110,7 @@ def main() -> int:
             print(f"{name}: passed before")
             continue
         if time.monotonic() > deadline - 5:
-            print("time is up; the same command continues")
+            print("time is up; the same command" + (" without --again" if settings.again else "") + " continues")
             return 3
         filled = [part.format(out=settings.out, released=settings.released and settings.released.resolve()) for part in command]
         start = time.monotonic()
@@ -117,7 +120,7 @@ def main() -> int:
         write(rows, out)
         print(f"{name}: {outcome}, {rows[name]['seconds']} s", flush=True)
         if outcome == "out of time":
-            print("time is up; the same command continues")
+            print("time is up; the same command" + (" without --again" if settings.again else "") + " continues")
             return 3
     missing = [name for name in chosen if rows.get(name, {}).get("outcome") != "ok"]
     print(f"failed or left out: {', '.join(missing)}" if missing else "complete")

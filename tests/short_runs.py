@@ -1,8 +1,11 @@
 """A command that trains for a second or two, in this process or one of its own."""
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -14,6 +17,20 @@ import lab
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--p", "11", "--seeds", "4", "--members", "0", "1", "--lr", "3e-3", "--backend", "eager", "--fork-steps", "100", "150"]
 SHORT = [*FLAGS, "--budget", "200", "--parts", "same", "free"]
+
+
+def committed(folder: Path) -> Path:
+    """`folder` with the pages and runs of record as committed: whoever follows the README has runs of their own beside them."""
+    names = ("README.md", "REPORT.md", "published.csv", "results")
+    if (ROOT / ".git").exists():
+        archive = subprocess.run(["git", "archive", "HEAD", *names], cwd=ROOT, capture_output=True, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            tar.extractall(folder, filter="data")
+    else:
+        for name in names[:3]:
+            shutil.copy(ROOT / name, folder / name)
+        shutil.copytree(ROOT / "results", folder / "results", ignore=shutil.ignore_patterns("checkpoint", "trajectories.csv", "*.pdf"))
+    return folder
 
 
 def start(out: Path, flags: list[str], save_every: float, first: str = "", **environment: str) -> subprocess.Popen:

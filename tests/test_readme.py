@@ -4,13 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from short_runs import committed
+
 import report
 from common import UsageError
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_table_of_claims_is_that_of_the_summaries(capsys) -> None:
+def test_table_of_claims_is_that_of_the_summaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(report, "ROOT", committed(tmp_path))
     assert report.main(["--check"]) == 0, capsys.readouterr().err
 
 
