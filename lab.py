@@ -40,22 +40,25 @@ def git(*words: str) -> str:
         return ""
 
 
-def origin(device: str) -> dict:
-    """The code, command and machine that this process is."""
-    flags = sorted(w for w in _cpu_flags() if w.startswith(("avx2", "avx512f", "amx")))
+def origin() -> dict:
+    """The code and command that this process is."""
     return {
         "commit": git("rev-parse", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *map(_without_machine, sys.argv[1:])]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads, {' '.join(flags)}",
     }
+
+
+def device_name(device: str) -> str:
+    flags = sorted(w for w in _cpu_flags() if w.startswith(("avx2", "avx512f", "amx")))
+    return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads, {' '.join(flags)}"
 
 
 def provenance(desk: "Lab", result: Result) -> dict:
     """Where the numbers come from. The code is that of the start: the tree may move on while a long command runs."""
     config = desk.config
     return {
-        **desk.origin,
+        **desk.origin, "device": device_name(config.device),
         "backend": desk.backend, "dtype": config.dtype, "arithmetic": config.arithmetic if config.device == "cuda" else "ieee",
         "training_seconds": round(result.seconds, 1), "run_steps": result.executed, "run_steps_needed": result.needed,
         "executed_over_needed": round(result.executed / max(result.needed, 1), 4),
@@ -111,7 +114,7 @@ class Lab:
         self.folder = Path(config.out) if config.out else ROOT / "results" / experiment / folder
         self.checkpoint, self.config_file = self.folder / "checkpoint", self.folder / "config.json"
         self.backend, self.said = "none", set()
-        self.origin = origin(config.device)
+        self.origin = origin()
         self.created: list[Path] = []     # folders that `open` had to make, innermost first
         self.opened, self.shares = False, 1
         self.loads: list[float] = []      # expected work of every share so far

@@ -227,7 +227,7 @@ def run(argv: list[str]) -> None:
     if options.sweep:
         counts = [1, 4, 16, 64, 160, 640, 4096] if device == "cuda" else [1, 2, 4, 12, 48]
         return sweep(out, device, counts, [59, 29, 43, 67, 97, 113], options.rounds)
-    origin = lab.origin(device)
+    origin = {**lab.origin(), "device": lab.device_name(device)}
     for p in options.p:
         rows += measure(options.model, p, options.runs, options.rounds, device, options.peers)
         files.write_csv(out / "step.csv", rows)
