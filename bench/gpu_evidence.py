@@ -90,17 +90,16 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: no CUDA device here; run it on a machine with one", file=sys.stderr)
         return 2
-    deadline = time.monotonic() + 60 * settings.minutes - GRACE
-    out = ROOT / settings.out
-    out.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     chosen = {name: command for name, command in STAGES.items() if name.endswith("_paper") or not settings.paper}
     if left := set(settings.again) - set(chosen):
         print(f"error: --again {' '.join(sorted(left))}: not among the stages of --paper", file=sys.stderr)
         return 2
-    again = settings.again
-    rows = {name: row for name, row in read(out).items() if name not in again}
-    for command in (STAGES[name] for name in again if "--out" in STAGES[name]):   # an experiment does not repeat what is complete
+    deadline = time.monotonic() + 60 * settings.minutes - GRACE
+    out = ROOT / settings.out
+    out.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    rows = {name: row for name, row in read(out).items() if name not in settings.again}
+    for command in (STAGES[name] for name in settings.again if "--out" in STAGES[name]):   # an experiment does not repeat what is complete
         (ROOT / command[command.index("--out") + 1] / "runs.csv").unlink(missing_ok=True)
     for name, command in chosen.items():
         if "{released}" in command and settings.released is None:

@@ -72,8 +72,8 @@ def test_a_flag_that_no_part_reads_is_said(tmp_path: Path, capsys: pytest.Captur
         assert (unread in capsys.readouterr().out) == told
 
 
-def test_provenance_names_no_folder_outside() -> None:
-    words = ["--out", "results/fork/p97", "/home/me/runs", "../released/metrics", "0.9"]
+def test_provenance_names_no_folder_outside(tmp_path: Path) -> None:
+    words = ["--out", "results/fork/p97", str(tmp_path / "runs"), "../released/metrics", "0.9"]
     assert [lab._without_machine(word) for word in words] == ["--out", "results/fork/p97", "runs", "metrics", "0.9"]
 
 

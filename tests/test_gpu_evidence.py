@@ -63,3 +63,8 @@ def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu_evidence.py", "--out", str(tmp_path / "absent")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_evidence.main() == 2 and not (tmp_path / "absent").exists()
+
+
+def test_what_is_not_run_cannot_be_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    code, _ = call(monkeypatch, tmp_path / "absent", "--paper", "--again", "tests", tests="", fork_paper="")
+    assert code == 2 and capsys.readouterr().err.startswith("error: --again tests") and not (tmp_path / "absent").exists()
