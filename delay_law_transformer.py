@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 
+import settings
 import stats
 from common import MODELS, Cell, UsageError, clamp_start, exactly, unique
 from kernels.layout import TransformerLayout
@@ -45,8 +46,7 @@ def adapted(config: object, given: dict) -> object:
     config = dataclasses.replace(config, **{k: v for k, v in preset.items() if k not in given})
     if "p" in given:
         config = dataclasses.replace(config, free_moduli=given.get("free_moduli", config.p), group_moduli=given.get("group_moduli", config.p))
-    if "concentration" in config.parts and max(config.members, default=0) >= config.free_seeds:
-        raise UsageError(f"--members {max(config.members)} is not in the block of the concentration part, 0..{config.free_seeds - 1}")
+    settings.check_members(config, {"concentration": config.free_seeds})
     return config
 
 

@@ -37,9 +37,12 @@ PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")   # of the MLP
 
 @dataclass(frozen=True)
 class Config(settings.Config):
+    seeds: int = settings.option(16, "block size of the other parts: members drawn from one generator; member 3 of 12 is not member 3 of 8",
+                                 parts=("dense", "matrix", "oneshot", "groups"))
     rhos: tuple[float, ...] = settings.option((), "held norms over W_c; default: each part's own", float,
                                               ("dense", "matrix", "moduli", "oneshot", "groups"))
-    lrs: tuple[float, ...] = settings.option((1e-3, 2e-3, 4e-3, 8e-3), "learning rates of the matrix; the first is everybody else's")
+    lrs: tuple[float, ...] = settings.option((1e-3, 2e-3, 4e-3, 8e-3), "learning rates of the matrix, and of the transformers' concentration part; "
+                                             "the first is everybody else's", all_of=("matrix", "concentration"))
     train_fracs: tuple[float, ...] = settings.option((), "train fractions of the concentration part; default .30 .35 .40 .50 .65", float,
                                                      ("concentration",))
     weight_decays: tuple[float, ...] = settings.option((), "weight decays of the concentration part; default .3 1 3", float, ("concentration",))
@@ -76,14 +79,13 @@ def narrowed(config: Config, given: dict) -> Config:
         return transformer.adapted(config, given)
     for part in set(config.parts) - set(PARTS):
         raise UsageError(f"--parts {part} is of the transformers; for the MLP there are {' '.join(PARTS)}")
+    if "group_moduli" in given:
+        raise UsageError("--group-moduli is read by a part of the transformers only; leave it out, or add --model transformer")
+    if {"p", "moduli"} <= set(given) and config.parts == ("moduli",):
+        raise UsageError("--p and --moduli both name the moduli of --parts moduli; leave one out")
     if "p" in given:
         config = dataclasses.replace(config, moduli=given.get("moduli", config.p), free_moduli=given.get("free_moduli", config.p))
-    blocks = {"moduli": config.moduli_seeds, "concentration": config.free_seeds}
-    for part in config.parts:
-        for m in config.members:
-            if m >= blocks.get(part, config.seeds):
-                raise UsageError(f"--members {m} is not in the block of the {part} part, 0..{blocks.get(part, config.seeds) - 1}; name others, "
-                                 "or other --parts")
+    settings.check_members(config, {"moduli": config.moduli_seeds, "concentration": config.free_seeds})
     return config
 
 

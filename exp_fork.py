@@ -75,6 +75,7 @@ def check(config: Config) -> None:
     for rho in config.rho:
         if rho <= 1:
             raise UsageError(f"--rho must be above 1, got {rho:g}: the arms are raised to rho N0 and lowered to N0 / rho")
+    settings.check_members(config, {})
     if config.twin_of:
         check_twin(config)
 
@@ -82,7 +83,8 @@ def check(config: Config) -> None:
 def check_twin(config: Config) -> None:
     """--twin-of must hold arms of the same network, block, seeds and learning rate at another precision, or UsageError."""
     folder = Path(config.twin_of)
-    theirs = files.read_runs(folder / "runs.csv")[0]
+    rows = files.read_runs(folder / "runs.csv")
+    theirs = rows[0]
     if "delay_steps" not in theirs:
         raise UsageError(f"--twin-of {folder} holds no arms of this experiment; name a folder of exp_fork.py")
     for key, ours in (("model", config.model), ("block", config.seeds), ("seed0", config.seed0), ("lr", config.lr)):
@@ -91,6 +93,8 @@ def check_twin(config: Config) -> None:
     dtype = files.read_json(folder / "config.json").get("dtype")
     if dtype == config.dtype:
         raise UsageError(f"--twin-of {folder} was trained in {dtype} as well; a twin differs in --dtype")
+    if not {(cell.name, member) for cell in planned(config) for member in cell.members} & {(row["cell"], row["member"]) for row in rows}:
+        raise UsageError(f"--twin-of {folder} has none of these arms and members; it has " + ", ".join(dict.fromkeys(row["cell"] for row in rows)))
 
 
 # ---------------------------------------------------------------- cells

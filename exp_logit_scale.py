@@ -40,7 +40,7 @@ PARTS = ("mediation", "mse", "grid", "dose", "audit", "allocation")
 @dataclass(frozen=True)
 class Config(settings.Config):
     p: tuple[int, ...] = settings.option((59, 97), "moduli; of the audit the first one only; with --parts dose see --moduli")
-    seeds: int = settings.option(12, "block size of mediation, mse, grid and allocation")
+    seeds: int = settings.option(12, "block size of mediation, mse, grid and allocation", parts=("mediation", "mse", "grid", "allocation"))
     parts: tuple[str, ...] = settings.option((), f"parts to run: {' '.join(PARTS)}")
     rhos: tuple[float, ...] = settings.option((), "held norms over W_c of grid and dose; mediation and mse raise to the largest", float,
                                               ("mediation", "mse", "grid", "dose"))
@@ -119,10 +119,7 @@ def checked(config: Config, given: dict) -> Config:
     for gamma in config.gammas:
         if abs(gamma) > 100:
             raise UsageError(f"--gammas must lie between -100 and 100, got {gamma:g}; beyond -1 and 1 the split no longer changes")
-    blocks = {"dose": min((Plan(config).dose_block(p) for p in config.moduli), default=8), "audit": config.audit_seeds}
-    for part, block in blocks.items():
-        if part in config.parts and max(config.members, default=0) >= block:
-            raise UsageError(f"--members {max(config.members)} is not in the block of the {part} part, 0..{block - 1}; name others, or other --parts")
+    settings.check_members(config, {"dose": min(Plan(config).dose_block(p) for p in config.moduli), "audit": config.audit_seeds})
     return config
 
 

@@ -11,10 +11,10 @@ from common import EVAL_EVERY, MODELS, UsageError, n_train
 from kernels.cpu import has_compiler
 
 
-def option(default: object, text: str, kind: type = str, parts: tuple[str, ...] = ()) -> object:
+def option(default: object, text: str, kind: type = str, parts: tuple[str, ...] = (), all_of: tuple[str, ...] = ()) -> object:
     """A setting that the command line offers, with its help text; `kind` of the values where the default is an empty tuple.
-    `parts`: the only parts of the experiment that read it."""
-    return field(default=default, metadata={"help": text, "kind": kind, "parts": parts})
+    `parts`: the only parts of the experiment that read it; `all_of`: the only ones that read more than its first value."""
+    return field(default=default, metadata={"help": text, "kind": kind, "parts": parts, "all_of": all_of})
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,23 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
 
 
 def unread(config: Machine, given: dict) -> list[str]:
-    """A line for every given flag that only parts which do not run would read."""
-    readers = {f.name: f.metadata["parts"] for f in dataclasses.fields(config) if f.name in given and f.metadata.get("parts")}
-    return [f"--{name.replace('_', '-')} changes nothing here: it is read with --parts {' or '.join(parts)}" for name, parts in readers.items()
-            if not set(parts) & set(config.parts)]
+    """A line for every given flag that only parts which do not run would read, whole or beyond its first value."""
+    lines = []
+    for f in dataclasses.fields(config):
+        flag, parts, all_of = "--" + f.name.replace("_", "-"), f.metadata.get("parts"), f.metadata.get("all_of")
+        if f.name in given and parts and not set(parts) & set(config.parts):
+            lines.append(f"{flag} changes nothing here: it is read with --parts {' or '.join(parts)}")
+        elif f.name in given and all_of and len(given[f.name]) > 1 and not set(all_of) & set(config.parts):
+            lines.append(f"of {flag} the first value alone is read here; all are with --parts {' or '.join(all_of)}")
+    return lines
+
+
+def check_members(config: Config, blocks: dict[str, int]) -> None:
+    """Members lie in the block of every part that runs, or UsageError. `blocks`: sizes by part; of parts without one it is `--seeds`."""
+    for part in config.parts:
+        block = blocks.get(part, config.seeds)
+        if max(config.members, default=0) >= block:
+            raise UsageError(f"--members must lie in the block of --parts {part}, 0..{block - 1}, got {max(config.members)}")
 
 
 def check(config: Machine) -> None:
@@ -142,9 +155,6 @@ def check_grid(config: Config, parts: tuple[str, ...]) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be between 1 and 10000, got {getattr(config, name)}")
     if not 0 <= config.seed0 < 2**31:
         raise UsageError(f"--seed0 must be between 0 and 2147483647, got {config.seed0}")
-    for m in config.members:
-        if not 0 <= m < config.seeds:
-            raise UsageError(f"--members must lie in the block 0..{config.seeds - 1} (--seeds {config.seeds}), got {m}")
     for part in config.parts:
         if part not in parts:
             raise UsageError(f"--parts must be among {' '.join(parts)}, got {part!r}")

@@ -222,6 +222,8 @@ def run(argv: list[str]) -> None:
     out, rows = Path(options.out or lab.ROOT / "results" / ("bench" if options.model == "mlp" else f"bench_{options.model}")), []
     try:
         out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UsageError(f"--out {out} is a file; name a folder") from None
     except OSError as error:
         raise UsageError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
     if options.sweep:

@@ -82,7 +82,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="time for this call")
     parser.add_argument("--again", nargs="+", choices=STAGES, default=[], help="stages to repeat though they passed")
     parser.add_argument("--paper", action="store_true", help="the paper presets of all experiments and nothing else")
-    return parser.parse_args()
+    settings = parser.parse_args()
+    if (ROOT / settings.out).is_file():
+        parser.error(f"--out {settings.out} is a file; name a folder")
+    if not 0 < settings.minutes < 1e6:
+        parser.error(f"--minutes must be above 0, got {settings.minutes:g}")
+    return settings
 
 
 def main() -> int:

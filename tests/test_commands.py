@@ -33,9 +33,13 @@ ROOT = Path(__file__).parents[1]
     ("--lrs -1", "--lrs must be > 0, got -1"),
     ("--weight-decays -0.1", "--weight-decays must be >= 0"),
     ("--train-fracs 1.0", "below 1"),
-    ("--members 99", "--members must lie in the block 0..15"),
+    ("--members 99", "--members must lie in the block of --parts dense, 0..15, got 99"),
     ("--members -1", "--members are numbered from 0, got -1"),
-    ("--parts moduli --members 12", "not in the block of the moduli part, 0..11"),
+    ("--parts moduli --members 12", "--members must lie in the block of --parts moduli, 0..11, got 12"),
+    ("--parts moduli --moduli-seeds 20 --members 20", "--parts moduli, 0..19, got 20"),      # more than --seeds, less than the part's own block
+    ("--model transformer --seeds 4 --members 4", "--parts dense, 0..3, got 4"),
+    ("--group-moduli 71", "--group-moduli is read by a part of the transformers only"),
+    ("--parts moduli --p 41 --moduli 41", "--p and --moduli both name"),
     ("--moduli-seeds 0", "--moduli-seeds must be between 1"),
     ("--rhos 1e300", "--rhos must be at most 100"),
     ("--seeds 0", "--seeds must be between 1"),
@@ -70,6 +74,11 @@ def test_a_flag_that_no_part_reads_is_said(tmp_path: Path, capsys: pytest.Captur
     for parts, told in (("dense", True), ("concentration", False)):
         exp_delay_law.run(["--dry-run", "--parts", parts, "--weight-decays", "2", "--members", "0", "--out", str(tmp_path / "out")])
         assert (unread in capsys.readouterr().out) == told
+    for parts, told in (("dense", True), ("matrix", False)):
+        exp_delay_law.run(["--dry-run", "--parts", parts, "--lrs", "1e-3", "2e-3", "--members", "0", "--out", str(tmp_path / "out")])
+        assert ("note: of --lrs the first value alone is read here" in capsys.readouterr().out) == told
+    exp_delay_law.run(["--dry-run", "--parts", "moduli", "--seeds", "4", "--members", "5", "--out", str(tmp_path / "out")])   # of its block, 12
+    assert "note: --seeds changes nothing here" in capsys.readouterr().out
 
 
 def test_provenance_names_no_folder_outside(tmp_path: Path) -> None:

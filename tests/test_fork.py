@@ -142,7 +142,11 @@ def test_two_fork_steps_end_to_end_and_a_float64_twin(tmp_path: Path, trunk: Sta
     assert {p.name for p in (out / "figures").glob("*.png")} == {
         "ratio_over_fork_step.png", "ratio_over_rho.png",
         *(f"{kind}_p13_fork{step}_rho{rho}.png" for kind in ("arms", "trajectories") for step in (100, 150) for rho in (1.05, 1.15))}
-    exp_fork.run([*TINY, "--fork-steps", "100", "--dtype", "float64", "--parts", "raised", "--twin-of", str(out), "--out", str(wide)])
+    twin = [*TINY, "--dtype", "float64", "--parts", "raised", "--twin-of", str(out), "--out", str(wide)]
+    with pytest.raises(UsageError, match="has none of these arms and members; it has lowered_p13_b4_fork100"):
+        exp_fork.run([*twin, "--fork-steps", "75"])
+    assert not wide.exists()
+    exp_fork.run([*twin, "--fork-steps", "100"])
     found = json.loads((wide / "summary.json").read_text())["findings"]
     assert [f["id"] for f in found if f["id"].startswith("twin.")] == ["twin.raised_p13_b4_fork100_rho1.15"]
     before = (out / "cells.csv").read_bytes()

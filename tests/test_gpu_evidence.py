@@ -65,6 +65,14 @@ def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert gpu_evidence.main() == 2 and not (tmp_path / "absent").exists()
 
 
+@pytest.mark.parametrize("words, why", [(("--minutes", "0"), "--minutes must be above 0, got 0"), (("--out", "README.md"), "is a file; name a folder")])
+def test_bad_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: tuple[str, ...], why: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_evidence.py", *words])
+    with pytest.raises(SystemExit) as end:
+        gpu_evidence.main()
+    assert end.value.code == 2 and why in capsys.readouterr().err
+
+
 def test_what_is_not_run_cannot_be_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     code, _ = call(monkeypatch, tmp_path / "absent", "--paper", "--again", "tests", tests="", fork_paper="")
     assert code == 2 and capsys.readouterr().err.startswith("error: --again tests") and not (tmp_path / "absent").exists()

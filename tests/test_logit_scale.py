@@ -197,11 +197,20 @@ def test_dose_stops_before_the_collapse(tmp_path: Path) -> None:
     runs, log = [], []
     for i, (rho, L) in enumerate([(0.85, 10), (0.90, 12), (0.95, 14), (1.00, 40), (1.05, 41), (1.20, 42)]):
         name = experiment.name("clamp", 59, 3, "ce", rho)
-        runs += [{"cell": name, "member": m, "arm": "clamp", "p": 59, "block": 3, "rho": rho, "held_norm": 54 * rho, "w_c": 54.0,
-                  "tau": 1.0, "t_grok_step": None if rho == 0.85 and m else 1000 * (i + 1), "t_mem_step": 175, "norm_at_grok": 54.0, "censored": 0}
-                 for m in range(3)]
+        runs += [{"cell": name, "member": m, "arm": "clamp", "p": 59, "block": 3, "rho": rho, "held_norm": 54 * rho, "w_c": 54.0, "tau": 1.0,
+                  "budget_steps": 9000, "t_grok_step": None if rho == 0.85 and m else 1000 * (i + 1), "t_mem_step": 175, "norm_at_grok": 54.0,
+                  "censored": 0} for m in range(3)]
         log += [{"cell": name, "member": m, "step": 1000 * (i + 1), "logit_scale": L, "collapse32": 0, "collapse64": 0} for m in range(3)]
-    everyone, fitted = claims.dose_cells(Measured(runs, log, "B.", answers=True), experiment.Plan(config), 59)
+    for wd, norms in ((1.0, (50, 51, 52)), (0.5, (60, 66, None))):          # of the gentle decay one member never groks
+        runs += [{"cell": experiment.name("free", 59, 3, "ce", wd=wd), "member": m, "arm": "free", "p": 59, "block": 3, "weight_decay": wd,
+                  "t_grok_step": norm and 5000, "t_mem_step": 175, "norm_at_grok": norm, "censored": int(norm is None)} for m, norm in enumerate(norms)]
+    measured = Measured(runs, log, "B.", answers=True)
+    claims.dose(measured, experiment.Plan(config), 59)
+    found = {f["id"]: f for f in measured.findings}
+    assert found["free_norm.p59.wd0.5"]["ours"] == pytest.approx(66 / 54) and found["free_norm.p59.wd1"]["ours"] == pytest.approx(52 / 54)
+    assert [found[f"free_norm.p59.wd{wd}"]["n_censored"] for wd in ("0.5", "1")] == [1, 0]
+    assert found["frontier.p59"]["ours"] == pytest.approx(66 / (54 * 1.20))
+    everyone, fitted = claims.dose_cells(measured, experiment.Plan(config), 59)
     assert [float(name.split("rho")[1][:4]) for name in everyone] == [0.85, 0.90, 0.95, 1.00, 1.05, 1.20]
     assert [float(name.split("rho")[1][:4]) for name in fitted] == [0.90, 0.95]
 

@@ -91,6 +91,20 @@ def test_planted_exponent_critical_norm_and_saturation_come_out() -> None:
     assert not other                                                         # another learning rate answers nothing
 
 
+def test_a_censored_dose_bounds_the_norm_factor_from_below() -> None:
+    config = dataclasses.replace(CONFIG, members=tuple(range(8)), parts=("dense",), rhos=(0.85, 1.15))
+    (control,) = transformer.control_cells(config)
+    runs = rows(control, [7000] * 8)
+    low, high = transformer.clamp_cells(config, transformer.critical_norms(runs))
+    runs += rows(low, [500] * 8) + rows(high, [40_000] * 3 + [None] * 5)     # budget 200,000
+    found = {row["id"]: row for row in transformer.measure(runs, config)[2]}
+    assert found["norm_factor.p59"]["ours"] is None and found["norm_factor_at_least.p59"]["ours"] == 400
+    assert found["norm_factor_at_least.p59"]["n_censored"] == 5
+    complete = [run for run in runs if run["cell"] != high.name] + rows(high, [40_000] * 8)
+    found = {row["id"]: row for row in transformer.measure(complete, config)[2]}
+    assert found["norm_factor.p59"]["ours"] == 80 and "norm_factor_at_least.p59" not in found
+
+
 def test_planted_concentration_and_group_clamps_come_out() -> None:
     config = dataclasses.replace(CONFIG, model="transformer_ln", lrs=(1e-3,), members=tuple(range(10)), parts=("groups", "concentration"))
     runs = []
