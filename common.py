@@ -316,10 +316,11 @@ class Ensemble:
         return np.flatnonzero((self.step < self.retire) & (self.diverged < 0))
 
     def steps_left(self) -> int:
-        """Run-steps still expected: a run past its expectation is taken to need a tenth of it more."""
+        """Run-steps still expected: a run past its expectation is taken to need as much again as it is late, at least a tenth of it."""
         live = self.live()
         expected = np.array([c.expected_steps or c.budget_steps for c in self.cells])[self.cell_of[live]]
-        return int(np.minimum(np.maximum(expected - self.step[live], expected // 10), self.end[live] - self.step[live]).sum())
+        late = self.step[live] - expected
+        return int(np.minimum(np.maximum(np.abs(late), expected // 10), self.end[live] - self.step[live]).sum())
 
     # -- all of it
 

@@ -189,7 +189,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     claims, fits, found = transformer.measure(runs, config) if config.model != "mlp" else (*mlp.measure(runs, config), [])
     known = stats.published(lab.ROOT / "published.csv", "A.")
     answered = [claims.get(key) or stats.claim(row, None) for key, row in known.items()]
-    found += mlp.findings(runs, fits, contracted)
+    found += mlp.findings(runs, fits, contracted, files.read_csv(out / "cells.csv"))
     files.write_summary(out, answered, found)
     figures = out / "figures"
     medians = {"mlp": "A.dense.rho", "transformer": "A.tf.rho"}.get(config.model, "none")

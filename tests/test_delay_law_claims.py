@@ -19,11 +19,20 @@ def clamp(rho: float, *grok: int | None, collapse: float = 0.0) -> list[dict]:
 
 
 def test_local_slopes_collapse_and_censored_runs_are_among_the_findings() -> None:
-    found = {f["id"]: f for f in claims.findings([*clamp(0.9, 1000, 1000), *clamp(1.0, 2000, 2000, collapse=0.1), *clamp(1.1, 4000, None)], {}, [])}
+    runs = [*clamp(0.9, 1000, 1000), *clamp(1.0, 2000, 2000, collapse=0.1), *clamp(1.1, 4000, None)]
+    found = {f["id"]: f for f in claims.findings(runs, {}, [], [])}
     assert found["local_slope.clamp_rho1.0"]["ours"] == pytest.approx(np.log(2) / 0.1) and found["local_slope.clamp_rho1.0"]["n_censored"] == 0
     assert found["local_slope.clamp_rho1.1"]["n_censored"] == 1
     assert {key for key in found if key.startswith("collapse.")} == {"collapse.float32.clamp_rho1.0"}
     assert found["collapse.float32.clamp_rho1.0"]["ours"] == pytest.approx(0.1)
+
+
+def test_the_collapse_of_a_cell_in_which_none_groks_is_told() -> None:
+    """cells.csv has it at the last logged step; of cells in which some grok the rows of the runs tell."""
+    rows = [{"cell": f"clamp_rho{rho}", "arm": "clamp", "n": 2, "n_censored": censored, "collapse32": 0.3, "dtype": None}
+            for rho, censored in ((1.1, 1), (1.2, 2))]
+    found = {f["id"]: f for f in claims.findings([*clamp(1.1, 4000, None), *clamp(1.2, None, None)], {}, [], rows)}
+    assert {key: found[key]["ours"] for key in found if key.startswith("collapse.")} == {"collapse.float32.clamp_rho1.2": 0.3}
 
 
 @pytest.mark.parametrize("logged, peak", [(58.0, 60.0), (64.0, 64.0)])

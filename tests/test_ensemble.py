@@ -163,6 +163,13 @@ def test_stopping_and_continuing_gives_the_same_bits() -> None:
         Ensemble([dataclasses.replace(CELL, members=(0,))], "cpu", "eager", torch.float32, "ieee").restore(kept)
 
 
+@pytest.mark.parametrize("step, left", [(0, 400), (300, 100), (380, 40), (400, 40), (700, 300), (1100, 300), (1400, 0)])
+def test_what_is_left_is_what_was_expected_or_how_late_a_run_is(step: int, left: int) -> None:
+    ensemble = Ensemble([dataclasses.replace(CELL, members=(0,), budget_steps=1400, expected_steps=400)], "cpu", "eager", torch.float32, "ieee")
+    ensemble.step[:] = step
+    assert ensemble.steps_left() == left
+
+
 def test_training_starts_from_a_given_state() -> None:
     first = trained([dataclasses.replace(CELL, budget_steps=100)])
     state = State(first.state.params.clone(), first.state.moment1.clone(), first.state.moment2.clone(), np.full(3, 100))

@@ -65,7 +65,10 @@ def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert gpu_evidence.main() == 2 and not (tmp_path / "absent").exists()
 
 
-@pytest.mark.parametrize("words, why", [(("--minutes", "0"), "--minutes must be above 0, got 0"), (("--out", "README.md"), "is a file; name a folder")])
+@pytest.mark.parametrize("words, why", [
+    (("--minutes", "0"), "--minutes must be above 0, got 0"),
+    (("--out", "README.md"), "is a file; name a folder"),
+])
 def test_bad_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: tuple[str, ...], why: str) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu_evidence.py", *words])
     with pytest.raises(SystemExit) as end:

@@ -203,7 +203,8 @@ def test_dose_stops_before_the_collapse(tmp_path: Path) -> None:
         log += [{"cell": name, "member": m, "step": 1000 * (i + 1), "logit_scale": L, "collapse32": 0, "collapse64": 0} for m in range(3)]
     for wd, norms in ((1.0, (50, 51, 52)), (0.5, (60, 66, None))):          # of the gentle decay one member never groks
         runs += [{"cell": experiment.name("free", 59, 3, "ce", wd=wd), "member": m, "arm": "free", "p": 59, "block": 3, "weight_decay": wd,
-                  "t_grok_step": norm and 5000, "t_mem_step": 175, "norm_at_grok": norm, "censored": int(norm is None)} for m, norm in enumerate(norms)]
+                  "t_grok_step": norm and 5000, "t_mem_step": 175, "norm_at_grok": norm, "censored": int(norm is None)}
+                 for m, norm in enumerate(norms)]
     measured = Measured(runs, log, "B.", answers=True)
     claims.dose(measured, experiment.Plan(config), 59)
     found = {f["id"]: f for f in measured.findings}
