@@ -257,7 +257,7 @@ def findings(runs: list[dict], fits: dict, contracted: list[dict], cells: list[d
     for cell, run in clamps.items():
         same = ("model", "p", "block", "lr", "seed0", "train_frac", "weight_decay")
         control = next((r["cell"] for r in runs if r["arm"] == "free" and all(r[k] == run[k] for k in same)), None)
-        if run["rho"] == 1.0 and control:
+        if run["rho"] == 1.0 and run["held_norm"] and control:
             add_ratio(f"clamp_over_free.{cell}", "median T_grok, clamp at rho 1 over free, same seeds", cell, control)
         fast = max((r for r in runs if all(r[k] == run[k] for k in ("arm", "p", "block", "rho", "seed0"))), key=lambda r: r["lr"])
         if run["lr"] == min(r["lr"] for r in runs) < fast["lr"]:

@@ -204,6 +204,10 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
             plots.dose(total, "clamp", "Delay law", figures, prefix, fits, prefix, published)
         if any(r["arm"] == "rescale" for r in mine):
             plots.dose(mine, "rescale", "One rescale at step 500", figures, "oneshot", fits, prefix, published)
+    for p in config.group_moduli if "groups" in config.parts else ():
+        mine = [r for r in runs if r["p"] == p and (r["arm"] == "free" or r["held_norm"] is None)]
+        if any(r["arm"] == "clamp" for r in mine):
+            plots.groups(mine, transformer.GROUPS, figures, f"groups_p{p}")
     for p in config.p if "matrix" in config.parts else ():
         if any(r["arm"] == "clamp" and r["p"] == p for r in runs):
             plots.matrix([r for r in runs if r["p"] == p and r["block"] == config.seeds], figures, f"matrix_p{p}")

@@ -35,15 +35,19 @@ def steps(axis: matplotlib.axis.Axis) -> None:
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
+def middle(runs: list[dict]) -> float:
+    """Median T_grok, censored runs counted as later; not a number where that is beyond the budget, so that nothing is drawn."""
+    found = float(stats.median(np.array([math.inf if r["t_grok_step"] is None else r["t_grok_step"] for r in runs])))
+    return found if math.isfinite(found) else math.nan
+
+
 def dots(axis: plt.Axes, x: float, runs: list[dict], color: str, spread: float = 0.004) -> None:
     """Every member of a cell: dots where it grokked, open triangles at the budget where it did not; a bar at the median."""
     jitter = np.linspace(-spread, spread, len(runs)) if len(runs) > 1 else [0]
     for offset, run in zip(jitter, runs, strict=True):
         grok = run["t_grok_step"]
         axis.plot(x + offset, grok or run["budget_steps"], marker="." if grok else "^", color=color, mfc=color if grok else "none", ms=5, alpha=0.7)
-    middle = float(stats.median(np.array([math.inf if r["t_grok_step"] is None else r["t_grok_step"] for r in runs])))
-    if math.isfinite(middle):
-        axis.plot([x - 2.2 * spread, x + 2.2 * spread], [middle, middle], color=color, lw=2)
+    axis.plot([x - 2.2 * spread, x + 2.2 * spread], [middle(runs)] * 2, color=color, lw=2)
 
 
 def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: dict, prefix: str, published: str) -> None:
@@ -82,6 +86,37 @@ def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: 
     plt.close(figure)
 
 
+def groups(runs: list[dict], names: tuple[str, ...], folder: Path, file: str) -> None:
+    """T_grok of a transformer with one of the groups `names` held alone, at one modulus: side by side, our medians with a marker per group and,
+    of three doses or more, a line; published medians as open squares."""
+    known, p, shown = stats.published(lab.ROOT / "published.csv", "A.ln."), runs[0]["p"], False
+    figure, axis = plt.subplots(figsize=(6, 4.2))
+    for i, group in enumerate(names):
+        cells = {rho: [r for r in runs if r["arm"] == "clamp" and r["rho"] == rho and r[f"held_{group}"] is not None]
+                 for rho in sorted({r["rho"] for r in runs if r[f"held_{group}"] is not None})}
+        x = np.array([*cells]) + 0.014 * (i - (len(names) - 1) / 2)
+        for at, mine in zip(x, cells.values(), strict=True):
+            dots(axis, at, mine, f"C{i}", 0.003)
+        if cells:
+            axis.plot(x, [middle(mine) for mine in cells.values()], marker=MARKERS[2 + i], color=f"C{i}", lw=1,
+                      ls=LINES[i % 4] if len(cells) >= 3 else "", label=f"{group} held")
+        points = [(at, known[key]["value"]) for at, rho in zip(x, cells, strict=True)
+                  if (key := f"A.ln.{group}{float(rho)}") in known and int(known[key]["p"]) == p]
+        if points:
+            shown = True
+            axis.plot(*zip(*points, strict=True), "s", mfc="none", mec=f"C{i}", mew=1.5, ms=9)
+    axis.axhline(middle([r for r in runs if r["arm"] == "free"]), color="gray", ls=(0, (1, 4)), lw=1, label="free control, median")
+    if shown:
+        axis.plot([], [], "s", mfc="none", color="gray", mew=1.5, label="published median")
+    axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
+    axis.set(yscale="log", xlabel="held norm of the group / its norm at grokking, rho", ylabel="T_grok (steps)",
+             title=f"One group held at a time, {runs[0]['model']}, p={p}")
+    steps(axis.yaxis)
+    axis.legend(fontsize=7)
+    save_figure(figure, folder, file)
+    plt.close(figure)
+
+
 def matrix(runs: list[dict], folder: Path, file: str) -> None:
     """T_grok against learning rate, a colour and a line style per held norm that was run at several, published medians as squares."""
     known = stats.published(lab.ROOT / "published.csv", "A.matrix.")
@@ -94,11 +129,10 @@ def matrix(runs: list[dict], folder: Path, file: str) -> None:
         mine, medians = [r for r in runs if r["arm"] == "clamp" and r["rho"] == rho], {}
         for lr in sorted({r["lr"] for r in mine}):
             cell = [r for r in mine if r["lr"] == lr]
-            times = np.array([math.inf if r["t_grok_step"] is None else r["t_grok_step"] for r in cell])
             for r in cell:
                 grok = r["t_grok_step"]
                 axis.plot(lr, grok or r["budget_steps"], "." if grok else "^", color=f"C{i}", mfc=f"C{i}" if grok else "none", alpha=0.5)
-            medians[lr] = float(stats.median(times)) if np.isfinite(stats.median(times)) else math.nan
+            medians[lr] = middle(cell)
             axis.plot(lr, medians[lr], "_", color=f"C{i}", ms=16, mew=2)
         axis.plot([*medians], [*medians.values()], color=f"C{i}", ls=LINES[i % 4], lw=1, label=f"rho {rho:g}, through our medians")
         points = [(float(k["lr"]), k["value"]) for k in known.values() if float(k["rho"]) == rho and int(k["p"]) == mine[0]["p"]]

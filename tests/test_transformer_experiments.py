@@ -12,6 +12,7 @@ import exp_delay_law
 import exp_fork
 import exp_logit_scale
 import files
+import plots
 import settings
 from common import UsageError
 from measured import flag_unlearned
@@ -64,8 +65,8 @@ NORMS = {"": 36.9, "embed": 6.0, "attn": 22.0, "mlp": 26.0, "unembed": 8.0}
 def rows(cell: object, grok: list[int], norms: dict[str, float] = NORMS) -> list[dict]:
     """One row a member; norms spread by 0 and 2% over members."""
     held = cell.held[0] if cell.held else (0.0,) * 5
-    return [{"cell": cell.name, "member": i, "arm": cell.arm, "p": cell.p, "block": cell.block, "rho": cell.rho, "lr": cell.lr, "seed0": 0,
-             "train_frac": cell.train_frac, "weight_decay": 1, "budget_steps": cell.budget_steps,
+    return [{"cell": cell.name, "member": i, "model": cell.model, "arm": cell.arm, "p": cell.p, "block": cell.block,
+             "rho": cell.rho, "lr": cell.lr, "seed0": 0, "train_frac": cell.train_frac, "weight_decay": 1, "budget_steps": cell.budget_steps,
              "t_grok_step": t, "t_mem_step": 200, "censored": int(t is None),
              "held_norm": held[0] or None, **{f"held_{g}": h or None for g, h in zip(transformer.GROUPS, held[1:], strict=True)},
              **{transformer.column(g): None if t is None else norm * (1 + 0.02 * (i % 2)) for g, norm in norms.items()}}
@@ -105,7 +106,7 @@ def test_a_censored_dose_bounds_the_norm_factor_from_below() -> None:
     assert found["norm_factor.p59"]["ours"] == 80 and "norm_factor_at_least.p59" not in found
 
 
-def test_planted_concentration_and_group_clamps_come_out() -> None:
+def test_planted_concentration_and_group_clamps_come_out(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, model="transformer_ln", lrs=(1e-3,), members=tuple(range(10)), parts=("groups", "concentration"))
     runs = []
     for cell in transformer.control_cells(config) + transformer.other_free_cells(config):
@@ -114,6 +115,9 @@ def test_planted_concentration_and_group_clamps_come_out() -> None:
     for cell in transformer.clamp_cells(config, transformer.critical_norms(runs)):
         assert sum(h > 0 for h in cell.held[0]) == 1 and cell.held[0][0] == 0
         runs += rows(cell, [int(1900 * cell.rho)] * 10)
+    held = [run for run in runs if run["p"] == 71 and run["held_norm"] is None]
+    plots.groups(held, transformer.GROUPS, tmp_path, "groups")               # attn is not held
+    assert (tmp_path / "groups.png").stat().st_size > 5000
     claims, _, findings = transformer.measure(runs, config)
     assert claims["A.ln.unembed_power"]["ours"] == pytest.approx(0.77, abs=1e-3)
     totals = np.array([36.9 * (1 + f) * (1 + 0.02 * (i % 2)) for f in transformer.FRACTIONS for i in range(10)])
