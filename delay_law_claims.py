@@ -273,10 +273,10 @@ def findings(runs: list[dict], fits: dict, contracted: list[dict], cells: list[d
         if any(collapse) and run.get("dtype") in (None, "float32"):
             add(f"collapse.float32.{cell}", "share of training pairs in collapse in float32 at own T_grok, mean, least and most of members that grok",
                 (np.mean(collapse), min(collapse), max(collapse)), len(collapse), int((~np.isfinite(grok(cell))).sum()))
-    for row in cells:   # without a T_grok the collapse in its row is that of the last logged step
-        if row["arm"] == "clamp" and row["n_censored"] == row["n"] and row["collapse32"] and row["dtype"] in (None, "float32"):
-            add(f"collapse.float32.{row['cell']}", "share of training pairs in collapse in float32 at the last logged step, mean: no member grokked",
-                (row["collapse32"], None, None), row["n"], row["n_censored"])
+    for row in cells:   # without a T_grok there is nothing at it
+        if row["arm"] == "clamp" and row["n_censored"] == row["n"] and row.get("collapse32_max") and row["dtype"] in (None, "float32"):
+            add(f"collapse.float32.{row['cell']}", "largest share of training pairs in collapse in float32 at a logged step, mean: no member grokked",
+                (row["collapse32_max"], None, None), row["n"], row["n_censored"])
     for key, fit in fits.items():
         if isinstance(fit, dict) and "lack_of_fit_p" in fit:
             add(f"lack_of_fit.{key}", f"p-value: ln T_grok is a straight line in rho, against seed noise, {len(fit['rhos'])} doses",

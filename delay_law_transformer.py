@@ -24,6 +24,7 @@ PARTS = ("dense", "groups", "concentration")
 MLP_FLAGS = ("weight_decays", "moduli", "moduli_seeds")       # flags of exp_delay_law.py that only parts of the MLP read
 DOSES = {"transformer": (0.85, 1.00, 1.15, 1.20), "transformer_ln": (0.85, 1.00, 1.15), "transformer_b": (0.85, 1.00, 1.15, 1.20)}
 GROUP_DOSES = {"unembed": (0.85, 1.00, 1.15, 1.30), "mlp": (0.85, 1.30), "embed": (1.30,)}
+SAME = ("p", "block", "lr", "train_frac", "weight_decay", "seed0")   # of a clamp and its free control
 PAPER_GROUP_P = 71                                            # modulus of the published group clamps
 FRACTIONS = (0.25, 0.30, 0.35, 0.40, 0.45, 0.50, 0.55)
 PRESETS = {
@@ -43,7 +44,11 @@ def adapted(config: object, given: dict) -> object:
         if flag in given:
             raise UsageError(f"--{flag.replace('_', '-')} is read by parts of the MLP only; leave it out with --model {config.model}")
     preset = {"rhos": (), "members": (), "lrs": (MODELS[config.model],), **PRESETS[config.preset]}
+    if "dense" not in config.parts:
+        preset["rhos"] = ()                                   # those of a preset are of its own part
     config = dataclasses.replace(config, **{k: v for k, v in preset.items() if k not in given})
+    if {"p", "group_moduli"} <= set(given) and config.parts == ("groups",):
+        raise UsageError("--p and --group-moduli both name the moduli of --parts groups; leave one out")
     if "p" in given:
         config = dataclasses.replace(config, free_moduli=given.get("free_moduli", config.p), group_moduli=given.get("group_moduli", config.p))
     settings.check_members(config, {"concentration": config.free_seeds})
@@ -54,7 +59,10 @@ def adapted(config: object, given: dict) -> object:
 
 def expected(model: str, p: int, lr: float, rho: float | None = None) -> int:
     """Steps to grok by the published medians: for budgets and the estimate of time, never for a result."""
-    steps = 1919 * (71 / p) ** 1.5 if model == "transformer_ln" else 7300 if rho is None else 6608 * math.exp(15.45 * (min(rho, SATURATED) - 1))
+    if model == "transformer_ln":    # the total norm held at p=59: 3 times as long as free at rho 0.85, beyond every budget at 1.15
+        steps = 1919 * (71 / p) ** 1.5 * (1 if rho is None else 3 if rho < 1 else 40)
+    else:
+        steps = 7300 if rho is None else 6608 * math.exp(15.45 * (min(rho, SATURATED) - 1))
     return int(steps * (MODELS[model] / lr) ** 0.8)
 
 
@@ -166,6 +174,9 @@ def dose(m: Measured, fits: dict, config: object, p: int) -> None:
     if m.have(control):
         for rho, name in cells.items():
             m.finding(f"total_over_free.{name}", f"median T_grok, total norm held at rho {rho:g}, over free", (name, control), m.ratio(name, control))
+            if np.isfinite(pair := norms(m, (name, control), "unembed")).all():
+                m.finding(f"unembed_over_free.{name}", f"median norm of the unembedding at own T_grok, total norm held at rho {rho:g}, over free",
+                          (name, control), lambda picks, pair=pair: np.divide(*np.median(pair[:, picks], -1)))
     fitted = {rho: name for rho, name in cells.items() if rho <= max(FIT) + 1e-9}
     if len(fitted) < 2:
         return
@@ -193,7 +204,7 @@ def groups(m: Measured) -> None:
         held = [group for group in GROUPS if c.get(f"held_{group}") is not None]
         if c["arm"] != "clamp" or not held:
             continue
-        control = next(k for k, other in m.first.items() if other["arm"] == "free" and all(other[x] == c[x] for x in ("p", "block", "lr")))
+        control = next(k for k, other in m.first.items() if other["arm"] == "free" and all(other[x] == c[x] for x in SAME))
         if c["p"] == PAPER_GROUP_P:
             m.claim(f"A.ln.{held[0]}{float(c['rho'])}", (name,), m.T(name))
             m.claim("A.ln.none", (control,), m.T(control))
@@ -215,7 +226,10 @@ def concentration(m: Measured, config: object) -> None:
             cv = lambda picks, values=values: (lambda t: np.nanstd(t, (0, 2), ddof=1) / np.nanmean(t, (0, 2)))(values[:, picks])  # noqa: E731
             if not np.isfinite(values).any(1).all():
                 continue
-            m.finding(f"cv.{group or 'total'}.over_{what}.p{p0}", f"CV of the {group or 'total'} norm at own T_grok, {len(cells)} {what}s", cells, cv)
+            label = f"{group or 'total'}.over_{what}.p{p0}"
+            m.finding(f"cv.{label}", f"CV of the {group or 'total'} norm at own T_grok, members of {len(cells)} {what}s together", cells, cv)
+            m.finding(f"cv_of_medians.{label}", f"CV over {what}s of the median {group or 'total'} norm at own T_grok", cells,
+                      lambda picks, values=values: (lambda t: np.std(t, 0, ddof=1) / np.mean(t, 0))(np.nanmedian(values[:, picks], -1)))
             if what == "fraction":
                 ran = [free[k]["train_frac"] for k in cells]
                 enough = min(ran) <= min(FRACTIONS) and max(ran) >= max(FRACTIONS) and len(ran) >= 4

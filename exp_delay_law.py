@@ -54,6 +54,9 @@ class Config(settings.Config):
     group_moduli: tuple[int, ...] = settings.option((71,), "moduli of the transformers' groups part; --p replaces them", parts=("groups",))
     budget: int = settings.option(200_000, "largest step at which a run that has not grokked is censored; cells with a smaller one keep it")
 
+    def offered(self) -> tuple[str, ...]:
+        return PARTS if self.model == "mlp" else transformer.PARTS
+
 
 PRESETS = {
     "smoke": {"parts": ("dense",), "rhos": (0.85, 1.0), "lrs": (8e-3,), "members": (0, 1)},
@@ -85,6 +88,8 @@ def narrowed(config: Config, given: dict) -> Config:
         raise UsageError("--p and --moduli both name the moduli of --parts moduli; leave one out")
     if "p" in given:
         config = dataclasses.replace(config, moduli=given.get("moduli", config.p), free_moduli=given.get("free_moduli", config.p))
+    if "dense" not in config.parts and "rhos" not in given:
+        config = dataclasses.replace(config, rhos=())       # those of a preset are of its own part
     settings.check_members(config, {"moduli": config.moduli_seeds, "concentration": config.free_seeds})
     return config
 

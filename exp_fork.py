@@ -297,15 +297,12 @@ def cell_rows(runs: list[dict], trajectories: list[dict]) -> list[dict]:
     rows = stats.cell_rows(runs, trajectories)
     for row in rows:
         mine = [r for r in runs if r["cell"] == row["cell"]]
-        log = [t for t in trajectories if t["cell"] == row["cell"] and t["collapse32"] is not None]   # None: the run had diverged
         estimate = stats.bootstrap(delays(mine), middle)
         held = [r["held_norm"] for r in mine if r["held_norm"] is not None]
         row |= {"held_norm": float(np.median(held)) if held else None, "fork_step": mine[0]["fork_step"],
                 **dict(zip(("median_delay_steps", "delay_lo", "delay_hi"), map(stats.finite, estimate), strict=True))}
         for name in COLLAPSE:
-            steps = {t["step"] for t in log}
             own = [r[f"{name}_at_grok"] for r in mine if r[f"{name}_at_grok"] is not None]
-            row[f"{name}_max"] = max((float(np.mean([t[name] for t in log if t["step"] == s])) for s in steps), default=None)
             row[f"{name}_at_grok"] = float(np.mean(own)) if own else None
     return rows
 

@@ -59,6 +59,9 @@ class Config(settings.Config):
                                  "of theirs); 0 = the control's")
     budget: int = settings.option(120_000, "largest step at which a run that has not grokked is censored; parts with a smaller one keep it")
 
+    def offered(self) -> tuple[str, ...]:
+        return PARTS if self.model == "mlp" else tuple(part for part in PARTS if part != "allocation")
+
 
 PRESETS = {
     "smoke": {"parts": ("mediation", "mse"), "p": (59,), "lr": 8e-3, "rhos": (1.05,), "taus": (1.3, 1.7), "members": (0, 1)},
@@ -107,7 +110,7 @@ def checked(config: Config, given: dict) -> Config:
         config = dataclasses.replace(config, **{k: v for k, v in (("p", (59,)), ("parts", ("mediation",))) if k not in given})
         if "allocation" in config.parts:
             raise UsageError(f"--parts allocation splits the norm between E and W2 of the MLP; leave it out with --model {config.model}")
-    if config.w_c < 0 or (config.w_c and (len(config.p) > 1 or not set(config.parts) <= {"mediation", "grid", "audit"})):
+    if ("w_c" in given and config.w_c <= 0) or (config.w_c and (len(config.p) > 1 or not set(config.parts) <= {"mediation", "grid", "audit"})):
         raise UsageError("--w-c is one positive norm: it goes with one --p and with --parts mediation, grid and audit")
     audited(config)
     if not config.audit_dtypes or set(config.audit_dtypes) - {"float32", "float64"}:

@@ -200,13 +200,14 @@ def contraction(rows: list[dict], folder: Path) -> None:
 
 
 def trajectories(trajectories: list[dict], folder: Path) -> None:
-    """Median over members of test accuracy, norm and effective logit scale against step, one line per cell."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    """Median over members of test accuracy, norm (of transformers also the unembedding's) and effective logit scale against step, a line a cell."""
+    columns = [key for key in ("test_accuracy", "norm", "norm_unembed", "logit_scale") if key in trajectories[0]]
+    figure, axes = plt.subplots(1, len(columns), figsize=(13 / 3 * len(columns), 4))
     cells = list(dict.fromkeys(t["cell"] for t in trajectories))[:12]
     for i, cell in enumerate(cells):
         mine = [t for t in trajectories if t["cell"] == cell and t["step"] > 1 and t["norm"] is not None]   # None: the run diverged
         steps = sorted({t["step"] for t in mine})
-        for axis, key in zip(axes, ("test_accuracy", "norm", "logit_scale"), strict=True):
+        for axis, key in zip(axes, columns, strict=True):
             axis.plot(steps, [np.median([t[key] for t in mine if t["step"] == s]) for s in steps], color=plt.cm.viridis(0.9 * i / len(cells)),
                       ls=LINES[i % 4], label=cell)
             axis.set(xscale="log", xlabel="step", title=key.replace("_", " "))

@@ -57,7 +57,7 @@ def announce(config: settings.Machine, cells: list[Cell], given: dict) -> None:
     per_step = 5e-6 if config.device == "cuda" else 3.5e-3 / max(torch.get_num_threads(), 1) * (3 if config.dtype == "float64" else 1)
     per_step *= 1 if cells[0].model == "mlp" else 4.3
     growth = 2 if config.device == "cuda" else 2.75   # of a step's time with p; on a CPU p=113 was seen to cost 6 times p=59: it leaves the cache
-    seconds = sum(min(c.expected_steps or c.budget_steps, c.budget_steps) * len(c.members) * per_step * (c.p / 59) ** growth for c in cells)
+    seconds = sum(min(c.expected_steps or c.budget_steps, c.budget_steps) * len(c.members) * per_step * max((c.p / 59) ** growth, 0.1) for c in cells)
     if config.dry_run:
         for c in cells:
             print(f"{c.name}: {len(c.members)} members of a block of {c.block}, budget {c.budget_steps} steps, expected {c.expected_steps}")

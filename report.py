@@ -51,7 +51,7 @@ DOUBTS = (            # question, beginnings of the findings' ids that answer it
     ("Allocation at fixed norm: how far do T_grok and L move?", ("allocation_",)),
     ("Same-state arms: does the ratio hold at other fork steps and norms?", ("raised_over_same.", "ordering.", "same_over_free.")),
     ("Transformers: does LayerNorm take the total norm out of the delay, and which norm is concentrated at grokking?",
-     ("norm_factor", "total_over_free.", "group_over_free.", "cv.", "power.unembed")),
+     ("norm_factor", "total_over_free.", "unembed_over_free.", "group_over_free.", "cv.", "cv_of_medians.", "power.unembed")),
     ("The logarithmic counterpart: how does the free norm contract?", ("contraction.",)),
 )
 

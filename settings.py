@@ -43,6 +43,10 @@ class Config(Machine):
                         "learning rates default to the model's")
     after_grok: int = option(0, "steps to train a cell on past its last member's grokking")
 
+    def offered(self) -> tuple[str, ...]:
+        """The parts that the model has; none named: all."""
+        return ()
+
 
 NOT_SCIENCE = ("out", "resume", "dry_run", "figures_only", "metrics_dir", "twin_of")   # settings that change no number
 CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "eager", "triton"), "dtype": ("float32", "float64"),
@@ -98,13 +102,15 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
     return config, given
 
 
-def unread(config: Machine, given: dict) -> list[str]:
+def unread(config: Config, given: dict) -> list[str]:
     """A line for every given flag that only parts which do not run would read, whole or beyond its first value."""
     lines = []
     for f in dataclasses.fields(config):
         flag, parts, all_of = "--" + f.name.replace("_", "-"), f.metadata.get("parts"), f.metadata.get("all_of")
         if f.name in given and parts and not set(parts) & set(config.parts):
-            lines.append(f"{flag} changes nothing here: it is read with --parts {' or '.join(parts)}")
+            mine = [part for part in parts if part in (config.offered() or parts)]
+            lines.append(f"{flag} changes nothing here: " + (f"it is read with --parts {' or '.join(mine)}" if mine else
+                                                             f"no part of --model {config.model} reads it"))
         elif f.name in given and all_of and len(given[f.name]) > 1 and not set(all_of) & set(config.parts):
             lines.append(f"of {flag} the first value alone is read here; all are with --parts {' or '.join(all_of)}")
     return lines

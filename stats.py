@@ -234,10 +234,21 @@ def cell_rows(runs: list[dict], trajectories: list[dict]) -> list[dict]:
             mean = lambda k, there=there: float(np.mean([t[k] for t in there if t[k] is not None] or [np.nan]))  # noqa: E731
             row |= {"logit_scale": finite(mean("logit_scale")) if len(kept) else None,
                     "collapse32": finite(mean("collapse32")), "collapse64": finite(mean("collapse64")), "logit_scale_step": nearest}
+        for key in ("collapse32", "collapse64"):
+            row[f"{key}_max"] = largest(key, [t for t in trajectories if t["cell"] == name])
         own = [run["logit_scale_at_grok"] for run in mine if run["logit_scale_at_grok"] is not None]
         row["logit_scale_at_own_grok"] = finite(np.mean(own)) if own else None
         rows.append(row)
     return rows
+
+
+def largest(key: str, log: list[dict]) -> float | None:
+    """Over the logged steps of a cell, the largest mean over members of `key`; None where nothing was logged or every run had diverged."""
+    by_step: dict[int, list[float]] = {}
+    for t in log:
+        if t[key] is not None:
+            by_step.setdefault(t["step"], []).append(t[key])
+    return max((float(np.mean(values)) for values in by_step.values()), default=None)
 
 
 def beyond(claim: dict) -> str:

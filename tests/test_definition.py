@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from common import initial_rows, split
 from kernels.adamw import SCALARS, adamw_project_ref, group_norms_ref
 from kernels.layout import Layout, mlp_layout
-from kernels.loss import AUDIT, loss_gradient_ref, softmax_audit_ref
+from kernels.loss import AUDIT, loss_gradient_ref, loss_ref, softmax_audit_ref
 from kernels.step import METRICS, evaluate_ref, gradient_ref, train_step_ref
 
 
@@ -105,6 +105,15 @@ def test_loss_gradient_rows_sum_to_zero_and_ignore_a_shift() -> None:
     shifted = loss_gradient_ref(z + 1000, labels, torch.tensor(0.7, dtype=torch.float64), 13, "ce")
     assert gradient.sum(1).abs().max() < 1e-15 and not gradient[:, 13:].any()
     assert torch.allclose(gradient, shifted, rtol=1e-9, atol=1e-15)   # z + 1000 keeps 13 of 16 digits
+
+
+@pytest.mark.parametrize("margin", [14.0, 16.0, 300.0])
+def test_a_small_cross_entropy_is_kept_in_float32(margin: float) -> None:
+    """log(1 + 12 e^-m) of float32 logits to ulps of the sum of exponentials, 1.2e-7 each; the logarithm of float32 is off by an ulp of m."""
+    z = torch.zeros(1, 16)
+    z[:, 3] = margin
+    exact = math.log1p(12 * math.exp(-margin))
+    assert loss_ref(z, torch.tensor([3]), torch.ones(()), 13, "ce").item() == pytest.approx(exact, abs=3e-7)
 
 
 def audit(margin: float, tau: float = 1.0) -> dict[str, float]:

@@ -28,8 +28,8 @@ def test_local_slopes_collapse_and_censored_runs_are_among_the_findings() -> Non
 
 
 def test_the_collapse_of_a_cell_in_which_none_groks_is_told() -> None:
-    """cells.csv has it at the last logged step; of cells in which some grok the rows of the runs tell."""
-    rows = [{"cell": f"clamp_rho{rho}", "arm": "clamp", "n": 2, "n_censored": censored, "collapse32": 0.3, "dtype": None}
+    """cells.csv has its largest; of cells in which some grok the rows of the runs tell."""
+    rows = [{"cell": f"clamp_rho{rho}", "arm": "clamp", "n": 2, "n_censored": censored, "collapse32_max": 0.3, "dtype": None}
             for rho, censored in ((1.1, 1), (1.2, 2))]
     found = {f["id"]: f for f in claims.findings([*clamp(1.1, 4000, None), *clamp(1.2, None, None)], {}, [], rows)}
     assert {key: found[key]["ours"] for key in found if key.startswith("collapse.")} == {"collapse.float32.clamp_rho1.2": 0.3}

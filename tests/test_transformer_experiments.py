@@ -23,9 +23,11 @@ from measured import flag_unlearned
     (exp_delay_law, "--model transformer --parts matrix", "--parts matrix is of the MLP; for --model transformer there are dense groups"),
     (exp_delay_law, "--parts groups", "--parts groups is of the transformers"),
     (exp_delay_law, "--model transformer_ln --moduli 31", "--moduli is read by parts of the MLP only"),
-    (exp_delay_law, "--model transformer --parts concentration --free-seeds 2 --members 3", "not in the block of the concentration part, 0..1"),
+    (exp_delay_law, "--model transformer --parts concentration --free-seeds 2 --members 3", "of --parts concentration, 0..1, got 3"),
     (exp_logit_scale, "--model transformer --parts allocation", "--parts allocation splits the norm between E and W2 of the MLP"),
+    (exp_delay_law, "--model transformer_ln --parts groups --p 59 --group-moduli 71", "--p and --group-moduli both name"),
     (exp_logit_scale, "--w-c -1", "--w-c is one positive norm"),
+    (exp_logit_scale, "--w-c 0", "--w-c is one positive norm"),
     (exp_logit_scale, "--w-c 30 --p 59 97", "goes with one --p"),
     (exp_fork, "--model transformer --fork-steps 801", "--fork-steps must be multiples of 25"),
 ])
@@ -33,6 +35,17 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, run: object, f
     with pytest.raises(UsageError) as error:
         run.run([*flags.split(), "--out", str(tmp_path / "out")])
     assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_note_names_parts_of_the_model_only_and_a_preset_keeps_its_doses_to_its_part(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    exp_delay_law.run(["--model", "transformer_ln", "--parts", "concentration", "--rhos", "1.1", "--dry-run", "--out", str(tmp_path / "out")])
+    assert "note: --rhos changes nothing here: it is read with --parts dense or groups\n" in capsys.readouterr().out
+    exp_logit_scale.run(["--model", "transformer", "--gammas", "0.1", "--dry-run", "--out", str(tmp_path / "out")])
+    assert "note: --gammas changes nothing here: no part of --model transformer reads it\n" in capsys.readouterr().out
+    exp_delay_law.run(["--model", "transformer_ln", "--parts", "groups", "--dry-run", "--out", str(tmp_path / "out")])
+    assert "clamp_unembed_p71_b16_rho1.30" in (text := capsys.readouterr().out) and "rho0.95" not in text
+    exp_delay_law.run(["--parts", "moduli", "--moduli", "41", "--dry-run", "--out", str(tmp_path / "out")])
+    assert "clamp_p41_b12_rho1.30" in (text := capsys.readouterr().out) and "rho0.95" not in text
 
 
 @pytest.mark.parametrize("model", ["transformer", "transformer_ln", "transformer_b"])
@@ -92,6 +105,19 @@ def test_planted_exponent_critical_norm_and_saturation_come_out() -> None:
     assert not other                                                         # another learning rate answers nothing
 
 
+def test_the_control_of_a_group_clamp_is_of_its_own_train_fraction() -> None:
+    config = dataclasses.replace(CONFIG, model="transformer_ln", lrs=(1e-3,), p=(71,), free_moduli=(71,), free_seeds=16, members=tuple(range(8)),
+                                 parts=("groups", "concentration"))          # both parts draw from one block
+    runs = []
+    for cell in transformer.control_cells(config) + transformer.other_free_cells(config):
+        runs += rows(cell, [2000 if (cell.train_frac, cell.lr) == (0.40, 1e-3) else 1000] * 8)
+    for cell in transformer.clamp_cells(config, transformer.critical_norms(runs)):
+        runs += rows(cell, [3000] * 8)
+    claims, _, findings = transformer.measure(runs, config)
+    assert claims["A.ln.none"]["ours"] == 2000
+    assert {f["ours"] for f in findings if f["id"].startswith("group_over_free.")} == {1.5}
+
+
 def test_a_censored_dose_bounds_the_norm_factor_from_below() -> None:
     config = dataclasses.replace(CONFIG, members=tuple(range(8)), parts=("dense",), rhos=(0.85, 1.15))
     (control,) = transformer.control_cells(config)
@@ -102,7 +128,10 @@ def test_a_censored_dose_bounds_the_norm_factor_from_below() -> None:
     assert found["norm_factor.p59"]["ours"] is None and found["norm_factor_at_least.p59"]["ours"] == 400
     assert found["norm_factor_at_least.p59"]["n_censored"] == 5
     complete = [run for run in runs if run["cell"] != high.name] + rows(high, [40_000] * 8)
+    for run in complete:
+        run["norm_unembed_at_grok"] *= 1.5 if run["cell"] == high.name else 1
     found = {row["id"]: row for row in transformer.measure(complete, config)[2]}
+    assert found[f"unembed_over_free.{high.name}"]["ours"] == pytest.approx(1.5)
     assert found["norm_factor.p59"]["ours"] == 80 and "norm_factor_at_least.p59" not in found
 
 
@@ -126,7 +155,10 @@ def test_planted_concentration_and_group_clamps_come_out(tmp_path: Path) -> None
     assert claims["A.ln.unembed1.3"]["ours"] == 2470 and claims["A.ln.mlp0.85"]["ours"] == 1615 and claims["A.ln.none"]["ours"] == 1900
     assert {"A.ln.unembed0.85", "A.ln.unembed1.0", "A.ln.unembed1.15", "A.ln.mlp1.3", "A.ln.embed1.3"} <= set(claims)
     assert not transformer.measure(runs, dataclasses.replace(config, model="transformer", lrs=(5e-4,)))[0]   # another network answers nothing
-    assert {"cv.total.over_fraction.p59", "cv.unembed.over_lr.p59"} <= {row["id"] for row in findings}
+    found = {row["id"]: row["ours"] for row in findings}
+    assert "cv.unembed.over_lr.p59" in found
+    medians = 1 + np.array(transformer.FRACTIONS)
+    assert found["cv_of_medians.total.over_fraction.p59"] == pytest.approx(medians.std(ddof=1) / medians.mean(), abs=1e-5)
 
 
 @pytest.mark.parametrize("model", ["mlp", "transformer_ln"])
