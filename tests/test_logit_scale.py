@@ -221,7 +221,7 @@ def test_dose_stops_before_the_collapse(tmp_path: Path) -> None:
     (["--audit-dtypes", "float16"], "are float32 and float64"),
     (["--audit-cells", "nan"], "rho must be in"), (["--taus", "0"], "must be > 0"), (["--rhos", "-1"], "must be > 0"),
     (["--gammas", "1000"], "between -100 and 100"), (["--budget", "10"], "at least 25"), (["--parts", "colour"], "among"),
-    (["--parts", "audit", "--members", "9"], "block of the audit part")])
+    (["--parts", "audit", "--members", "9"], "block of --parts audit, 0..7, got 9")])
 def test_bad_input_writes_nothing(flags: list[str], says: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=says):
         experiment.run([*flags, "--out", str(tmp_path / "out")])
