@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 import stats
-from measured import ROOT
+from measured import ROOT, SAME
 
 PAPER_LR = 1e-3             # published numbers are answered only by runs whose first learning rate is the paper's
 PAPER_SEEDS = {"A.wc.power": 20, "A.wc.cv": 20, "A.wc.power.pscan": 12, "A.alpha.shared.r2": 12, "A.saturation.p41": 12}   # elsewhere 16
@@ -255,8 +255,7 @@ def findings(runs: list[dict], fits: dict, contracted: list[dict], cells: list[d
 
     clamps = {r["cell"]: r for r in runs if r["arm"] == "clamp"}
     for cell, run in clamps.items():
-        same = ("model", "p", "block", "lr", "seed0", "train_frac", "weight_decay")
-        control = next((r["cell"] for r in runs if r["arm"] == "free" and all(r[k] == run[k] for k in same)), None)
+        control = next((r["cell"] for r in runs if r["arm"] == "free" and all(r[k] == run[k] for k in SAME)), None)
         if run["rho"] == 1.0 and run["held_norm"] and control:
             add_ratio(f"clamp_over_free.{cell}", "median T_grok, clamp at rho 1 over free, same seeds", cell, control)
         fast = max((r for r in runs if all(r[k] == run[k] for k in ("arm", "p", "block", "rho", "seed0"))), key=lambda r: r["lr"])

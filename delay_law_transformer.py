@@ -17,14 +17,13 @@ import settings
 import stats
 from common import MODELS, Cell, UsageError, clamp_start, exactly, unique
 from kernels.layout import TransformerLayout
-from measured import Measured
+from measured import SAME, Measured
 
 GROUPS = TransformerLayout.groups
 PARTS = ("dense", "groups", "concentration")
 MLP_FLAGS = ("weight_decays", "moduli", "moduli_seeds")       # flags of exp_delay_law.py that only parts of the MLP read
 DOSES = {"transformer": (0.85, 1.00, 1.15, 1.20), "transformer_ln": (0.85, 1.00, 1.15), "transformer_b": (0.85, 1.00, 1.15, 1.20)}
 GROUP_DOSES = {"unembed": (0.85, 1.00, 1.15, 1.30), "mlp": (0.85, 1.30), "embed": (1.30,)}
-SAME = ("p", "block", "lr", "train_frac", "weight_decay", "seed0")   # of a clamp and its free control
 PAPER_GROUP_P = 71                                            # modulus of the published group clamps
 FRACTIONS = (0.25, 0.30, 0.35, 0.40, 0.45, 0.50, 0.55)
 PRESETS = {

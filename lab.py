@@ -20,8 +20,9 @@ import endings
 import files
 import ranks
 import settings
-from common import Cell, Ensemble, Result, State, UsageError
+from common import Cell, Result, State, UsageError
 from endings import Signals
+from ensemble import Ensemble
 from kernels.cpu import has_compiler
 from progress import Progress, duration
 

@@ -15,6 +15,7 @@ from common import nearest_log
 
 ROOT = Path(__file__).resolve().parent
 UNLEARNED = 0.9   # train accuracy under which a run that had memorised has come apart
+SAME = ("model", "p", "block", "lr", "seed0", "train_frac", "weight_decay")   # what a clamp shares with its free control
 
 
 class Measured:

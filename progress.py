@@ -8,8 +8,9 @@ from tqdm import tqdm
 
 import endings
 import settings
-from common import Cell, Ensemble
+from common import Cell
 from endings import Signals
+from ensemble import Ensemble
 
 SPEAK_EVERY = 30   # seconds between lines of progress where there is no terminal
 

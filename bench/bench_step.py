@@ -22,7 +22,8 @@ import files
 import lab
 import plots
 import settings
-from common import MODELS, Cell, Ensemble, UsageError, n_train
+from common import MODELS, Cell, UsageError, n_train
+from ensemble import Ensemble
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

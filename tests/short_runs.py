@@ -35,7 +35,8 @@ def committed(folder: Path) -> Path:
 
 def start(out: Path, flags: list[str], save_every: float, first: str = "", **environment: str) -> subprocess.Popen:
     """A real training process, which begins with the statements `first`."""
-    code = f"import common, lab, exp_fork, signal; common.SAVE_SHARE, lab.SAVE_EVERY = 0.5, {save_every}; {first or 'pass'}; lab.main(exp_fork.run)"
+    code = (f"import ensemble, lab, exp_fork, signal; ensemble.SAVE_SHARE, lab.SAVE_EVERY = 0.5, {save_every}; {first or 'pass'}; "
+            "lab.main(exp_fork.run)")
     return subprocess.Popen([sys.executable, "-c", code, *flags, "--out", str(out)], cwd=ROOT, env={**os.environ, **environment},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

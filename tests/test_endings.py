@@ -13,8 +13,8 @@ import exp_fork
 import files
 import lab
 import plots
-from common import Ensemble
 from endings import Signals
+from ensemble import Ensemble
 
 LONGER = [*FLAGS, "--budget", "400", "--parts", "same", "free"]
 QUICK = "import plots; plots.save_figure = lambda *_: None"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import Cell, Ensemble
+from common import Cell
+from ensemble import Ensemble
 
 
 def trained(p: int, block: int, budget: int, members: tuple[int, ...] | None = None, loss: str = "ce", backend: str = "eager") -> Ensemble:

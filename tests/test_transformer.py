@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import Cell, Ensemble, initial_rows, split
+from common import Cell, initial_rows, split
+from ensemble import Ensemble
 from kernels import cpu
 from kernels.adamw import adamw_project_ref, group_norms_ref, scalar_names
 from kernels.layout import TransformerLayout, transformer_layout

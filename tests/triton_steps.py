@@ -9,6 +9,9 @@ from torch import Tensor
 from triton_cases import DEVICE, ON_GPU, Case, make_case
 
 import common
+import ensemble
+from common import Cell
+from ensemble import Ensemble
 from kernels.adamw import BETA1, BETA2, scalar_names
 from kernels.cuda import CudaKernels, chunk_runs, launches_of, state_bytes_per_run, workspace_bytes_per_run
 from kernels.layout import mlp_layout, model_layout, transformer_layout
@@ -209,17 +212,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     to = torch.Tensor.to
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: self if a and a[0] == "cuda" else to(self, *a, **k))
-    monkeypatch.setattr(common, "model_layout", lambda model, p, dtype: mlp_layout(p, 16, 32, dtype) if model == "mlp" else
-                        transformer_layout(p, 16, 32, dtype, model))
+    for module in (common, ensemble):
+        monkeypatch.setattr(module, "model_layout", lambda model, p, dtype: mlp_layout(p, 16, 32, dtype) if model == "mlp" else
+                            transformer_layout(p, 16, 32, dtype, model))
 
 
-def assert_the_trainer_agrees(cells: list[common.Cell], steps: list[int]) -> None:
+def assert_the_trainer_agrees(cells: list[Cell], steps: list[int]) -> None:
     """Runs that start at `steps`: lockstep, compaction and bookkeeping on the CUDA path against the CPU path."""
-    start = dataclasses.replace(common.Ensemble(cells, "cpu", "eager", torch.float32, "ieee").state, step=np.array(steps))
-    ours, theirs = (common.Ensemble(cells, device, backend, torch.float32, "ieee", start.pick([*range(len(steps))]))
+    start = dataclasses.replace(Ensemble(cells, "cpu", "eager", torch.float32, "ieee").state, step=np.array(steps))
+    ours, theirs = (Ensemble(cells, device, backend, torch.float32, "ieee", start.pick([*range(len(steps))]))
                     for device, backend in (("cuda", "auto"), ("cpu", "eager")))
-    for ensemble in (ours, theirs):
-        ensemble.train(lambda _: None)
+    for each in (ours, theirs):
+        each.train(lambda _: None)
     end, needed = cells[0].budget_steps, sum(cells[0].budget_steps - step for step in steps)
     assert ours.step.tolist() == theirs.step.tolist() == [end] * len(steps) and ours.executed == theirs.executed == needed
     assert sorted(row[:2] for row in ours.log) == sorted(row[:2] for row in theirs.log)
@@ -230,6 +234,6 @@ def assert_the_trainer_agrees(cells: list[common.Cell], steps: list[int]) -> Non
 
 def test_the_trainer_drives_the_kernels_as_it_drives_the_definition(small: None) -> None:
     """Two cells that start at different steps, one retiring first."""
-    cells = [common.Cell("a", p=5, members=(0, 1), block=2, budget_steps=75, arm="clamp", clamp_start=10, held=((3.0, 0, 0, 0),) * 2),
-             common.Cell("b", p=5, members=(1,), block=2, budget_steps=75)]
+    cells = [Cell("a", p=5, members=(0, 1), block=2, budget_steps=75, arm="clamp", clamp_start=10, held=((3.0, 0, 0, 0),) * 2),
+             Cell("b", p=5, members=(1,), block=2, budget_steps=75)]
     assert_the_trainer_agrees(cells, [0, 0, 50])

@@ -9,6 +9,8 @@ from triton_cases import DEVICE, make_transformer_case
 from triton_steps import assert_agrees, assert_bits_depend_on_nothing_else, assert_the_trainer_agrees, engine, schedule, small
 
 import common
+import ensemble
+from common import Cell
 from kernels.cuda import chunk_runs, state_bytes_per_run, workspace_bytes_per_run
 from kernels.layout import transformer_layout
 from kernels.pairs import slots_for
@@ -73,8 +75,9 @@ def test_every_row_starts_aligned() -> None:
 
 def test_the_trainer_drives_the_kernels_as_it_drives_the_definition(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations every 2 steps, so that there are several. A group is held in one cell; the other starts later."""
-    monkeypatch.setattr(common, "EVAL_EVERY", 2)
-    monkeypatch.setattr(common, "LOG_EVERY", 4)
+    for module in (common, ensemble):
+        monkeypatch.setattr(module, "EVAL_EVERY", 2)
+        monkeypatch.setattr(module, "LOG_EVERY", 4)
     shape = dict(p=5, block=2, budget_steps=6, model="transformer", lr=5e-4)
-    cells = [common.Cell("a", members=(0,), arm="clamp", clamp_start=2, held=((0, 0, 0, 0, 2.0),), **shape), common.Cell("b", members=(1,), **shape)]
+    cells = [Cell("a", members=(0,), arm="clamp", clamp_start=2, held=((0, 0, 0, 0, 2.0),), **shape), Cell("b", members=(1,), **shape)]
     assert_the_trainer_agrees(cells, [0, 2])

@@ -1,0 +1,363 @@
+"""The trainer of an ensemble of runs of equal shape: evaluation, retirement by cell, checkpoints, rows of results.
+
+Hyperparameters are vectors over runs; a run's own bits depend on no other run. Source: arXiv 2606.13753 and 2606.18465, methods sections.
+"""
+import dataclasses
+import functools
+import hashlib
+import heapq
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import EVAL_EVERY, LOG_EVERY, Cell, Result, State, UsageError, initial_rows, n_train, nearest_log, split
+from kernels import cpu
+from kernels.adamw import BETA1, BETA2
+from kernels.layout import model_layout
+from kernels.step import metric_names
+from logbook import Logbook, Trajectories
+
+SAVE_SHARE = 0.01      # of the time may go into checkpoints
+T_MEM_ACCURACY = 0.99  # train accuracy that counts as memorised
+T_GROK_ACCURACY = 0.90  # test accuracy that counts as grokked; 0.80 and 0.95 are kept beside it
+CROSSINGS = (("train_accuracy", T_MEM_ACCURACY), ("test_accuracy", 0.80), ("test_accuracy", T_GROK_ACCURACY), ("test_accuracy", 0.95))
+MEM, CROSS_80, GROK, CROSS_95 = range(4)
+FOURIER = ("fourier_top5", "fourier_gini")
+CELL_COLUMNS = ("model", "loss", "p", "train_frac", "block", "seed0", "arm", "rho", "tau", "gamma", "lr", "weight_decay",
+                "clamp_start", "clamp_stop", "w_c", "budget_steps")
+
+
+def fourier_structure(E: Tensor) -> tuple[float, float]:
+    """Of the power spectrum of `E (p, d)` over its p inputs: share of the five strongest non-DC frequencies, and Gini coefficient."""
+    power = torch.fft.rfft(E.double(), dim=0)[1:].abs().square().sum(1).sort().values
+    if not bool(torch.isfinite(power).all()) or float(power.sum()) == 0 or len(power) == 0:
+        return math.nan, math.nan
+    m = len(power)
+    rank = torch.arange(1, m + 1, dtype=torch.float64)
+    gini = float(((2 * rank - m - 1) * power).sum() / (m * power.sum()))
+    return float(power[-5:].sum() / power.sum()), gini
+
+
+class Ensemble:
+    """Runs of equal shape trained together; each stops with its cell, when the cell's last member has grokked or its budget ends.
+
+    Hyperparameters are vectors over runs. On a CPU each worker advances the run that is furthest behind by one interval, so runs
+    need no barrier; a run's own bits never depend on the others. On CUDA all runs advance in lockstep.
+    """
+    PROGRESS = ("step", "crossed", "at_grok", "norm_at_mem", "below_after_grok", "diverged", "retire")   # arrays that change while training
+
+    def __init__(self, cells: list[Cell], device: str, backend: str, dtype: torch.dtype, arithmetic: str, start: State | None = None,
+                 folder: Path | None = None):
+        self.cells, first = cells, cells[0]
+        self.layout = model_layout(first.model, first.p, dtype)
+        self.metrics = metric_names(self.layout.groups)
+        self.reported = ("norm", "logit_scale", *(f"norm_{group}" for group in self.layout.groups), "saturated", "collapse32", "collapse64")
+        self.n = n_train(first.p, first.train_frac)
+        self.dtype, self.loss, self.decay_last = dtype, first.loss, first.decay_last
+        runs = [(c, m) for c, cell in enumerate(cells) for m in cell.members]
+        self.cell_of = np.array([c for c, _ in runs])
+        self.member = np.array([m for _, m in runs])
+        over_runs = lambda name: np.array([getattr(cells[c], name) for c in self.cell_of])  # noqa: E731
+        self.lr, self.weight_decay, self.tau = over_runs("lr"), over_runs("weight_decay"), over_runs("tau")
+        self.clamp_start = over_runs("clamp_start")
+        self.clamp_stop = np.array([cells[c].clamp_stop or 2**62 for c in self.cell_of])
+        self.held = np.zeros((len(runs), 1 + len(self.layout.groups)))   # (R, 1 + groups)
+        for row, targets in zip(self.held, (h for cell in cells for h in (cell.held or ((),) * len(cell.members))), strict=True):
+            row[: len(targets)] = targets
+        self.start = start.step if start else np.zeros(len(runs), dtype=int)   # (R,) multiples of EVAL_EVERY
+        # evaluations, and so every decision, fall on multiples of EVAL_EVERY
+        stop = np.array([cells[c].stop_step or cells[c].budget_steps for c in self.cell_of])
+        self.end = np.minimum(over_runs("budget_steps"), stop) // EVAL_EVERY * EVAL_EVERY
+        indices = torch.stack([split(first.p, first.train_frac, m, cells[c].seed0) for c, m in runs])   # (R, n)
+        self.a, self.b = indices // first.p, indices % first.p
+        self.train_mask = torch.zeros(len(runs), first.p**2, dtype=dtype).scatter_(1, indices, 1)
+        if start:
+            self.state = start
+        else:
+            drawn: dict[tuple, Tensor] = {}
+            for c in cells:
+                if (c.block, c.seed0, c.members) not in drawn:
+                    drawn[c.block, c.seed0, c.members] = initial_rows(self.layout, c.block, c.seed0, c.members, dtype)
+            params = torch.cat([drawn[c.block, c.seed0, c.members] for c in cells])
+            self.state = State(params, torch.zeros_like(params), torch.zeros_like(params), self.start)
+        R = len(runs)
+        self.step = self.start.copy()
+        self.crossed = np.full((R, len(CROSSINGS)), -1)                  # first step of each crossing, -1 = not yet
+        self.at_grok = np.full((R, len(self.metrics)), np.nan)
+        self.norm_at_mem = np.full(R, np.nan)
+        self.below_after_grok = np.zeros(R, dtype=int)                   # evaluations under 0.90 after T_grok
+        self.diverged = np.full(R, -1)                                   # step at which loss or norm was found not finite
+        self.retire = self.end.copy()                                    # step at which the run's cell leaves
+        self.log = Logbook(len(self.metrics) + len(FOURIER), folder)          # (run, step, metrics and Fourier structure)
+        self.executed, self.seconds, self.quiescent = 0, 0.0, True
+        self.arithmetic, self.on_device, self.kernels = arithmetic, np.arange(R), None
+        if device == "cuda":
+            self.backend = "triton"
+        else:   # of nothing else: bits depend on it
+            self.backend = "compiled" if backend == "compiled" or (backend == "auto" and cpu.has_compiler()) else "eager"
+        digest = hashlib.sha256(repr((cells, str(dtype), self.backend, arithmetic, self.start.tolist())).encode()).digest()
+        self.identity = torch.tensor(list(digest), dtype=torch.uint8)    # a snapshot of other runs must not be taken up
+
+    def compile(self) -> None:
+        """The CPU's kernels; nothing is compiled for an ensemble that has finished."""
+        self.kernels = self.kernels or cpu.CpuKernels(self.layout, self.n, self.loss, self.dtype, self.backend == "compiled", self.decay_last)
+
+    # -- one interval
+
+    def next_stop(self, run: int) -> int:
+        """Step at which to evaluate `run` next: the first one that it makes here, then multiples of EVAL_EVERY."""
+        step = int(self.step[run])
+        return step + 1 if step == self.start[run] else (step // EVAL_EVERY + 1) * EVAL_EVERY
+
+    def scalars(self, runs: np.ndarray, k: int) -> Tensor:
+        """Per-run, per-step scalars `(R, k, 5 + groups)` of each run's next `k` steps, as `kernels.adamw.scalar_names` has them, float64."""
+        t = self.step[runs, None] + np.arange(1, k + 1)                  # (R, k)
+        out = np.empty((len(runs), k, 4 + self.held.shape[1]))
+        lr, decay = self.lr[runs, None], self.lr[runs, None] * self.weight_decay[runs, None]
+        out[:, :, 0] = self.tau[runs, None]
+        out[:, :, 1] = 1 - decay
+        out[:, :, 2] = lr / (1 - BETA1**t)
+        out[:, :, 3] = np.sqrt(1 - BETA2**t)
+        inside = (t >= self.clamp_start[runs, None]) & (t < self.clamp_stop[runs, None])
+        out[:, :, 4:] = inside[:, :, None] * self.held[runs, None, :]
+        return torch.from_numpy(out)
+
+    def record(self, runs: np.ndarray, k: int, metrics: np.ndarray) -> None:
+        """Take in the evaluation `metrics (len(runs), metrics)` of `runs` after `k` more steps; retire the cells that it completes."""
+        self.step[runs] += k
+        step = self.step[runs]                                           # (len(runs),), all on the grid of evaluations or none
+        broken = ~np.isfinite(metrics[:, [self.metrics.index("train_loss"), self.metrics.index("norm")]]).all(1)
+        new = broken & (self.diverged[runs] < 0)
+        self.diverged[runs[new]] = step[new]
+        if step[0] % EVAL_EVERY == 0:
+            for column, (name, threshold) in enumerate(CROSSINGS):
+                new = (metrics[:, self.metrics.index(name)] >= threshold) & (self.crossed[runs, column] < 0)
+                self.crossed[runs[new], column] = step[new]
+                if column == GROK:
+                    self.at_grok[runs[new]] = metrics[new]
+                elif column == MEM:
+                    self.norm_at_mem[runs[new]] = metrics[new, self.metrics.index("norm")]
+            after = (self.crossed[runs, GROK] >= 0) & (metrics[:, self.metrics.index("test_accuracy")] < T_GROK_ACCURACY)
+            self.below_after_grok[runs] += after
+        for c in np.unique(self.cell_of[runs]):
+            mine = self.cell_of == c
+            done = np.where(self.crossed[mine, GROK] >= 0, self.crossed[mine, GROK], self.diverged[mine])
+            if (done >= 0).all():
+                last = max(done.max(), nearest_log(self.crossed[mine, GROK]))   # every member is logged where the logit scale is read
+                self.retire[mine] = np.minimum(last + self.cells[c].after_grok, self.end[mine])
+        for i in np.flatnonzero((step % LOG_EVERY == 0) | (step == self.start[runs] + 1)):
+            E = self.layout.views(self.state.params[runs[i]])[0][: self.layout.p]
+            self.log.append(int(runs[i]), int(step[i]), [*metrics[i].tolist(), *fourier_structure(E)])
+
+    def live(self) -> np.ndarray:
+        return np.flatnonzero((self.step < self.retire) & (self.diverged < 0))
+
+    def steps_left(self) -> int:
+        """Run-steps still expected: a run past its expectation is taken to need as much again as it is late, at least a tenth of it."""
+        live = self.live()
+        expected = np.array([c.expected_steps or c.budget_steps for c in self.cells])[self.cell_of[live]]
+        late = self.step[live] - expected
+        return int(np.minimum(np.maximum(np.abs(late), expected // 10), self.end[live] - self.step[live]).sum())
+
+    # -- all of it
+
+    def train(self, tick: Callable[["Ensemble"], None], save: Callable[[dict], None] | None = None, save_every: float = 180) -> None:
+        """Train until every cell has retired. `tick` is called a few times a second from the main thread; `save` gets a snapshot
+        every `save_every` seconds, later if that would take more than its share of the time, and one if Ctrl-C or SIGTERM ends training early."""
+        advance = self._train_lockstep if self.backend == "triton" else self._train_workers
+        if self.backend != "triton" and len(self.live()):
+            self.compile()
+        try:
+            while len(self.live()):
+                started = time.monotonic()
+                try:
+                    advance(tick, started + save_every)
+                finally:
+                    self.seconds += time.monotonic() - started
+                if save and len(self.live()):
+                    started = time.monotonic()
+                    save(self.snapshot())
+                    save_every = max(save_every, (time.monotonic() - started) / SAVE_SHARE)
+        except (KeyboardInterrupt, SystemExit):                          # from `tick`, where the state is whole
+            if save and self.quiescent and (self.step > self.start).any():
+                save(self.snapshot())
+            raise
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """All that is needed to continue to the same bits, as tensors."""
+        arrays = {name: torch.from_numpy(getattr(self, name)) for name in self.PROGRESS}
+        return {"params": self.state.params, "moment1": self.state.moment1, "moment2": self.state.moment2, **arrays, "log": self.log.tensor(),
+                "executed": torch.tensor(self.executed), "seconds": torch.tensor(self.seconds), "identity": self.identity}
+
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
+        """Continue from `snapshot`. Raises UsageError if it is not of this ensemble."""
+        mine = self.snapshot()
+        kind = lambda k, tensor: (tensor.shape[k == "log":], tensor.dtype, tensor.layout, tensor.device)  # noqa: E731
+        if (set(snapshot) != set(mine) or any(kind(k, snapshot[k]) != kind(k, mine[k]) for k in mine)
+                or not torch.equal(snapshot["identity"], self.identity)):
+            raise UsageError("checkpoint holds another ensemble; remove it or choose another --out")
+        for name in self.PROGRESS:
+            setattr(self, name, snapshot[name].numpy().copy())
+        self.state = State(snapshot["params"], snapshot["moment1"], snapshot["moment2"], self.start)
+        self.log.replace(snapshot["log"])
+        self.executed, self.seconds = int(snapshot["executed"]), float(snapshot["seconds"])
+
+    def _train_workers(self, tick: Callable[["Ensemble"], None], deadline: float) -> None:
+        ready = threading.Condition()
+        idle = [(int(self.step[r]), int(r)) for r in self.live()]
+        heapq.heapify(idle)
+        busy: dict[int, int] = {}                                        # run -> step it set out from
+        stop, failures, left = False, [], 0                              # left: workers that have not returned
+        ended = threading.Event()
+
+        def must_wait() -> bool:
+            """Nothing idle, or the next run is over an interval ahead of one of its cell that a worker still has: the cell may end there."""
+            if not idle:
+                return bool(busy)
+            step, run = idle[0]
+            return any(s < step - EVAL_EVERY and self.cell_of[r] == self.cell_of[run] for r, s in busy.items())
+
+        def work() -> None:
+            nonlocal left
+            try:
+                walk()
+            finally:
+                with ready:
+                    left -= 1
+                    if not left:
+                        ended.set()
+
+        def walk() -> None:
+            torch.set_num_threads(1)
+            while True:
+                with ready:
+                    while must_wait() and not stop:
+                        ready.wait()
+                    if stop or not idle:
+                        return
+                    step, run = heapq.heappop(idle)
+                    if step >= self.retire[run]:
+                        continue
+                    busy[run] = step
+                try:
+                    until = self.next_stop(run)
+                    rows = (t[run] for t in (self.state.params, self.state.moment1, self.state.moment2, self.a, self.b, self.train_mask))
+                    scalars = self.scalars(np.array([run]), until - step)[0].to(self.dtype)
+                    with torch.no_grad():
+                        metrics = cpu.advance(self.kernels, *rows, scalars)
+                    with ready:
+                        self.executed += until - step
+                        self.record(np.array([run]), until - step, np.array([metrics]))
+                        del busy[run]
+                        if until < self.retire[run] and self.diverged[run] < 0:
+                            heapq.heappush(idle, (until, run))
+                        ready.notify_all()
+                except BaseException as error:  # raised again by the main thread
+                    with ready:
+                        failures.append(error)
+                        busy.pop(run, None)
+                        ready.notify_all()
+                    return
+
+        found = torch.get_num_threads()
+        workers = [threading.Thread(target=work, daemon=True) for _ in range(min(found, max(len(idle), 1)))]
+        left, self.quiescent = len(workers), False
+        try:
+            for worker in workers:
+                worker.start()
+            # an Event, not join: a Ctrl-C inside Thread.join makes Python 3.11 believe that the thread has ended
+            while not ended.wait(0.25) and not failures and time.monotonic() < deadline:
+                tick(self)
+        finally:
+            with ready:
+                stop = True
+                ready.notify_all()
+            self.quiescent = ended.wait()
+            torch.set_num_threads(found)
+        tick(self)
+        if failures:
+            raise failures[0]
+
+    def _train_lockstep(self, tick: Callable[["Ensemble"], None], deadline: float) -> None:
+        if self.kernels is None:                                         # after `restore`, so that the device gets what it brought
+            from kernels.cuda import CudaKernels
+            self.on_device = self.live()
+            rows = [t[self.on_device].to("cuda") for t in (self.state.params, self.state.moment1, self.state.moment2, self.a, self.b,
+                                                           self.train_mask)]
+            self.kernels = CudaKernels(self.layout, self.loss, self.dtype, self.arithmetic, *rows, self.decay_last)
+        while len(live := self.live()) and time.monotonic() < deadline:
+            self.quiescent = False
+            if len(live) <= len(self.on_device) * 7 / 8:                 # an eighth has retired: compact, capture anew
+                self._fetch()
+                self.kernels.keep(torch.from_numpy(np.flatnonzero(np.isin(self.on_device, live))))
+                self.on_device = live
+            k = self.next_stop(live[0]) - int(self.step[live[0]])        # the same for all: every start is on the grid
+            metrics = self.kernels.interval(self.scalars(self.on_device, k)).numpy()
+            self.executed += len(self.on_device) * k
+            if k == 1 or ((self.step[live] + k) % LOG_EVERY == 0).any():
+                self.state.params[self.on_device] = self.kernels.state.params.cpu()   # for the Fourier structure of E
+            training = np.isin(self.on_device, live)
+            self.record(live, k, metrics[training])
+            self.quiescent = True
+            try:
+                tick(self)
+            except BaseException:
+                self._fetch()
+                raise
+        self._fetch()
+
+    def _fetch(self) -> None:
+        """Copy the device's rows into `state`."""
+        for name in ("params", "moment1", "moment2"):
+            getattr(self.state, name)[self.on_device] = getattr(self.kernels.state, name).cpu()
+
+    def result(self) -> Result:
+        """Rows for runs.csv and trajectories.csv, final state, run-steps. What a run did past its cell's retirement is dropped."""
+        out = Result(executed=self.executed, seconds=self.seconds, state=dataclasses.replace(self.state, step=self.step.copy()))
+        for c in range(len(self.cells)):
+            rows = self.rows(c)
+            out.runs += rows.runs
+            out.trajectories += rows.trajectories
+            out.needed += rows.needed
+        return out
+
+    def rows(self, c: int) -> Result:
+        """The part of `result` that belongs to cell number `c`: its rows, and the run-steps it needed."""
+        cell, out = self.cells[c], Result()
+        mine = np.flatnonzero(self.cell_of == c)
+        for r in mine:
+            last = int(self.retire[r])
+            within = lambda step: int(step) if 0 <= step <= last else None  # noqa: B023, E731
+            t_mem, t_80, t_grok, t_95 = (within(step) for step in self.crossed[r])
+            diverged = within(self.diverged[r])
+            steps = int(min(self.step[r], last))
+            out.needed += steps - int(self.start[r])
+            at_grok = dict(zip(self.metrics, self.at_grok[r].tolist(), strict=True)) if t_grok is not None else {}
+            held = [h or None for h in self.held[r].tolist()]
+            out.runs.append({
+                **{name: getattr(cell, name) for name in CELL_COLUMNS}, "cell": cell.name, "member": int(self.member[r]), "n_train": self.n,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                **dict(zip(("held_norm", *(f"held_{group}" for group in self.layout.groups)), held, strict=True)),
+                "t_mem_step": t_mem, "t_80_step": t_80, "t_grok_step": t_grok, "t_95_step": t_95,
+                "censored": int(t_grok is None), "diverged": int(diverged is not None), "steps_run": steps,
+                "norm_at_mem": float(self.norm_at_mem[r]) if t_mem is not None else None,
+                **{f"{name}_at_grok": at_grok.get(name) for name in self.reported},
+                "evals_below_after_grok": int(self.below_after_grok[r]) if t_grok is not None and cell.after_grok else None,
+            })
+            if not any(held):
+                out.runs[-1].update(clamp_start=None, clamp_stop=None)
+        names = (*self.metrics, *FOURIER)
+        out.trajectories = Trajectories(functools.partial(log_rows, self.log, mine, cell.name, names, self.member, self.retire))
+        return out
+
+
+def log_rows(log: Logbook, runs: np.ndarray, cell: str, names: tuple[str, ...], member: np.ndarray, retire: np.ndarray) -> Iterator[dict]:
+    for r, step, values in log.of(runs):
+        if step <= retire[r]:
+            yield {"cell": cell, "member": int(member[r]), "step": step, **dict(zip(names, values, strict=True))}
