@@ -26,7 +26,7 @@ replay: $(READY)          # RELEASED=folder with the released .npz files
 	$(PY) exp_replay.py $(RELEASED) $(ARGS)
 
 report: $(READY)          # the README's table from results/*/*/summary.json
-	$(PY) report.py $(ARGS)
+	$(PY) -m lab.report $(ARGS)
 
 bench: $(READY)
 	$(PY) bench/bench_step.py $(ARGS)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import cpu
 from kernels.adamw import group_norms_ref
 from kernels.layout import Layout, TransformerLayout, model_layout
-from logbook import Trajectories
+from lab.logbook import Trajectories
 
 EVAL_EVERY = 25        # steps between evaluations: the resolution of every T_mem and T_grok
 LOG_EVERY = 200        # steps between rows of trajectories.csv

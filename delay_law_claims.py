@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-import stats
-from measured import ROOT, SAME
+from lab import stats
+from lab.answers import ROOT, SAME
 
 PAPER_LR = 1e-3             # published numbers are answered only by runs whose first learning rate is the paper's
 PAPER_SEEDS = {"A.wc.power": 20, "A.wc.cv": 20, "A.wc.power.pscan": 12, "A.alpha.shared.r2": 12, "A.saturation.p41": 12}   # elsewhere 16

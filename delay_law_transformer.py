@@ -13,11 +13,10 @@ import math
 
 import numpy as np
 
-import settings
-import stats
 from common import MODELS, Cell, UsageError, clamp_start, exactly, unique
 from kernels.layout import TransformerLayout
-from measured import SAME, Measured
+from lab import settings, stats
+from lab.answers import SAME, Measured
 
 GROUPS = TransformerLayout.groups
 PARTS = ("dense", "groups", "concentration")

@@ -23,14 +23,10 @@ import numpy as np
 
 import delay_law_claims as mlp
 import delay_law_transformer as transformer
-import files
-import lab
-import plots
-import progress
-import settings
-import stats
 from common import CLAMP_START, EVAL_EVERY, Cell, Result, UsageError, exactly, unique
-from measured import flag_unlearned
+from lab import files, progress, settings, stats
+from lab.answers import flag_unlearned
+from lab.desk import ROOT, Lab, main, provenance
 
 PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")   # of the MLP; the transformers have parts of their own
 
@@ -176,7 +172,7 @@ def clamp_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
 
 # ---------------------------------------------------------------- run
 
-def write(desk: lab.Lab, result: Result, trained: bool) -> None:
+def write(desk: Lab, result: Result, trained: bool) -> None:
     """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
     runs, out, config = [{"experiment": "delay_law", **run} for run in result.runs], desk.out, desk.config
     if trained:
@@ -184,7 +180,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
             flag_unlearned(runs, result.trajectories)
         files.write_csv(out / "runs.csv", runs, files.RUN_COLUMNS)
         files.write_csv(out / "trajectories.csv", result.trajectories)
-        files.write_json(out / "provenance.json", lab.provenance(desk, result))
+        files.write_json(out / "provenance.json", provenance(desk, result))
     runs, trajectories = files.read_runs(out / "runs.csv"), []              # read back, so that both ways see the same digits
     if (out / "trajectories.csv").exists():
         trajectories = files.read_csv(out / "trajectories.csv")
@@ -192,7 +188,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
         files.write_csv(out / "contraction.csv", mlp.contraction(runs, trajectories))
     contracted = files.read_csv(out / "contraction.csv")                    # a run of record may come without its long trajectories
     claims, fits, found = transformer.measure(runs, config) if config.model != "mlp" else (*mlp.measure(runs, config), [])
-    known = stats.published(lab.ROOT / "published.csv", "A.")
+    known = stats.published(ROOT / "published.csv", "A.")
     answered = [claims.get(key) or stats.claim(row, None) for key, row in known.items()]
     found += mlp.findings(runs, fits, contracted, files.read_csv(out / "cells.csv"))
     files.write_summary(out, answered, found)
@@ -206,23 +202,23 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
                 and (r["lr"], r["weight_decay"], r["train_frac"]) == (config.lrs[0], 1, 0.40)]
         total = [r for r in mine if r["arm"] != "clamp" or r["held_norm"] is not None]     # without the clamps of single groups
         if any(r["arm"] == "clamp" for r in total):
-            plots.dose(total, "clamp", "Delay law", figures, prefix, fits, prefix, published)
+            figures.dose(total, "clamp", "Delay law", figures, prefix, fits, prefix, published)
         if any(r["arm"] == "rescale" for r in mine):
-            plots.dose(mine, "rescale", "One rescale at step 500", figures, "oneshot", fits, prefix, published)
+            figures.dose(mine, "rescale", "One rescale at step 500", figures, "oneshot", fits, prefix, published)
     for p in config.group_moduli if "groups" in config.parts else ():
         mine = [r for r in runs if r["p"] == p and (r["arm"] == "free" or r["held_norm"] is None)]
         if any(r["arm"] == "clamp" for r in mine):
-            plots.groups(mine, transformer.GROUPS, figures, f"groups_p{p}")
+            figures.groups(mine, transformer.GROUPS, figures, f"groups_p{p}")
     for p in config.p if "matrix" in config.parts else ():
         if any(r["arm"] == "clamp" and r["p"] == p for r in runs):
-            plots.matrix([r for r in runs if r["p"] == p and r["block"] == config.seeds], figures, f"matrix_p{p}")
+            figures.matrix([r for r in runs if r["p"] == p and r["block"] == config.seeds], figures, f"matrix_p{p}")
     if any(r["norm_at_grok"] is not None for r in runs if r["arm"] == "free"):
         for group in ("",) if config.model == "mlp" else ("", "unembed"):
-            plots.critical_norm(runs, figures, group)
+            figures.critical_norm(runs, figures, group)
     if contracted:
-        plots.contraction(contracted, figures)
+        figures.contraction(contracted, figures)
     if trajectories:
-        plots.trajectories(trajectories, figures)
+        figures.trajectories(trajectories, figures)
     print(stats.table(answered))
     for finding in found:
         print(f"{finding['id']}: {finding['ours']} ({finding['lo']} to {finding['hi']}; n {finding['n']}) {finding['quantity']}")
@@ -237,7 +233,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
 def run(argv: list[str]) -> None:
     config, given = settings.parse(Config, PRESETS, (*PARTS, "groups"), argv)
     config = narrowed(config, given)
-    desk = lab.Lab("delay_law", config, given, PRESETS)
+    desk = Lab("delay_law", config, given, PRESETS)
     if config.figures_only:
         return desk.redraw(lambda: write(desk, Result(), trained=False))
     controls, others, held = (control_cells(config), other_free_cells(config), clamp_cells) if config.model == "mlp" else (
@@ -262,4 +258,4 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    lab.main(run)
+    main(run)

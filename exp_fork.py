@@ -27,15 +27,11 @@ from pathlib import Path
 
 import numpy as np
 
-import files
-import lab
-import plots
-import progress
-import settings
-import stats
 from common import EVAL_EVERY, Cell, Result, State, UsageError, exactly, inherit
 from kernels.layout import model_layout
-from measured import flag_unlearned
+from lab import figures, files, progress, settings, stats
+from lab.answers import flag_unlearned
+from lab.desk import ROOT, Lab, main, provenance
 
 ARMS = ("lowered", "free", "same", "raised")   # by the delay that the paper finds
 
@@ -169,7 +165,7 @@ def obstacle(cell: Cell, runs: list[dict]) -> str:
     return ""
 
 
-def trunks(desk: lab.Lab) -> tuple[Result, dict[tuple[int, int], tuple[State, list[dict]]]]:
+def trunks(desk: Lab) -> tuple[Result, dict[tuple[int, int], tuple[State, list[dict]]]]:
     """The free runs through all fork steps, before any arm: `{(p, fork step): (state, its runs' rows)}`. Raises UsageError."""
     total, at = Result(), {}
     for p in desk.config.p:
@@ -187,7 +183,7 @@ def trunks(desk: lab.Lab) -> tuple[Result, dict[tuple[int, int], tuple[State, li
     return total, at
 
 
-def train(desk: lab.Lab) -> Result:
+def train(desk: Lab) -> Result:
     """Trunks, forks, arms. Rows of the arms; log rows of all."""
     config = desk.config
     total, at = trunks(desk)
@@ -234,7 +230,7 @@ def ratio(table: np.ndarray) -> np.ndarray:
 def claims(runs: list[dict], config: Config) -> list[dict]:
     """Every published row of the same-state table, answered by runs of its own condition only."""
     out = []
-    for key, row in stats.published(lab.ROOT / "published.csv", "B.fork.").items():
+    for key, row in stats.published(ROOT / "published.csv", "B.fork.").items():
         _, _, modulus, what = key.split(".")
         groups = [pick(runs, int(modulus[1:]), PAPER["fork_step"], arm, PAPER["rho"]) for arm in (("raised", "same") if what == "ratio" else (what,))]
         if config.lr == PAPER["lr"] and config.model == "mlp" and all(groups):
@@ -309,7 +305,7 @@ def cell_rows(runs: list[dict], trajectories: list[dict]) -> list[dict]:
 
 # ---------------------------------------------------------------- figures and files
 
-def write(desk: lab.Lab, result: Result, trained: bool) -> None:
+def write(desk: Lab, result: Result, trained: bool) -> None:
     """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
     out, config = desk.out, desk.config
     if trained:
@@ -318,7 +314,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
             flag_unlearned(runs, result.trajectories)
         files.write_csv(out / "runs.csv", runs, COLUMNS)
         files.write_csv(out / "trajectories.csv", result.trajectories)
-        files.write_json(out / "provenance.json", lab.provenance(desk, result))
+        files.write_json(out / "provenance.json", provenance(desk, result))
     runs, trajectories = files.read_runs(out / "runs.csv"), []            # read back, so that both ways see the same digits
     if (out / "trajectories.csv").exists():                               # a run of record may come without them
         trajectories = files.read_csv(out / "trajectories.csv")
@@ -330,16 +326,16 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
         for step in config.fork_steps:
             for rho in config.rho:
                 arms = {arm: mine for arm in ARMS if (mine := pick(runs, p, step, arm, rho))}
-                published = {key.split(".")[-1]: row["value"] for key, row in stats.published(lab.ROOT / "published.csv", f"B.fork.p{p}.").items()
+                published = {key.split(".")[-1]: row["value"] for key, row in stats.published(ROOT / "published.csv", f"B.fork.p{p}.").items()
                              if (step, rho, config.lr) == tuple(PAPER.values())}
                 file = f"p{p}_fork{step}_rho{exactly(rho, 'g')}"
-                plots.fork_arms(arms, published, out / "figures", f"arms_{file}")
+                figures.fork_arms(arms, published, out / "figures", f"arms_{file}")
                 if trajectories:
-                    plots.fork_trajectories(trajectories, f"trunk_p{p}_b{config.seeds}", arms, out / "figures", f"trajectories_{file}")
+                    figures.fork_trajectories(trajectories, f"trunk_p{p}_b{config.seeds}", arms, out / "figures", f"trajectories_{file}")
     ratios = [row for row in found if row["id"].startswith("raised_over_same.")]
     for axis, other in (("fork_step", "rho"), ("rho", "fork_step")):
         if len({row[axis] for row in ratios}) > 1:
-            plots.fork_ratio(ratios, axis, other, out / "figures", f"ratio_over_{axis}")
+            figures.fork_ratio(ratios, axis, other, out / "figures", f"ratio_over_{axis}")
     print(stats.table(answered))
     for row in found:
         if not row["id"].startswith(COLLAPSE):
@@ -353,7 +349,7 @@ def run(argv: list[str]) -> None:
     config, given = settings.parse(Config, PRESETS, ARMS, argv)
     config = dataclasses.replace(config, **{k: v for k, v in MODELS.get(config.model, {}).items() if k not in given})
     check(config)
-    desk = lab.Lab("fork", config, given, PRESETS)
+    desk = Lab("fork", config, given, PRESETS)
     if config.figures_only:
         return desk.redraw(lambda: write(desk, Result(), trained=False))
     progress.announce(config, planned(config), given)
@@ -372,4 +368,4 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    lab.main(run)
+    main(run)

@@ -24,15 +24,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import files
-import lab
 import logit_scale_claims as claims
 import logit_scale_plots as plots
-import progress
-import settings
-import stats
 from common import EVAL_EVERY, Cell, Result, UsageError, clamp_start, exactly, unique
-from measured import Measured, flag_unlearned
+from lab import files, progress, settings, stats
+from lab.answers import Measured, flag_unlearned
+from lab.desk import Lab, main, provenance
 
 PARTS = ("mediation", "mse", "grid", "dose", "audit", "allocation")
 
@@ -231,7 +228,7 @@ def allocated(w_c: float, gamma: float, shares: tuple[float, float, float]) -> t
 
 # ---------------------------------------------------------------- figures and files
 
-def draw(m: Measured, config: Config, desk: lab.Lab) -> None:
+def draw(m: Measured, config: Config, desk: Lab) -> None:
     plan, folder, points = Plan(config), desk.out / "figures", {cell: m.point(cell) for cell in m.first}
     for p in config.p:
         panels = {}
@@ -260,7 +257,7 @@ def draw(m: Measured, config: Config, desk: lab.Lab) -> None:
             plots.audit([pair for pair in pairs if pair], m.known, folder, "audit")
 
 
-def write(desk: lab.Lab, result: Result, trained: bool) -> None:
+def write(desk: Lab, result: Result, trained: bool) -> None:
     """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
     out, config = desk.out, desk.config
     if trained:
@@ -269,7 +266,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
             flag_unlearned(runs, result.trajectories)
         files.write_csv(out / "runs.csv", runs, files.RUN_COLUMNS)
         files.write_csv(out / "trajectories.csv", result.trajectories)
-        files.write_json(out / "provenance.json", lab.provenance(desk, result))
+        files.write_json(out / "provenance.json", provenance(desk, result))
     runs = files.read_runs(out / "runs.csv")                                # read back, so that both ways see the same digits
     if (out / "trajectories.csv").exists():
         trajectories = files.read_csv(out / "trajectories.csv")
@@ -294,7 +291,7 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
 def run(argv: list[str]) -> None:
     config, given = settings.parse(Config, PRESETS, PARTS, argv)
     config = checked(config, given)
-    desk, plan = lab.Lab("logit_scale", config, given, PRESETS), Plan(config)
+    desk, plan = Lab("logit_scale", config, given, PRESETS), Plan(config)
     if config.figures_only:
         return desk.redraw(lambda: write(desk, Result(), trained=False))
     controls = [] if config.w_c else plan.controls()
@@ -319,4 +316,4 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    lab.main(run)
+    main(run)

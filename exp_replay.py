@@ -19,13 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-import files
-import lab
-import plots
-import progress
-import settings
 from common import EVAL_EVERY, Cell, Result, UsageError, inherit, n_train
-from logbook import Trajectories
+from lab import figures, files, progress, settings
+from lab.desk import Lab, main, provenance
+from lab.logbook import Trajectories
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +191,7 @@ def trunk(item: Released) -> Cell:
                                clamp_start=0, stop_step=item.fork_step, expected_steps=item.fork_step)
 
 
-def train(desk: lab.Lab, released: list[Released]) -> Result:
+def train(desk: Lab, released: list[Released]) -> Result:
     """Whole runs in one stage; then, fork by fork, the free phase once and all its arms from there."""
     result = Result()
     if whole := [item.cell for item in released if not item.fork_step]:
@@ -249,11 +246,11 @@ def compare_scales(released: list[Released], trajectories: list[dict], rows: lis
 def run(argv: list[str]) -> None:
     config, given = settings.parse(Config, {}, (), argv)
     paths = chosen(config)
-    desk = lab.Lab("replay", config, given, {}, inputs=files.digest(paths))
+    desk = Lab("replay", config, given, {}, inputs=files.digest(paths))
     released = [read(path, label, config.members) for label, path in paths.items()]
     cells = [item.cell for item in released]
     if config.figures_only:
-        return desk.redraw(lambda: plots.replay(files.read_csv(desk.out / "replay.csv"), desk.out / "figures"))
+        return desk.redraw(lambda: figures.replay(files.read_csv(desk.out / "replay.csv"), desk.out / "figures"))
     progress.announce(config, cells, given)
     if config.dry_run:
         return None
@@ -266,8 +263,8 @@ def run(argv: list[str]) -> None:
     files.write_csv(out / "cells.csv", scales)
     files.write_csv(out / "trajectories.csv", result.trajectories)
     files.write_csv(out / "runs.csv", [{"experiment": "replay", **r} for r in result.runs], files.RUN_COLUMNS)
-    files.write_json(out / "provenance.json", lab.provenance(desk, result))
-    plots.replay(rows, out / "figures")
+    files.write_json(out / "provenance.json", provenance(desk, result))
+    figures.replay(rows, out / "figures")
     for s in scales:
         L = f"{100 * (s['logit_scale'] / s['logit_scale_released'] - 1):+.2f}%" if s["logit_scale"] else "-"
         print(f"{s['cell']}: {s['exact']}/{s['n']} exact, T_mem equal {s['t_mem_equal']}/{s['n']}, "
@@ -281,4 +278,4 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    lab.main(run)
+    main(run)

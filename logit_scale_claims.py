@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-import stats
 from common import LOG_EVERY, MODELS
-from measured import ROOT, Measured
+from lab import stats
+from lab.answers import ROOT, Measured
 
 EARLY = 600                           # step right after the clamp engages, where L is not yet an outcome
 DOSE_CELLS = {43: 6}                  # cells behind a published row of Table 1; elsewhere 7

@@ -6,8 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-import plots
-import stats
+from lab import figures, stats
 
 MARKERS = "osD^vP"
 
@@ -35,7 +34,7 @@ def value(known: dict[str, dict], key: str) -> float | None:
 
 
 def save(figure: plt.Figure, folder: Path, file: str) -> None:
-    plots.save_figure(figure, folder, file)
+    figures.save_figure(figure, folder, file)
     plt.close(figure)
 
 

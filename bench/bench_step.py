@@ -18,12 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import files
-import lab
-import plots
-import settings
 from common import MODELS, Cell, UsageError, n_train
-from ensemble import Ensemble
+from lab import desk, figures, files, settings
+from lab.ensemble import Ensemble
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -194,7 +191,7 @@ def figure(rows: list[dict], folder: Path) -> None:
             axis.text(row["us_per_run_step"], i, f" {row['us_per_run_step']:.0f} us, {row['ratio_to_ours']:.2g}x", va="center", fontsize=7)
         axis.set(xscale="log", xlabel="microseconds per run-step", title=f"{mine[0]['model']}, p={p}, {mine[0]['runs']} runs, {mine[0]['device']}")
         axis.set_xlim(right=axis.get_xlim()[1] * 4)
-    plots.save_figure(picture, folder, "step")
+    figures.save_figure(picture, folder, "step")
     plt.close(picture)
 
 
@@ -220,7 +217,7 @@ def run(argv: list[str]) -> None:
     if options.model != "mlp" and options.sweep:
         raise UsageError(f"--sweep is of the MLP; without it --model {options.model} is timed")
     torch._dynamo.config.recompile_limit = 256
-    out, rows = Path(options.out or lab.ROOT / "results" / ("bench" if options.model == "mlp" else f"bench_{options.model}")), []
+    out, rows = Path(options.out or desk.ROOT / "results" / ("bench" if options.model == "mlp" else f"bench_{options.model}")), []
     try:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -230,7 +227,7 @@ def run(argv: list[str]) -> None:
     if options.sweep:
         counts = [1, 4, 16, 64, 160, 640, 4096] if device == "cuda" else [1, 2, 4, 12, 48]
         return sweep(out, device, counts, [59, 29, 43, 67, 97, 113], options.rounds)
-    origin = {**lab.origin(), "device": lab.device_name(device)}
+    origin = {**desk.origin(), "device": desk.device_name(device)}
     for p in options.p:
         rows += measure(options.model, p, options.runs, options.rounds, device, options.peers)
         files.write_csv(out / "step.csv", rows)
@@ -244,4 +241,4 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    lab.main(run)
+    desk.main(run)

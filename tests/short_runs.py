@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import exp_fork
-import lab
+from lab import desk
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--p", "11", "--seeds", "4", "--members", "0", "1", "--lr", "3e-3", "--backend", "eager", "--fork-steps", "100", "150"]
@@ -35,7 +35,7 @@ def committed(folder: Path) -> Path:
 
 def start(out: Path, flags: list[str], save_every: float, first: str = "", **environment: str) -> subprocess.Popen:
     """A real training process, which begins with the statements `first`."""
-    code = (f"import ensemble, lab, exp_fork, signal; ensemble.SAVE_SHARE, lab.SAVE_EVERY = 0.5, {save_every}; {first or 'pass'}; "
+    code = (f"from lab import desk, ensemble; import exp_fork, signal; ensemble.SAVE_SHARE, desk.SAVE_EVERY = 0.5, {save_every}; {first or 'pass'}; "
             "lab.main(exp_fork.run)")
     return subprocess.Popen([sys.executable, "-c", code, *flags, "--out", str(out)], cwd=ROOT, env={**os.environ, **environment},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -53,7 +53,7 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, flags: 
     monkeypatch.setattr(sys, "argv", ["exp_fork.py", *flags, "--out", str(out)])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as end:
-        lab.main(exp_fork.run)
+        desk.main(exp_fork.run)
     return end.value.code, *capsys.readouterr()
 
 

@@ -13,10 +13,8 @@ import pytest
 import torch
 
 import exp_delay_law
-import files
-import lab
-import stats
 from common import UsageError
+from lab import desk, files, stats
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,7 +81,7 @@ def test_a_flag_that_no_part_reads_is_said(tmp_path: Path, capsys: pytest.Captur
 
 def test_provenance_names_no_folder_outside(tmp_path: Path) -> None:
     words = ["--out", "results/fork/p97", str(tmp_path / "runs"), "../released/metrics", "0.9"]
-    assert [lab._without_machine(word) for word in words] == ["--out", "results/fork/p97", "runs", "metrics", "0.9"]
+    assert [desk._without_machine(word) for word in words] == ["--out", "results/fork/p97", "runs", "metrics", "0.9"]
 
 
 def test_exit_code_and_stderr_of_a_bad_command(tmp_path: Path) -> None:
@@ -141,7 +139,7 @@ def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, shor
 
 def test_runs_that_diverge_warn_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     """From training to the figures, some runs not finite, the others as if they were alone; every run counts as having grokked at once."""
-    monkeypatch.setattr("ensemble.CROSSINGS", (("train_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.0)))
+    monkeypatch.setattr("lab.ensemble.CROSSINGS", (("train_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.0)))
     flags, rates = [*TINY, "--parts", "dense", "matrix", "--rhos", "0.9", "--after-grok", "200", "--lrs"], ["1e-3", "1e30"]
     rows = {}
     with warnings.catch_warnings():

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 import delay_law_claims as claims
-import files
-import report
+from lab import files, report
 
 RUN = {"experiment": "planted", "model": "mlp", "loss": "ce", "p": 59, "train_frac": 0.4, "block": 2, "seed0": 0, "tau": 1.0, "lr": 1e-3,
        "weight_decay": 1.0, "censored": 0, "budget_steps": 20_000, "collapse32_at_grok": 0.0, "t_mem_step": 175, "norm_at_mem": 60.0,

@@ -8,22 +8,19 @@ from pathlib import Path
 import pytest
 from short_runs import FLAGS, SHORT, main, start, tables, wait_for
 
-import endings
 import exp_fork
-import files
-import lab
-import plots
-from endings import Signals
-from ensemble import Ensemble
+from lab import desk, endings, files
+from lab.endings import Signals
+from lab.ensemble import Ensemble
 
 LONGER = [*FLAGS, "--budget", "400", "--parts", "same", "free"]
-QUICK = "import plots; plots.save_figure = lambda *_: None"
+QUICK = "from lab import figures; figures.save_figure = lambda *_: None"
 STOPPED = "stopped; the same command continues from here\n"
 
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "save_figure", lambda *_: None)
+    monkeypatch.setattr(figures, "save_figure", lambda *_: None)
     monkeypatch.setattr(Signals, "caught", None)
 
 
@@ -69,7 +66,7 @@ def test_under_nohup_a_hangup_is_not_heard(monkeypatch: pytest.MonkeyPatch, befo
 def test_a_reader_who_goes_away_costs_nothing(tmp_path: Path, place: str, whole: dict, request: pytest.FixtureRequest) -> None:
     """`| head`: the pipe closes inside a stage, where only progress is printed; or the reader is gone before the last lines."""
     out, flags, last_read = tmp_path / "out", *{"inside": (LONGER, "arms_p11: 0/8 runs finished"), "at the end": (SHORT, "arms_p11: 8 runs")}[place]
-    process = start(out, flags, 60, f"import progress; progress.SPEAK_EVERY = 0; {QUICK}")
+    process = start(out, flags, 60, f"from lab import progress; progress.SPEAK_EVERY = 0; {QUICK}")
     request.addfinalizer(process.kill)
     while last_read not in process.stdout.readline():
         assert process.poll() is None, process.communicate()
@@ -79,7 +76,7 @@ def test_a_reader_who_goes_away_costs_nothing(tmp_path: Path, place: str, whole:
         assert not (out / "runs.csv").exists() and files.load_tensors(out / "checkpoint" / "arms_p11.pt")
     else:
         assert tables(out) == whole   # `finish` may not have been reached
-        lab.start(exp_fork.run, [*SHORT, "--out", str(out)])
+        desk.start(exp_fork.run, [*SHORT, "--out", str(out)])
         assert tables(out) == whole and not (out / "checkpoint").exists()
 
 
@@ -87,17 +84,17 @@ def test_a_reader_who_goes_away_costs_nothing(tmp_path: Path, place: str, whole:
 def test_an_error_inside_a_stage_is_one_line_and_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str,
                                                                                capsys: pytest.CaptureFixture, whole: dict) -> None:
     """Of the disk while the next snapshot is written, of the terminal while progress is, of the disk that holds the log."""
-    out, sync, once, append = tmp_path / "out", os.fsync, lab.Progress.speak, lab.Ensemble.record
+    out, sync, once, append = tmp_path / "out", os.fsync, desk.Progress.speak, desk.Ensemble.record
     path, kept = out / "checkpoint" / "arms_p11.pt", []
 
     def fail(name: str, number: int) -> None:
         if name == what and path.exists() and not kept:
             kept.append(path.read_bytes())
             raise OSError(number, os.strerror(number))
-    monkeypatch.setattr(lab, "SAVE_EVERY", 0)
+    monkeypatch.setattr(desk, "SAVE_EVERY", 0)
     monkeypatch.setattr(os, "fsync", lambda file: (fail("save", errno.ENOSPC), sync(file)))
-    monkeypatch.setattr(lab.Progress, "speak", lambda *a: (fail("tick", errno.EIO), once(*a)))
-    monkeypatch.setattr(lab.Ensemble, "record", lambda *a: (fail("log", errno.ENOSPC), append(*a)))
+    monkeypatch.setattr(desk.Progress, "speak", lambda *a: (fail("tick", errno.EIO), once(*a)))
+    monkeypatch.setattr(desk.Ensemble, "record", lambda *a: (fail("log", errno.ENOSPC), append(*a)))
     code, _, errors = main(monkeypatch, capsys, SHORT, out)
     assert code == 2 and re.fullmatch(r"error: (No space left on device|Input/output error): .*[a-z]\n", errors), errors
     assert [path.read_bytes()] == kept
@@ -108,8 +105,8 @@ def test_an_error_inside_a_stage_is_one_line_and_leaves_the_earlier_checkpoint(t
 def test_a_late_signal_stops_where_all_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, when: str,
                                                 whole: dict) -> None:
     out, early = tmp_path / "out", when in ("after the last tick", "while saving")
-    owner, name = {"after the last tick": (Ensemble, "train"), "while saving": (files, "save_tensors"), "while finishing": (lab.Lab, "_clear"),
-                   "after it": (lab.Lab, "_unlock")}[when]
+    owner, name = {"after the last tick": (Ensemble, "train"), "while saving": (files, "save_tensors"), "while finishing": (desk.Lab, "_clear"),
+                   "after it": (desk.Lab, "_unlock")}[when]
     once = getattr(owner, name)
 
     def interrupted(*args: object) -> None:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import files
 from common import EVAL_EVERY, Cell, State, UsageError, initial_rows
-from ensemble import GROK, Ensemble
 from kernels import cpu
 from kernels.layout import mlp_layout
 from kernels.step import METRICS
+from lab import files
+from lab.ensemble import GROK, Ensemble
 
 CELL = Cell("a", p=13, members=(0, 1, 2), block=4, budget_steps=200, lr=3e-3)
 

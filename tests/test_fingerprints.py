@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import Cell
-from ensemble import Ensemble
+from lab.ensemble import Ensemble
 
 
 def trained(p: int, block: int, budget: int, members: tuple[int, ...] | None = None, loss: str = "ce", backend: str = "eager") -> Ensemble:

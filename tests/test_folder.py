@@ -10,28 +10,25 @@ import torch
 from short_runs import FLAGS, SHORT, main, tables
 
 import exp_fork
-import files
-import lab
-import plots
-import settings
 from common import UsageError
+from lab import desk, figures, files, settings
 
-DRAW = plots.save_figure
+DRAW = figures.save_figure
 
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "save_figure", lambda *_: None)
-    monkeypatch.setattr(lab, "LOCK_TRIES", 2)
+    monkeypatch.setattr(figures, "save_figure", lambda *_: None)
+    monkeypatch.setattr(desk, "LOCK_TRIES", 2)
 
 
 def contents(folder: Path) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-MOMENTS = {"save": (lab.Progress, "__call__"), "inside a save": (torch, "save"), "tables": (files, "write_csv"), "figures": (plots, "save_figure"),
-           "finish": (lab.Lab, "finish"), "discard": (lab.Lab, "discard"), "discard of a rank": (lab.Lab, "discard"),
-           "share of a rank": (lab.Lab, "_leave")}
+MOMENTS = {"save": (desk.Progress, "__call__"), "inside a save": (torch, "save"), "tables": (files, "write_csv"), "figures": (figures, "save_figure"),
+           "finish": (desk.Lab, "finish"), "discard": (desk.Lab, "discard"), "discard of a rank": (desk.Lab, "discard"),
+           "share of a rank": (desk.Lab, "_leave")}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -39,7 +36,7 @@ def test_a_folder_that_another_command_has_made_again_is_left_to_it(tmp_path: Pa
                                                                     capsys: pytest.CaptureFixture, moment: str) -> None:
     """Just before this command saves, while it does, before it writes tables or figures, ends, takes back what it made, leaves its share."""
     out, theirs = tmp_path / "out", {}
-    monkeypatch.setattr(plots, "save_figure", DRAW if moment == "figures" else plots.save_figure)
+    monkeypatch.setattr(figures, "save_figure", DRAW if moment == "figures" else figures.save_figure)
     once = getattr(*MOMENTS[moment])
 
     def robbed(*args: object) -> object:
@@ -76,9 +73,9 @@ def test_a_lock_is_on_the_file_that_is_there(tmp_path: Path, monkeypatch: pytest
     files.unlock(path)
 
 
-def desk(out: Path, *flags: str) -> lab.Lab:
+def desk(out: Path, *flags: str) -> desk.Lab:
     config, given = settings.parse(exp_fork.Config, exp_fork.PRESETS, exp_fork.ARMS, [*SHORT, *flags, "--out", str(out)])
-    return lab.Lab("fork", config, given, exp_fork.PRESETS)
+    return desk.Lab("fork", config, given, exp_fork.PRESETS)
 
 
 def test_a_rank_with_other_settings_is_refused_beside_one_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,17 +123,17 @@ def test_who_comes_between_the_two_locks_of_a_rank_is_noticed(tmp_path: Path, mo
 
 def test_what_is_complete_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Killed when all was written and the checkpoint renamed; then given again, with and without --resume, until a table is not there."""
-    out, clear = tmp_path / "out", lab.Lab._clear
+    out, clear = tmp_path / "out", desk.Lab._clear
 
-    def killed(self: lab.Lab, folder: Path) -> None:
+    def killed(self: desk.Lab, folder: Path) -> None:
         clear(self, folder) if not self.opened else (_ for _ in ()).throw(SystemExit(9))
     with monkeypatch.context() as patch:
-        patch.setattr(lab.Lab, "_clear", killed)
+        patch.setattr(desk.Lab, "_clear", killed)
         assert main(monkeypatch, capsys, SHORT, out)[0] == 9 and (out / "checkpoint.spent").is_dir()
     before = tables(out)
     for flags in (SHORT, [*SHORT, "--resume"]):
         with monkeypatch.context() as patch:
-            patch.setattr(lab.Lab, "train", None)
+            patch.setattr(desk.Lab, "train", None)
             code, text, errors = main(monkeypatch, capsys, flags, out)
         assert (code, errors) == (0, "") and text.splitlines()[-1].startswith(f"the results are in {out}; remove its runs.csv to train again")
         assert tables(out) == before and not [*out.glob("checkpoint*")]

@@ -10,12 +10,10 @@ import torch
 
 import exp_fork
 import exp_replay
-import files
-import lab
-import stats
 from common import Cell, State, UsageError
-from ensemble import Ensemble
 from kernels.layout import mlp_layout
+from lab import desk, files, stats
+from lab.ensemble import Ensemble
 
 # p=13 at this learning rate memorises by step 50 and groks none of these members within 250 steps
 CELL = Cell("trunk", p=13, members=(0, 1, 2), block=4, budget_steps=250, lr=3e-3, stop_step=100)
@@ -83,7 +81,7 @@ def test_a_free_arm_is_the_unforked_run_and_the_others_hold_their_norm(trunk: St
 def test_both_sides_of_a_fork_take_the_same_kernels() -> None:
     """With --backend auto a trunk is short and its arms are long; were the choice by length, `free` would not be the unforked run."""
     long = dataclasses.replace(CELL, p=59, budget_steps=60_000, stop_step=25)
-    if not lab.has_compiler():
+    if not desk.has_compiler():
         pytest.skip("no C++ compiler here: auto is always eager")
     assert Ensemble([long], "cpu", "auto", torch.float32, "ieee").backend == "compiled"
 
@@ -113,7 +111,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, flags: str, me
 
 
 def test_a_fork_after_grokking_is_refused_and_a_folder_of_the_user_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensemble.CROSSINGS", (("train_accuracy", 0.99), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.95)))
+    monkeypatch.setattr("lab.ensemble.CROSSINGS", (("train_accuracy", 0.99), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.95)))
     with pytest.raises(UsageError, match="--fork-steps 100: 2 of 2 members of p=13 have grokked there, the first at 25; choose an earlier step"):
         exp_fork.run([*TINY, "--fork-steps", "100", "--out", str(tmp_path)])
     assert tmp_path.exists() and not list(tmp_path.iterdir())
@@ -137,7 +135,7 @@ def test_two_fork_steps_end_to_end_and_a_float64_twin(tmp_path: Path, trunk: Sta
     for r in train([cell], trunk.fork([cell])).result().trajectories:
         assert r["member"] == 2 or logged[cell.name, r["member"], r["step"]] == pytest.approx(r["test_loss"], rel=1e-8)
     summary = json.loads((out / "summary.json").read_text())
-    assert [c["id"] for c in summary["claims"]] == list(stats.published(lab.ROOT / "published.csv", "B.fork."))
+    assert [c["id"] for c in summary["claims"]] == list(stats.published(desk.ROOT / "published.csv", "B.fork."))
     assert {c["verdict"] for c in summary["claims"]} == {"NOT RUN"} and not (out / "checkpoint").exists()
     assert summary["provenance"]["run_steps"] == 2 * 150 + 2 * 6 * (100 + 150)   # the free phase once, then six arms from each fork
     assert {p.name for p in (out / "figures").glob("*.png")} == {
@@ -158,14 +156,14 @@ def test_two_fork_steps_end_to_end_and_a_float64_twin(tmp_path: Path, trunk: Sta
 def test_stopped_inside_the_arms_and_continued_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [*TINY, "--fork-steps", "100", "150"]
     exp_fork.run([*flags, "--out", str(tmp_path / "a")])
-    whole = lab.Progress.__call__
+    whole = desk.Progress.__call__
 
-    def stopping(self: lab.Progress, ensemble: Ensemble) -> None:
+    def stopping(self: desk.Progress, ensemble: Ensemble) -> None:
         if self.stage == "arms_p13" and (ensemble.step >= 175).any():
             raise KeyboardInterrupt
         whole(self, ensemble)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(lab.Progress, "__call__", stopping)
+        patch.setattr(desk.Progress, "__call__", stopping)
         exp_fork.run([*flags, "--out", str(tmp_path / "b")])
     assert (tmp_path / "b" / "checkpoint" / "arms_p13.pt").exists() and not (tmp_path / "b" / "runs.csv").exists()
     exp_fork.run([*flags, "--out", str(tmp_path / "b")])

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 import exp_delay_law
 import exp_fork
 import exp_replay
-import lab
-import plots
 from common import UsageError
 from kernels import cpu
 from kernels.step import METRICS
+from lab import desk
 
 EXAMPLES = int(os.environ.get("GROKKING_TEST_EXAMPLES", "120"))   # of each property
 FUZZED = int(os.environ.get("GROKKING_TEST_FUZZED", "400"))       # damaged files of each kind
@@ -72,7 +71,7 @@ def command(run: callable, words: list[str]) -> tuple[int, str]:
     stderr, stdout, argv, handler = sys.stderr, sys.stdout, sys.argv, signal.signal
     sys.stderr, sys.stdout, sys.argv, signal.signal = io.StringIO(), io.StringIO(), ["exp.py", *words], lambda *_: None
     try:
-        lab.main(run)
+        desk.main(run)
     except SystemExit as end:
         return end.code, sys.stderr.getvalue()
     finally:
@@ -109,7 +108,7 @@ def test_any_configuration_runs_or_is_one_line(drawn: tuple[str, list[str]]) -> 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("error")
         patch.setattr(cpu, "advance", instantly)
-        patch.setattr(plots, "save_figure", lambda *_: None)
+        patch.setattr(figures, "save_figure", lambda *_: None)
         out = Path(folder) / "out"
         code, errors = command(EXPERIMENTS[name].run, [*words, "--out", str(out)])
         event(f"exit code {code}")

@@ -8,13 +8,10 @@ import pytest
 from test_replay import RELEASED
 
 import exp_logit_scale as experiment
-import files
-import lab
 import logit_scale_claims as claims
-import settings
-import stats
 from common import UsageError
-from measured import Measured
+from lab import desk, files, settings, stats
+from lab.answers import Measured
 
 INF = math.inf
 
@@ -151,7 +148,7 @@ def cell(path: str) -> dict[str, np.ndarray]:
 
 @released
 def test_published_recovery_and_collapse_come_out_of_the_released_runs() -> None:
-    known = stats.published(lab.ROOT / "published.csv", "B.")
+    known = stats.published(desk.ROOT / "published.csv", "B.")
     base = cell("mediation/mlp_ce_full_p59_base_rho1.00_tau1.00")
     sweep = [cell(f"mediation/mlp_ce_full_p59_up_rho1.15_tau{tau:.2f}") for tau in experiment.TAUS]
     T, L = np.array([[stats.median(c["T"]) for c in sweep]]), np.array([[c["L"] for c in sweep]])
@@ -168,7 +165,7 @@ def test_published_recovery_and_collapse_come_out_of_the_released_runs() -> None
 
 @released
 def test_published_dose_fit_comes_out_of_the_released_runs() -> None:
-    known = stats.published(lab.ROOT / "published.csv", "B.dose.")
+    known = stats.published(desk.ROOT / "published.csv", "B.dose.")
     cells = [cell(f"dose/mlp_ce_full_p59_clamp_rho{rho:.2f}") for rho in experiment.DOSE_RHOS[:7]]
     norms = np.array([float(c["rho"]) * float(c["wc_used"]) for c in cells])
     y = np.log([[np.median(c["T"][np.isfinite(c["T"])]) for c in cells]])    # B's median: over the runs that grok
@@ -239,7 +236,7 @@ def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, caps
 
 
 def test_smoke_preset_a_cell_that_never_groks_and_a_hopeless_temperature(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    out, known = tmp_path / "out", stats.published(lab.ROOT / "published.csv", "B.")
+    out, known = tmp_path / "out", stats.published(desk.ROOT / "published.csv", "B.")
     flags = ["--preset", "smoke", "--taus", "1.3", "1e6", "--budget", "1400", "--parts", "mediation", "grid", "allocation", "--gammas", "0", "0.5",
              "--members", "0", "--out", str(out)]
     experiment.run(flags)

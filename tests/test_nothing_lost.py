@@ -14,17 +14,15 @@ import torch
 from short_runs import FLAGS, SHORT, main, start, tables, wait_for
 
 import exp_fork
-import files
-import lab
-import plots
 from common import UsageError
+from lab import desk, files
 
 KILLS = int(os.environ.get("GROKKING_TEST_KILLS", "3"))
 
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "save_figure", lambda *_: None)
+    monkeypatch.setattr(figures, "save_figure", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
             shutil.rmtree(out)
         else:
             kills += 1
-    lab.start(exp_fork.run, [*flags, "--out", str(out)])
+    desk.start(exp_fork.run, [*flags, "--out", str(out)])
     assert tables(out) == tables(tmp_path / "whole")
     assert {path.name for path in out.iterdir()} - {"figures"} == {path.name for path in (tmp_path / "whole").iterdir()}
     print(f"{kills} of {KILLS} kills survived; {continued} starts found a checkpoint")
@@ -71,7 +69,7 @@ def test_a_second_command_in_the_folder_is_refused_and_a_killed_one_leaves_no_lo
             exp_fork.run([*flags, "--out", str(out)])
         with pytest.raises(UsageError, match=f"another process works in {out}"):
             exp_fork.run([*flags, "--out", str(out), "--figures-only"])
-    monkeypatch.setattr(lab, "LOCK_TRIES", 2)
+    monkeypatch.setattr(desk, "LOCK_TRIES", 2)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=f"rank 0 of 2 already works in {tmp_path / 'b'}"):
@@ -94,9 +92,9 @@ def test_a_second_command_in_the_folder_is_refused_and_a_killed_one_leaves_no_lo
 def test_a_refused_checkpoint_is_named_and_the_last_good_one_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
                                                                   whole: dict) -> None:
     """Stopped with two snapshots of a stage on disk: one damaged, then both; foreign files beside them."""
-    once, checkpoint = lab.Progress.__call__, tmp_path / "out" / "checkpoint"
+    once, checkpoint = desk.Progress.__call__, tmp_path / "out" / "checkpoint"
 
-    def stopping(self: lab.Progress, ensemble: object) -> None:
+    def stopping(self: desk.Progress, ensemble: object) -> None:
         once(self, ensemble)
         if self.stage == "arms_p11" and [*checkpoint.glob("arms_p11*.pt")]:   # the interrupt saves one more
             raise KeyboardInterrupt
@@ -108,8 +106,8 @@ def test_a_refused_checkpoint_is_named_and_the_last_good_one_used(tmp_path: Path
             path.write_bytes(data)
         capsys.readouterr()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) if stopped else contextlib.nullcontext():
-            patch.setattr(lab, "SAVE_EVERY", 0)
-            patch.setattr(lab.Progress, "__call__", stopping if stopped else once)
+            patch.setattr(desk, "SAVE_EVERY", 0)
+            patch.setattr(desk.Progress, "__call__", stopping if stopped else once)
             exp_fork.run([*SHORT, "--out", str(tmp_path / "out")])
         return capsys.readouterr().out
     refused = "refused arms_p11.pt (truncated or altered); arms_p11 goes on from arms_p11.previous.pt"
@@ -158,15 +156,15 @@ def test_no_damaged_or_foreign_checkpoint_is_taken_or_executed(tmp_path: Path) -
 
 
 def test_a_snapshot_of_odd_tensors_is_another_ensemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lab, "SAVE_EVERY", 0)
-    once = lab.Progress.__call__
+    monkeypatch.setattr(desk, "SAVE_EVERY", 0)
+    once = desk.Progress.__call__
 
-    def stopping(self: lab.Progress, ensemble: object) -> None:
+    def stopping(self: desk.Progress, ensemble: object) -> None:
         once(self, ensemble)
         if self.stage == "arms_p11":
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(lab.Progress, "__call__", stopping)
+        patch.setattr(desk.Progress, "__call__", stopping)
         exp_fork.run([*SHORT, "--out", str(tmp_path)])
     path = tmp_path / "checkpoint" / "trunk_p11_100.done.pt"
     good = files.load_tensors(path)
@@ -222,12 +220,12 @@ def test_a_write_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch:
 
 
 def test_a_folder_that_goes_away_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    once = lab.Progress.__call__
+    once = desk.Progress.__call__
 
-    def vanishing(self: lab.Progress, ensemble: object) -> None:
+    def vanishing(self: desk.Progress, ensemble: object) -> None:
         once(self, ensemble)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    monkeypatch.setattr(lab.Progress, "__call__", vanishing)
+    monkeypatch.setattr(desk.Progress, "__call__", vanishing)
     code, _, errors = main(monkeypatch, capsys, SHORT, tmp_path / "out")
     assert code == 2 and errors == (
         f"error: {tmp_path / 'out'}, or config.json in it, was removed or replaced while this command worked there, and nothing more is written to "

@@ -8,11 +8,8 @@ import pytest
 import exp_delay_law
 import exp_fork
 import exp_replay
-import files
-import lab
-import plots
-import ranks
 from common import UsageError
+from lab import desk, files, ranks
 
 LAW = ["--preset", "smoke", "--p", "11", "13", "--members", "0", "1", "--after-grok", "200", "--backend", "eager", "--rhos", "0.9",
        "--parts", "dense", "matrix", "--lrs", "3e-3", "6e-3"]
@@ -45,11 +42,11 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 def call(monkeypatch: pytest.MonkeyPatch, experiment: object, flags: list[str], out: Path, rank: tuple[int, int] | None = None) -> None:
     with monkeypatch.context() as patch:
         if experiment is exp_delay_law:
-            patch.setattr("ensemble.CROSSINGS", (("train_accuracy", 0.99), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.95)))
-        patch.setattr(plots, "save_figure", lambda *_: None)
+            patch.setattr("lab.ensemble.CROSSINGS", (("train_accuracy", 0.99), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.95)))
+        patch.setattr(figures, "save_figure", lambda *_: None)
         for name, value in zip(("RANK", "WORLD_SIZE"), rank or (), strict=False):
             patch.setenv(name, str(value))
-        lab.start(experiment.run, [*flags, "--out", str(out)])
+        desk.start(experiment.run, [*flags, "--out", str(out)])
 
 
 def contents(folder: Path) -> dict[str, object]:
@@ -81,9 +78,9 @@ def test_ranks_leave_the_files_of_one_process(tmp_path: Path, monkeypatch: pytes
     assert contents(many) == contents(one) and len(contents(one)) >= 4
     for late in ((0, n), None, "merger"):   # a rank that is started again when all is done; one process; a second one that was to merge
         with monkeypatch.context() as patch:
-            patch.setattr(lab.Lab, "train", None)
+            patch.setattr(desk.Lab, "train", None)
             if late == "merger":
-                patch.setattr(lab.Lab, "merging", True)
+                patch.setattr(desk.Lab, "merging", True)
             call(monkeypatch, experiment, flags, many, None if late == "merger" else late)
         assert "the results are in" in capsys.readouterr().out and contents(many) == contents(one) and not (many / "checkpoint").exists()
     call(monkeypatch, experiment, [*flags, "--figures-only"], many, (1, n))

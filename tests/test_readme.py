@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from short_runs import committed
 
-import report
 from common import UsageError
+from lab import report
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import exp_replay
-import files
 from common import UsageError
+from lab import files
 
 RELEASED = Path(os.environ.get("RELEASED", Path(__file__).parents[2] / "shared" / "released" / "logit-scale" / "metrics"))
 

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from short_runs import committed
 
-import files
-import report
-import stats
+from lab import files, report, stats
 
 ROOT = Path(__file__).parents[1]
 

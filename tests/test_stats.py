@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
-import stats
 from delay_law_claims import log_median
+from lab import stats
 
 INF = math.inf
 

@@ -11,11 +11,9 @@ import delay_law_transformer as transformer
 import exp_delay_law
 import exp_fork
 import exp_logit_scale
-import files
-import plots
-import settings
 from common import UsageError
-from measured import flag_unlearned
+from lab import figures, files, settings
+from lab.answers import flag_unlearned
 
 
 @pytest.mark.parametrize("run, flags, message", [
@@ -145,7 +143,7 @@ def test_planted_concentration_and_group_clamps_come_out(tmp_path: Path) -> None
         assert sum(h > 0 for h in cell.held[0]) == 1 and cell.held[0][0] == 0
         runs += rows(cell, [int(1900 * cell.rho)] * 10)
     held = [run for run in runs if run["p"] == 71 and run["held_norm"] is None]
-    plots.groups(held, transformer.GROUPS, tmp_path, "groups")               # attn is not held
+    figures.groups(held, transformer.GROUPS, tmp_path, "groups")               # attn is not held
     assert (tmp_path / "groups.png").stat().st_size > 5000
     claims, _, findings = transformer.measure(runs, config)
     assert claims["A.ln.unembed_power"]["ours"] == pytest.approx(0.77, abs=1e-3)

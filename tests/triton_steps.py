@@ -9,14 +9,14 @@ from torch import Tensor
 from triton_cases import DEVICE, ON_GPU, Case, make_case
 
 import common
-import ensemble
 from common import Cell
-from ensemble import Ensemble
 from kernels.adamw import BETA1, BETA2, scalar_names
 from kernels.cuda import CudaKernels, chunk_runs, launches_of, state_bytes_per_run, workspace_bytes_per_run
 from kernels.layout import mlp_layout, model_layout, transformer_layout
 from kernels.loss import AUDIT
 from kernels.step import METRICS, evaluate_ref, metric_names, train_step_ref
+from lab import ensemble
+from lab.ensemble import Ensemble
 
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float64, id="float64")]
 

@@ -9,13 +9,13 @@ from triton_cases import DEVICE, make_transformer_case
 from triton_steps import assert_agrees, assert_bits_depend_on_nothing_else, assert_the_trainer_agrees, engine, schedule, small
 
 import common
-import ensemble
 from common import Cell
 from kernels.cuda import chunk_runs, state_bytes_per_run, workspace_bytes_per_run
 from kernels.layout import transformer_layout
 from kernels.pairs import slots_for
 from kernels.step import gradient_ref, metric_names
 from kernels.transformer_launches import gradient
+from lab import ensemble
 
 __all__ = ["small"]
 LAYER_NORM = pytest.mark.parametrize("model", ["transformer", "transformer_ln"])

@@ -6,11 +6,10 @@ import time
 import torch
 from tqdm import tqdm
 
-import endings
-import settings
 from common import Cell
-from endings import Signals
-from ensemble import Ensemble
+from lab import endings, settings
+from lab.endings import Signals
+from lab.ensemble import Ensemble
 
 SPEAK_EVERY = 30   # seconds between lines of progress where there is no terminal
 

@@ -7,9 +7,7 @@ import matplotlib
 import numpy as np
 from scipy.stats import CensoredData, ecdf
 
-import files
-import lab
-import stats
+from lab import desk, files, stats
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -55,7 +53,7 @@ def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: 
     open squares."""
     mine = [r for r in runs if r["arm"] == arm and r["lr"] == runs[0]["lr"]]
     figure, axis = plt.subplots(figsize=(6, 4.2))
-    known, shown = stats.published(lab.ROOT / "published.csv", "A."), False
+    known, shown = stats.published(desk.ROOT / "published.csv", "A."), False
     for i, p in enumerate(sorted({r["p"] for r in mine})):
         color, rhos = f"C{i}", sorted({r["rho"] for r in mine if r["p"] == p})
         for rho in rhos:
@@ -89,7 +87,7 @@ def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: 
 def groups(runs: list[dict], names: tuple[str, ...], folder: Path, file: str) -> None:
     """T_grok of a transformer with one of the groups `names` held alone, at one modulus: side by side, our medians with a marker per group and,
     of three doses or more, a line; published medians as open squares."""
-    known, p, shown = stats.published(lab.ROOT / "published.csv", "A.ln."), runs[0]["p"], False
+    known, p, shown = stats.published(desk.ROOT / "published.csv", "A.ln."), runs[0]["p"], False
     figure, axis = plt.subplots(figsize=(6, 4.2))
     for i, group in enumerate(names):
         cells = {rho: [r for r in runs if r["arm"] == "clamp" and r["rho"] == rho and r[f"held_{group}"] is not None]
@@ -119,7 +117,7 @@ def groups(runs: list[dict], names: tuple[str, ...], folder: Path, file: str) ->
 
 def matrix(runs: list[dict], folder: Path, file: str) -> None:
     """T_grok against learning rate, a colour and a line style per held norm that was run at several, published medians as squares."""
-    known = stats.published(lab.ROOT / "published.csv", "A.matrix.")
+    known = stats.published(desk.ROOT / "published.csv", "A.matrix.")
     rhos = sorted({r["rho"] for r in runs if r["arm"] == "clamp"})
     several = [rho for rho in rhos if len({r["lr"] for r in runs if r["rho"] == rho and r["arm"] == "clamp"}) > 1]
     if not several:   # nothing to compare, and a logarithmic axis without a point cannot be drawn
@@ -155,7 +153,7 @@ def critical_norm(runs: list[dict], folder: Path, group: str = "") -> None:
     column = f"norm_{group}_at_grok" if group else "norm_at_grok"
     mine = [r for r in runs if r["arm"] == "free" and r[column] is not None]
     plain = [r for r in mine if r["weight_decay"] == 1 and r["train_frac"] == 0.40]
-    known = {int(k["p"]): k["value"] for key, k in stats.published(lab.ROOT / "published.csv", "A.").items() if k["value"] and not group
+    known = {int(k["p"]): k["value"] for key, k in stats.published(desk.ROOT / "published.csv", "A.").items() if k["value"] and not group
              and k["model"] == mine[0]["model"] and key in (f"A.wc.p{k['p']}", f"A.wc.pscan.p{k['p']}", "A.tf.wc")}
     moduli, names = {r["p"] for r in plain}, list(dict.fromkeys(r["cell"] for r in mine))
     panels = 1 + (len(moduli) > 1)

@@ -18,12 +18,10 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import ttest_1samp
 
-import files
-import plots
-import stats
 from common import UsageError
+from lab import figures, files, stats
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- claims: made by report.py -->", "<!-- end of claims -->"
 STRENGTH = ("NOT RUN", "INCONCLUSIVE", "NOT REPRODUCED", "REPRODUCED")
 MARGIN = 0.05         # of T_grok, for equivalence with the released runs
@@ -251,7 +249,7 @@ def replay_section(root: Path, folder: Path, draw: bool) -> list[tuple]:
         table.append([cell or "all", str(len(mine)), str(differences.count(0)), str(sum(d <= 25 for d in differences)), f"{100 * relative:.2f}%",
                       f"{100 * mean:+.3f}% [{100 * low:+.3f}, {100 * high:+.3f}]" if n else "-", unequal if n > 1 else "-"])
     if draw:
-        plots.replay(rows, folder)
+        figures.replay(rows, folder)
     header = ["released cell", "runs", "exact", "within one evaluation", "largest difference", "mean ln ratio [90% interval]", "p, not equivalent"]
     return [("h2", "Seed by seed"),
             ("p", "T_grok of released runs against ours; released files that are not listed were not replayed, and a network that the papers "
@@ -267,7 +265,7 @@ def survival_section(folders: list[Folder], folder: Path, draw: bool) -> list[tu
     if best is None:
         return []
     if draw:
-        plots.survival(best.runs, best.name, folder)
+        figures.survival(best.runs, best.name, folder)
     caption = f"Share of members that have not grokked, per held norm; {best.name}"
     return [("h2", "Time to grok as survival"), ("figure", (folder / "survival.png", caption))]
 

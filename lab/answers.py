@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-import stats
 from common import nearest_log
+from lab import stats
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 UNLEARNED = 0.9   # train accuracy under which a run that had memorised has come apart
 SAME = ("model", "p", "block", "lr", "seed0", "train_frac", "weight_decay")   # what a clamp shares with its free control
 

@@ -21,7 +21,7 @@ from kernels import cpu
 from kernels.adamw import BETA1, BETA2
 from kernels.layout import model_layout
 from kernels.step import metric_names
-from logbook import Logbook, Trajectories
+from lab.logbook import Logbook, Trajectories
 
 SAVE_SHARE = 0.01      # of the time may go into checkpoints
 T_MEM_ACCURACY = 0.99  # train accuracy that counts as memorised

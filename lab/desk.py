@@ -16,17 +16,14 @@ import numpy as np
 import scipy
 import torch
 
-import endings
-import files
-import ranks
-import settings
 from common import Cell, Result, State, UsageError
-from endings import Signals
-from ensemble import Ensemble
 from kernels.cpu import has_compiler
-from progress import Progress, duration
+from lab import endings, files, ranks, settings
+from lab.endings import Signals
+from lab.ensemble import Ensemble
+from lab.progress import Progress, duration
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 180   # seconds between checkpoints: what a kill can cost
 LONGEST_NAME = 100 * "x"   # longer than the name of any file in a folder of results: a path that has room for it has room for all
 LOCK_TRIES = 100   # of 50 ms each, while another rank writes the settings of a new folder
