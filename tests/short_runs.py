@@ -36,7 +36,7 @@ def committed(folder: Path) -> Path:
 def start(out: Path, flags: list[str], save_every: float, first: str = "", **environment: str) -> subprocess.Popen:
     """A real training process, which begins with the statements `first`."""
     code = (f"from lab import desk, ensemble; import exp_fork, signal; ensemble.SAVE_SHARE, desk.SAVE_EVERY = 0.5, {save_every}; {first or 'pass'}; "
-            "lab.main(exp_fork.run)")
+            "desk.main(exp_fork.run)")
     return subprocess.Popen([sys.executable, "-c", code, *flags, "--out", str(out)], cwd=ROOT, env={**os.environ, **environment},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

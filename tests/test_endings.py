@@ -9,7 +9,7 @@ import pytest
 from short_runs import FLAGS, SHORT, main, start, tables, wait_for
 
 import exp_fork
-from lab import desk, endings, files
+from lab import desk, endings, figures, files
 from lab.endings import Signals
 from lab.ensemble import Ensemble
 

@@ -188,7 +188,7 @@ def test_memory_is_flat_over_ten_thousand_evaluations(tmp_path: Path, monkeypatc
             super().record(runs, k, metrics)
             if self.step[0] in (1000 * EVAL_EVERY, evaluations * EVAL_EVERY):
                 used.append(tracemalloc.get_traced_memory()[0])
-    monkeypatch.setattr("ensemble.LOG_EVERY", EVAL_EVERY)
+    monkeypatch.setattr("lab.ensemble.LOG_EVERY", EVAL_EVERY)
     ensemble = Watched([dataclasses.replace(CELL, p=5, members=(0,), budget_steps=evaluations * EVAL_EVERY)], "cpu", "eager", torch.float32, "ieee")
     synthetic(ensemble, {})
     monkeypatch.setattr(cpu, "advance", ensemble.advance_for_test)

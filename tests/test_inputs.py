@@ -21,7 +21,7 @@ import exp_replay
 from common import UsageError
 from kernels import cpu
 from kernels.step import METRICS
-from lab import desk
+from lab import desk, figures
 
 EXAMPLES = int(os.environ.get("GROKKING_TEST_EXAMPLES", "120"))   # of each property
 FUZZED = int(os.environ.get("GROKKING_TEST_FUZZED", "400"))       # damaged files of each kind

@@ -15,7 +15,7 @@ from short_runs import FLAGS, SHORT, main, start, tables, wait_for
 
 import exp_fork
 from common import UsageError
-from lab import desk, files
+from lab import desk, figures, files
 
 KILLS = int(os.environ.get("GROKKING_TEST_KILLS", "3"))
 

@@ -9,7 +9,7 @@ import exp_delay_law
 import exp_fork
 import exp_replay
 from common import UsageError
-from lab import desk, files, ranks
+from lab import desk, figures, files, ranks
 
 LAW = ["--preset", "smoke", "--p", "11", "13", "--members", "0", "1", "--after-grok", "200", "--backend", "eager", "--rhos", "0.9",
        "--parts", "dense", "matrix", "--lrs", "3e-3", "6e-3"]
@@ -42,7 +42,8 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 def call(monkeypatch: pytest.MonkeyPatch, experiment: object, flags: list[str], out: Path, rank: tuple[int, int] | None = None) -> None:
     with monkeypatch.context() as patch:
         if experiment is exp_delay_law:
-            patch.setattr("lab.ensemble.CROSSINGS", (("train_accuracy", 0.99), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.95)))
+            patch.setattr("lab.ensemble.CROSSINGS",
+                          (("train_accuracy", 0.99), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.95)))
         patch.setattr(figures, "save_figure", lambda *_: None)
         for name, value in zip(("RANK", "WORLD_SIZE"), rank or (), strict=False):
             patch.setenv(name, str(value))
