@@ -1,41 +1,44 @@
-"""What experiments share: the task, a run's starting state, conditions as `Cell`s, and what training leaves of them.
+"""What the experiments share: the task, the networks, conditions as `Cell`s, and `train`.
 
-Everything random comes from CPU generators, so a run starts from the same bits on every device. Cells are trained by `ensemble.py`.
-Source: arXiv 2606.13753 and 2606.18465, methods sections.
+    from common import Cell, train
+    result = train([Cell(p=59, members=range(4), lr=4e-3), Cell(p=59, members=range(4), lr=4e-3, rho=1.1, w_c=54.5)])
+    print(result.table())        # a row per condition; result.runs has a dict per network
+
+Networks are trained by fused kernels (`kernels/`) from starts that are the same bits on every machine (`lab/draws.py`). The modules below say
+what is computed; tests differentiate them in float64. Source: arXiv 2606.13753 and 2606.18465, methods sections.
 """
-import math
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from torch import Tensor
-
-from kernels import cpu
-from kernels.adamw import group_norms_ref
-from kernels.layout import Layout, TransformerLayout, model_layout
-from lab.logbook import Trajectories
+from torch import Tensor, nn
+from torch.nn import functional
 
 EVAL_EVERY = 25        # steps between evaluations: the resolution of every T_mem and T_grok
 LOG_EVERY = 200        # steps between rows of trajectories.csv
+T_MEM_ACCURACY = 0.99    # train accuracy that counts as memorised: T_mem is the first evaluation at or above it
+T_GROK_ACCURACY = 0.90   # test accuracy that counts as grokked: T_grok is the first evaluation at or above it
 CLAMP_START = {"ce": 500, "mse": 50}   # step at which the papers engage the clamp on the MLP
 TRANSFORMER_CLAMP_START = 600
-MODELS = {"mlp": 1e-3, "transformer": 5e-4, "transformer_ln": 1e-3, "transformer_b": 5e-4}   # with the papers' learning rate of each
+MODELS = {"mlp": 1e-3, "transformer": 5e-4, "transformer_ln": 1e-3, "transformer_b": 5e-4}   # the papers', for each model
 
 
 class UsageError(Exception):
     """Bad input: its message says in one line what is wrong and what would be right."""
 
 
-# ---------------------------------------------------------------- task and start
+# ---------------------------------------------------------------- the task
+
+def labels(p: int) -> Tensor:
+    """The table of sums `(p, p)`: label of the pair (a, b) is (a + b) mod p."""
+    a = torch.arange(p)
+    return (a[:, None] + a[None, :]) % p
+
 
 def n_train(p: int, train_frac: float) -> int:
+    """Training pairs of the p*p; the rest is the test set."""
     return int(train_frac * p * p)
-
-
-def split(p: int, train_frac: float, member: int, seed0: int) -> Tensor:
-    """Sorted indices `(n,)` of a member's training pairs; pair `i` is `(i // p, i % p)`."""
-    generator = torch.Generator().manual_seed(1000 + seed0 + member)
-    return torch.randperm(p * p, generator=generator)[: n_train(p, train_frac)].sort().values
 
 
 def clamp_start(model: str, loss: str) -> int:
@@ -43,67 +46,116 @@ def clamp_start(model: str, loss: str) -> int:
     return CLAMP_START[loss] if model == "mlp" else TRANSFORMER_CLAMP_START
 
 
-def initial_rows(layout: Layout | TransformerLayout, block: int, seed0: int, members: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Starting parameters `(len(members), n_params)`: the whole block is drawn from one generator, members are kept as they come by.
+# ---------------------------------------------------------------- the networks: what the kernels compute, in plain torch
 
-    Member by member gives the bits of `torch.randn(block, ...)`, which fills 16 numbers at a time: a matrix is a multiple of 16 long."""
-    generator = torch.Generator().manual_seed(seed0)
-    rows, at = torch.zeros(len(members), layout.n_params, dtype=dtype), {member: i for i, member in enumerate(members)}
-    with cpu.single_thread():   # threads cost small tensors more than they bring
-        for matrix, (inputs, outputs, divisor) in enumerate(layout.draws()):
-            for member in range(block):
-                drawn = torch.randn(inputs, outputs, generator=generator)
-                if member in at:
-                    layout.views(rows[at[member]])[matrix][:, :outputs].copy_(drawn / divisor)
-    return rows
+class Mlp(nn.Module):
+    """Embedding, one hidden layer, logits: `x = [E[a]; E[b]]`, `h = gelu(x W1 + b1)` (erf), `z = h W2 + b2` (both papers)."""
 
+    def __init__(self, p: int, d: int = 128, H: int = 256):
+        super().__init__()
+        shapes = {"E": (p, d), "W1": (2 * d, H), "W2": (H, p), "b1": (H,), "b2": (p,)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        x = torch.cat([self.E[a], self.E[b]], -1)                     # (n, 2d)
+        h = functional.gelu(x @ self.W1 + self.b1)                    # (n, H)
+        return h @ self.W2 + self.b2                                  # (n, p)
+
+
+class Transformer(nn.Module):
+    """One layer over the tokens a, b, '=' (token p), read at '='; no biases. `normed`: LayerNorm without gain before attention, before the
+    MLP block and before the unembedding (arXiv 2606.13753, section 7)."""
+
+    def __init__(self, p: int, d: int = 128, H: int = 512, heads: int = 4, classes: int = 0, normed: bool = False):
+        super().__init__()
+        shapes = {"E": (p + 1, d), "pos": (3, d), "Wq": (d, d), "Wk": (d, d), "Wv": (d, d), "Wo": (d, d), "Win": (d, H), "Wout": (H, d),
+                  "U": (d, classes or p + 1)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        self.p, self.heads = p, heads
+        self.norm = (lambda x: functional.layer_norm(x, x.shape[-1:])) if normed else lambda x: x
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        tokens = torch.stack([a, b, torch.full_like(a, self.p)], -1)  # (n, 3)
+        x = self.E[tokens] + self.pos                                 # (n, 3, d)
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731, (n, heads, tokens, d / heads)
+        y = self.norm(x)
+        mixed = functional.scaled_dot_product_attention(split(y[:, -1:] @ self.Wq), split(y @ self.Wk), split(y @ self.Wv))
+        x = x[:, -1] + mixed.transpose(1, 2).flatten(1) @ self.Wo     # (n, d)
+        x = x + functional.gelu(self.norm(x) @ self.Win) @ self.Wout  # (n, d)
+        return self.norm(x) @ self.U                                  # (n, classes)
+
+
+def module(model: str, p: int) -> nn.Module:
+    """An untrained plain module of `model`, one of MODELS. `lab.ensemble.State.module` fills one with trained weights."""
+    return Mlp(p) if model == "mlp" else Transformer(p, classes=p if model == "transformer_b" else 0, normed=model == "transformer_ln")
+
+
+# ---------------------------------------------------------------- conditions
 
 @dataclass(frozen=True)
 class Cell:
-    """All chosen members of one block under one condition. `held`: for each member the targets of the total norm and of the norms of the
-    model's groups (`layout.groups`); 0, or left out at the end, = not held."""
-    name: str
-    p: int
-    members: tuple[int, ...]
-    block: int
-    budget_steps: int
-    arm: str = "free"                 # free, clamp, rescale, alloc, same, raised, lowered
-    loss: str = "ce"
+    """All chosen members of one block under one condition. A member is one network with its own start and split; it depends on the size of its
+    block as well as on its number. With `rho` and `w_c` the total norm is held at `rho w_c`. What is left out follows from the rest."""
+    name: str = ""                    # made from the conditions
+    p: int = 59
+    members: tuple[int, ...] = (0,)
+    block: int = 0                    # members drawn from one generator; the smallest block that has them all
+    budget_steps: int = 60_000        # a run that has not grokked by then is censored there
+    arm: str = ""                     # free, clamp, rescale, alloc, same, raised, lowered; free, or clamp where a norm is held
+    loss: str = "ce"                  # ce or mse
     model: str = "mlp"
     seed0: int = 0
     train_frac: float = 0.40
     rho: float | None = None          # held norm over W_c
     tau: float = 1.0                  # divides the logits
     gamma: float | None = None        # allocation between E and W2
-    lr: float = 1e-3
+    lr: float = 0.0                   # the papers' for the model
     weight_decay: float = 1.0
-    clamp_start: int = 500            # first step after which the norm is projected
+    clamp_start: int = -1             # first step after which the norm is projected; the papers' for model and loss
     clamp_stop: int | None = None     # first step after which it no longer is
     w_c: float | None = None          # critical norm that rho refers to
-    held: tuple[tuple[float, ...], ...] = ()
+    held: tuple[tuple[float, ...], ...] = ()   # for each member the held total norm, then that of each group of weights; 0 = not held
     expected_steps: int = 0           # to grok, for the estimate of time only; 0 = budget
     decay_last: bool = False          # weight decay after the Adam update instead of before it
     after_grok: int = 0               # steps to train on after the last member has grokked
     stop_step: int = 0                # step to stop at short of the budget, to fork from; 0 = none
     dtype: str = ""                   # float32 or float64; empty: the command's
 
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        put("members", tuple(self.members))
+        if self.model not in MODELS:
+            raise UsageError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
+        if not self.members or min(self.members) < 0 or (self.block and max(self.members) >= self.block):
+            raise UsageError(f"members must be numbers of the block, 0..{(self.block or 1) - 1}, got {self.members}")
+        if self.loss not in CLAMP_START or self.p < 2 or not self.tau > 0 or not 1 <= n_train(self.p, self.train_frac) < self.p**2:
+            raise UsageError(f"loss is ce or mse, p at least 2, tau above 0, train_frac leaves pairs to train and test on; got loss {self.loss}, "
+                             f"p {self.p}, tau {self.tau}, train_frac {self.train_frac}")
+        put("block", self.block or max(self.members) + 1)
+        put("lr", self.lr or MODELS[self.model])
+        if self.clamp_start < 0:
+            put("clamp_start", clamp_start(self.model, self.loss))
+        if self.rho is not None and self.w_c is not None and not self.held:
+            put("held", ((self.rho * self.w_c,),) * len(self.members))
+        put("arm", self.arm or ("clamp" if any(map(any, self.held)) else "free"))
+        put("name", self.name or self._described())
+
+    def _described(self) -> str:
+        parts = [self.arm, f"p{self.p}", f"b{self.block}"]
+        for short, text, value, default in (
+                ("", "", self.model, "mlp"), ("", "", self.loss, "ce"), ("rho", ".2f", self.rho, None), ("wc", "g", self.w_c, None),
+                ("tau", "g", self.tau, 1.0), ("gamma", "+.2f", self.gamma, None), ("wd", "g", self.weight_decay, 1.0),
+                ("lr", "g", self.lr, MODELS[self.model]), ("frac", "g", self.train_frac, 0.40), ("seed", "", self.seed0, 0),
+                ("", "", self.dtype, "")):
+            if value != default:
+                parts.append(short + (exactly(value, text) if isinstance(value, float) else str(value)))
+        return "_".join(parts)
+
     def ensemble_key(self) -> tuple:
+        """Cells of equal key have equal shapes and are trained together."""
         return self.p, self.model, self.loss, n_train(self.p, self.train_frac), self.decay_last, self.dtype
-
-
-def unique(cells: list[Cell]) -> list[Cell]:
-    """One cell per condition; where parts ask for it with different budgets, the larger one."""
-    best: dict[str, Cell] = {}
-    for cell in cells:
-        if cell.name not in best or cell.budget_steps > best[cell.name].budget_steps:
-            best[cell.name] = cell
-    return list(best.values())
-
-
-def nearest_log(t_grok: np.ndarray) -> int:
-    """Logged step nearest the median of the members that grok, where paper B reads a cell's logit scale; -1 if none does."""
-    kept = t_grok[np.isfinite(t_grok) & (t_grok >= 0)]
-    return -1 if not len(kept) else max(math.ceil(float(np.median(kept)) / LOG_EVERY - 0.5) * LOG_EVERY, 1)
 
 
 def exactly(x: float, short: str) -> str:
@@ -111,50 +163,38 @@ def exactly(x: float, short: str) -> str:
     return format(x, short) if float(format(x, short)) == x else repr(x)
 
 
-@dataclass
-class State:
-    """Rows `(R, n_params)` of parameters and both moments, each after its own `step (R,)` steps. Copying it is forking."""
-    params: Tensor
-    moment1: Tensor
-    moment2: Tensor
-    step: np.ndarray
+def unique(cells: Iterable[Cell]) -> list[Cell]:
+    """One cell per name; where parts of an experiment ask for it with different budgets, the larger one."""
+    best: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.name not in best or cell.budget_steps > best[cell.name].budget_steps:
+            best[cell.name] = cell
+    return list(best.values())
 
-    def pick(self, rows: list[int]) -> "State":
-        return State(self.params[rows].clone(), self.moment1[rows].clone(), self.moment2[rows].clone(), self.step[rows])
 
-    @staticmethod
-    def join(states: list["State"]) -> "State":
-        """All rows, one state after the other."""
-        return State(*(torch.cat([getattr(state, name) for state in states]) for name in ("params", "moment1", "moment2")),
-                     np.concatenate([state.step for state in states]))
+# ---------------------------------------------------------------- training
 
-    def of_cells(self, cells: list[Cell], chosen: list[int]) -> "State":
-        """The rows of the `chosen` of `cells`, of which each has a row per member."""
-        ends = np.cumsum([0, *(len(cell.members) for cell in cells)])
-        return self if len(chosen) == len(cells) else self.pick([r for i in chosen for r in range(ends[i], ends[i + 1])])
+class Trajectories:
+    """Logged rows, the lines of trajectories.csv, made anew from what was logged every time they are walked through."""
 
-    def norms(self, layout: Layout | TransformerLayout) -> list[float]:
-        """Total norm of every row's weight matrices, summed in float64."""
-        return [float(group_norms_ref(row, layout).square().sum().sqrt()) for row in self.params]
+    def __init__(self, *parts: Callable[[], Iterable[dict]]):
+        self.parts = parts
 
-    def fork(self, cells: list[Cell]) -> "State":
-        """A copy of all rows, one per member, for each of `cells`: weights scaled at once to the cell's held norm, if it has one.
-        Biases, moments and step stay as they are (arXiv 2606.18465, same-state comparison)."""
-        layout = model_layout(cells[0].model, cells[0].p, self.params.dtype)
-        copy = self.pick([*range(len(self.params))] * len(cells))
-        targets = [held[0] for cell in cells for held in (cell.held or ((0.0,),) * len(cell.members))]
-        for row, norm, target in zip(copy.params, copy.norms(layout), targets, strict=True):
-            if target > 0:
-                row[: layout.n_weights] *= target / norm
-        return copy
+    def __iter__(self) -> Iterator[dict]:
+        for part in self.parts:
+            yield from part()
+
+    def __add__(self, other: "Trajectories") -> "Trajectories":
+        return Trajectories(*self.parts, *other.parts)
 
 
 @dataclass
 class Result:
-    """What training left: one dict per run (columns of runs.csv), log rows, final state, run-steps executed and needed."""
+    """What training left. `runs`: a dict per network, the columns of runs.csv (`results/README.md`); `trajectories`: its logged rows; `state`: all
+    parameters and moments (`lab.ensemble.State`); run-steps executed and needed; seconds."""
     runs: list[dict] = field(default_factory=list)
     trajectories: Trajectories = field(default_factory=Trajectories)
-    state: State | None = None
+    state: object = None
     executed: int = 0
     needed: int = 0
     seconds: float = 0.0
@@ -163,9 +203,31 @@ class Result:
         return Result(self.runs + other.runs, self.trajectories + other.trajectories, None, self.executed + other.executed,
                       self.needed + other.needed, self.seconds + other.seconds)
 
+    def table(self) -> str:
+        """A line per condition: members, censored, median T_mem and T_grok with its 95% interval over members, norm at T_grok."""
+        from lab import stats
+        return stats.cell_table(self.runs)
 
-def inherit(runs: list[dict], before: list[dict]) -> None:
-    """Rows of runs that continue from a fork keep what their member crossed before it."""
-    earlier = {run["member"]: run for run in before}
-    for run in runs:
-        run.update({k: v for k in ("t_mem_step", "norm_at_mem", "t_80_step") if (v := earlier[run["member"]][k]) is not None})
+
+def train(cells: Iterable[Cell], device: str = "auto", backend: str = "auto", dtype: str = "float32", arithmetic: str = "ieee") -> Result:
+    """Train all `cells`, those of equal shape together, with a bar on a terminal; nothing is written. Raises UsageError for what cannot be.
+
+    The experiments do the same in an output folder, with checkpoints (`lab/desk.py`)."""
+    from lab.console import Progress  # they know `Cell`, so they are asked for when there are some
+    from lab.ensemble import Ensemble, by_shape
+    cells = list(cells)
+    if twice := [name for name, group in itertools.groupby(sorted(cell.name for cell in cells)) if len(list(group)) > 1]:
+        raise UsageError(f"two cells are named {twice[0]}; give them names")
+    device = ("cuda" if torch.cuda.is_available() and backend in ("auto", "triton") else "cpu") if device == "auto" else device
+    rows, total = {}, Result()
+    for group in by_shape(cells, range(len(cells))):
+        mine = [cells[i] for i in group]
+        ensemble = Ensemble(mine, device, backend, getattr(torch, mine[0].dtype or dtype), arithmetic)
+        progress = Progress("training", len(ensemble.step), ensemble.steps_left())
+        try:
+            ensemble.train(progress)
+        finally:
+            progress.close()
+        rows |= {i: ensemble.rows(c) for c, i in enumerate(group)}
+        total.executed, total.seconds = total.executed + ensemble.executed, total.seconds + ensemble.seconds
+    return sum((rows[i] for i in range(len(cells))), total)

@@ -24,7 +24,7 @@ import numpy as np
 import delay_law_claims as mlp
 import delay_law_transformer as transformer
 from common import CLAMP_START, EVAL_EVERY, Cell, Result, UsageError, exactly, unique
-from lab import files, progress, settings, stats
+from lab import console, files, settings, stats
 from lab.answers import flag_unlearned
 from lab.desk import ROOT, Lab, main, provenance
 
@@ -239,7 +239,7 @@ def run(argv: list[str]) -> None:
     controls, others, held = (control_cells(config), other_free_cells(config), clamp_cells) if config.model == "mlp" else (
         transformer.control_cells(config), transformer.other_free_cells(config), transformer.clamp_cells)
     guess = {c.name: 54.8 * (c.p / 59) ** 0.4 for c in controls}   # for the dry run's list only; the real W_c comes from the control
-    progress.announce(config, [*controls, *others, *held(config, transformer.guess(controls) if config.model != "mlp" else guess)], given)
+    console.announce(config, [*controls, *others, *held(config, transformer.guess(controls) if config.model != "mlp" else guess)], given)
     if config.dry_run:
         return None
     desk.open()

@@ -27,11 +27,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common import EVAL_EVERY, Cell, Result, State, UsageError, exactly, inherit
+from common import EVAL_EVERY, Cell, Result, UsageError, exactly
 from kernels.layout import model_layout
-from lab import figures, files, progress, settings, stats
+from lab import console, figures, files, settings, stats
 from lab.answers import flag_unlearned
 from lab.desk import ROOT, Lab, main, provenance
+from lab.ensemble import State, inherit
 
 ARMS = ("lowered", "free", "same", "raised")   # by the delay that the paper finds
 
@@ -352,13 +353,13 @@ def run(argv: list[str]) -> None:
     desk = Lab("fork", config, given, PRESETS)
     if config.figures_only:
         return desk.redraw(lambda: write(desk, Result(), trained=False))
-    progress.announce(config, planned(config), given)
+    console.announce(config, planned(config), given)
     if config.model != "mlp":
         print(f"--model {config.model}: the published forks are of the MLP, so no published number is answered")
     elif config.device != "cuda":
         paper = Config(**{"parts": ARMS, **PRESETS["paper"], **given, "preset": "paper", "device": "cuda", "dry_run": False})
         print("a GPU would run: ", end="")
-        progress.announce(paper, planned(paper), given)
+        console.announce(paper, planned(paper), given)
     if config.dry_run:
         return None
     desk.open()

@@ -27,7 +27,7 @@ import numpy as np
 import logit_scale_claims as claims
 import logit_scale_plots as plots
 from common import EVAL_EVERY, Cell, Result, UsageError, clamp_start, exactly, unique
-from lab import files, progress, settings, stats
+from lab import console, files, settings, stats
 from lab.answers import Measured, flag_unlearned
 from lab.desk import Lab, main, provenance
 
@@ -297,7 +297,7 @@ def run(argv: list[str]) -> None:
     controls = [] if config.w_c else plan.controls()
     given_norms = {c.name: config.w_c for c in plan.controls()} if config.w_c else {}
     guess = {c.name: (54.5 if c.loss == "ce" else 36.5) * (c.p / 59) ** 0.4 for c in controls}   # for the list and estimate only
-    progress.announce(config, [*controls, *plan.frontier(), *plan.held(given_norms or guess, dict.fromkeys(guess, (0.15, 0.64, 0.21)))], given)
+    console.announce(config, [*controls, *plan.frontier(), *plan.held(given_norms or guess, dict.fromkeys(guess, (0.15, 0.64, 0.21)))], given)
     if config.dry_run:
         return None
     desk.open()

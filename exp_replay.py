@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common import EVAL_EVERY, Cell, Result, UsageError, inherit, n_train
-from lab import figures, files, progress, settings
+from common import EVAL_EVERY, Cell, Result, Trajectories, UsageError, n_train
+from lab import console, figures, files, settings
 from lab.desk import Lab, main, provenance
-from lab.logbook import Trajectories
+from lab.ensemble import inherit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +251,7 @@ def run(argv: list[str]) -> None:
     cells = [item.cell for item in released]
     if config.figures_only:
         return desk.redraw(lambda: figures.replay(files.read_csv(desk.out / "replay.csv"), desk.out / "figures"))
-    progress.announce(config, cells, given)
+    console.announce(config, cells, given)
     if config.dry_run:
         return None
     desk.open()

@@ -1,8 +1,13 @@
-"""The runs of a command as tables, and statistics of them as functions of chosen members.
+"""A published number and the runs that answer it.
+
+`published.csv` states for every number the conditions it holds for and its statistic. A `Table` holds the runs of one command cell by cell; `answer`
+picks, for every row, the cell whose conditions equal the row's, as numbers, and computes the statistic: the plain read-outs here, the others by
+functions that an experiment hands over. A run at another dose, norm or rate answers nothing.
 
 A statistic maps members `picks (B, members)` to `(B,)`: called with all members it is the estimate, with resampled ones its distribution
 (`stats.resampled`), the same members in every cell, because arms share seeds.
 """
+import csv
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -10,34 +15,107 @@ from pathlib import Path
 
 import numpy as np
 
-from common import nearest_log
+from common import UsageError
 from lab import stats
 
 ROOT = Path(__file__).resolve().parents[1]
-UNLEARNED = 0.9   # train accuracy under which a run that had memorised has come apart
 SAME = ("model", "p", "block", "lr", "seed0", "train_frac", "weight_decay")   # what a clamp shares with its free control
+NUMBERS = {"p": int, "block": int, **dict.fromkeys(("train_frac", "rho", "tau", "gamma", "lr", "wd", "w_c", "lo", "hi", "n_seeds"), float)}
+# column of published.csv -> column of runs.csv; an empty field is no condition, but for these
+CONDITIONS = {"model": "model", "task": "task", "p": "p", "train_frac": "train_frac", "loss": "loss", "arm": "arm", "group": "group", "rho": "rho",
+              "tau": "tau", "gamma": "gamma", "lr": "lr", "wd": "weight_decay", "dtype": "dtype", "block": "block"}
+UNLESS_STATED = {"tau": 1.0, "group": "", "gamma": None}
+UNLEARNED = 0.9   # train accuracy under which a run that had memorised has come apart
+Statistic = Callable[[np.ndarray], np.ndarray]
 
 
-class Measured:
-    """The cells of one command, each a table of members, and what has been answered from them so far: `claims` by id, `findings`."""
+def published(prefix: str = "") -> dict[str, dict]:
+    """Rows of published.csv whose id starts with `prefix`, by id: numbers as numbers, empty fields as None, `printed` the value as printed."""
+    rows = {}
+    with open(ROOT / "published.csv", newline="") as f:
+        for row in csv.DictReader(f):
+            if row["id"].startswith(prefix):
+                typed = {k: NUMBERS[k](text) if k in NUMBERS and text else text or None for k, text in row.items()}
+                try:
+                    value = float(row["value"])
+                except ValueError:
+                    value = None                                        # such as "not within 60000"
+                rows[row["id"]] = {**typed, "value": value, "printed": row["value"]}
+    return rows
 
-    def __init__(self, runs: list[dict], log: list[dict], prefix: str, answers: bool):
-        """`log`: rows with `cell, member, step` and logged columns. `prefix` of the published ids; `answers`: these runs may answer them."""
-        self.runs, self.claims, self.findings = runs, {}, []
-        self.first = {run["cell"]: run for run in reversed(runs)}
+
+class Table:
+    """The cells of one command, each a table of members, and what has been answered from them so far: `claims` by id,
+    `findings`, `law` (sentences for a person) and the published `medians` of cells."""
+
+    def __init__(self, runs: list[dict], log: Iterable[dict] = (), networks: str = "fresh"):
+        """`log`: rows with `cell, member, step` and logged columns. `networks`: "published" takes the papers' medians, over runs that grok."""
+        self.runs, self.networks, self.claims, self.findings, self.law, self.medians = runs, networks, {}, [], [], {}
+        self.first = {run["cell"]: {"task": "add", **run, "group": group_held(run)} for run in reversed(runs)}
         self.grok = {cell: np.array([*stats.times(runs, cell).values()]) for cell in self.first}
         self.mem = {cell: np.array([*stats.times(runs, cell, "t_mem_step").values()]) for cell in self.first}
         self.log: dict[str, dict] = {cell: {} for cell in self.first}
         for row in log:
-            self.log[row["cell"]].setdefault(row["step"], {})[row["member"]] = row
-        self.known = stats.published(ROOT / "published.csv", prefix) if answers else {}
+            if row["cell"] in self.log:
+                self.log[row["cell"]].setdefault(row["step"], {})[row["member"]] = row
 
-    def T(self, cell: str) -> Callable[[np.ndarray], np.ndarray]:
+    # -- choosing cells
+
+    def pick(self, **conditions: object) -> list[str]:
+        """Cells that have all `conditions` (columns of runs.csv, and `group`, held alone), by p and rho."""
+        found = [cell for cell, run in self.first.items() if all(run.get(k) == v for k, v in conditions.items())]
+        return sorted(found, key=lambda cell: (self.first[cell]["p"] or 0, self.first[cell]["rho"] or 0))
+
+    def match(self, row: dict) -> str | None:
+        """The cell that a published row is about, if it ran. Where the row has no dtype float32, the papers' precision, goes first."""
+        conditions = {column: row.get(key) if row.get(key) is not None else UNLESS_STATED.get(key) for key, column in CONDITIONS.items()
+                      if row.get(key) is not None or key in UNLESS_STATED}
+        return min(self.pick(**conditions), key=lambda cell: self.first[cell].get("dtype") == "float64", default=None)
+
+    def control(self, cell: str) -> str | None:
+        """The free cell of the same network, block, rate and seeds."""
+        run = self.first[cell]
+        return next((name for name, other in self.first.items() if other["arm"] == "free" and all(other[k] == run[k] for k in SAME)), None)
+
+    def have(self, *cells: str | None) -> bool:
+        return all(cell in self.first for cell in cells)
+
+    # -- statistics of chosen members
+
+    def median(self, values: np.ndarray) -> np.ndarray:
+        """Over the last axis: censored runs later than the budget; of the papers' networks, as they have it, over those that grok."""
+        if self.networks == "published":
+            with np.errstate(all="ignore"):
+                return np.nanmedian(np.where(np.isfinite(values), values, np.nan), -1) if values.shape[-1] else np.full(values.shape[:-1], np.nan)
+        return stats.median(values)
+
+    def T(self, cell: str) -> Statistic:
         """Median T_grok."""
-        return lambda picks: stats.median(self.grok[cell][picks])
+        return lambda picks: self.median(self.grok[cell][picks])
 
-    def at(self, cell: str, column: str = "logit_scale", step: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
-        """Mean over members of a logged column: at `step`, or at the logged step nearest the median T_grok of the members that grok."""
+    def T_mem(self, cell: str) -> Statistic:
+        return lambda picks: self.median(self.mem[cell][picks])
+
+    def log_T(self, cells: Iterable[str]) -> Statistic:
+        """Log of the median T_grok of several cells, `(B, cells)`; infinite where half of a cell is censored."""
+        cells = tuple(cells)
+        return lambda picks: np.log(np.stack([self.T(cell)(picks) for cell in cells], -1))
+
+    def ratio(self, over: str, under: str) -> Statistic:
+        return lambda picks: self.T(over)(picks) / self.T(under)(picks)
+
+    def values(self, cells: Iterable[str], column: str) -> np.ndarray:
+        """A column of runs.csv, `(cells, members)`; not a number where it is empty."""
+        return np.array([[np.nan if r.get(column) is None else r[column] for r in self.runs if r["cell"] == cell] for cell in cells], dtype=float)
+
+    def median_of(self, cell: str, column: str) -> Statistic:
+        """Median of a column over the members that have it, such as the norm at own T_grok."""
+        values = self.values((cell,), column)[0]
+        return lambda picks: np.nanmedian(values[picks], -1)
+
+    def at(self, cell: str, column: str = "logit_scale", step: int | None = None) -> Statistic:
+        """Mean over members of a logged column: at `step`, or at the logged step nearest the median T_grok of the members that grok
+        (paper B's L of a cell)."""
         steps = sorted(self.log[cell])
         members = [run["member"] for run in self.runs if run["cell"] == cell]
         values = np.array([[self.log[cell][s].get(m, {}).get(column) for m in members] for s in steps], dtype=float)   # (k, members); None -> nan
@@ -45,7 +123,7 @@ class Measured:
         def mean(picks: np.ndarray) -> np.ndarray:
             if not steps or (step is not None and step not in steps):
                 return np.full(len(picks), np.nan)
-            if step is None and nearest_log(self.grok[cell]) not in (-1, *steps):                                   # the cell ended before it
+            if step is None and stats.nearest_log(self.grok[cell]) not in (-1, *steps):                             # the cell ended before it
                 return np.full(len(picks), np.nan)
             if step is not None:
                 return values[steps.index(step)][picks].mean(1)
@@ -56,8 +134,7 @@ class Measured:
             return np.take_along_axis(values[nearest], picks, 1).mean(1)
         return mean
 
-    def have(self, *cells: str) -> bool:
-        return all(cell in self.first for cell in cells)
+    # -- answers
 
     def count(self, cells: tuple[str, ...]) -> tuple[int, int, float]:
         """Members, censored runs in all `cells`, and the share of them in the worst cell."""
@@ -65,35 +142,97 @@ class Measured:
         n = len(self.grok[cells[0]])
         return n, sum(censored), max(censored) / n
 
-    def claim(self, key: str, cells: tuple[str, ...], statistic: Callable[[np.ndarray], np.ndarray], missing: str = "") -> None:
-        """Answer published row `key`, if there is one, by `statistic` of chosen members of `cells`, if all of them ran.
-        `missing` says what part of the published cells is not there: the answer is then inconclusive."""
-        if key not in self.known or not self.have(*cells):
-            return
+    def claim(self, row: dict, cells: Iterable[str], statistic: Statistic, missing: str = "") -> None:
+        """Answer a published row by `statistic` of chosen members of `cells`. `missing` says what part of the published cells is not there."""
+        cells = tuple(cells)
         n, censored, worst = self.count(cells)
-        row = self.known[key]                                            # a row without its number of members had the whole block
-        row = {**row, "n_seeds": row["n_seeds"] or self.first[cells[0]]["block"]}
+        row = {**row, "n_seeds": row["n_seeds"] or row["block"] or self.first[cells[0]]["block"]}
         budget = min(self.first[cell]["budget_steps"] for cell in cells)
         if row["printed"].startswith("not within ") and worst >= 0.5 and budget < float(row["printed"].split()[-1]):
             missing = f"censored at {budget} steps, the paper {row['printed']}"
-        self.claims[key] = stats.claim(row, stats.resampled(n, statistic), n, censored, missing, 1.0 if missing else worst)
+        ours = stats.resampled(n, statistic)
+        if self.networks == "published":
+            self.claims[row["id"]] = stats.reproduced(row, ours, n, censored, missing)
+        else:
+            self.claims[row["id"]] = stats.replicated(row, ours, n, censored, missing, 1.0 if missing else worst)
 
-    def finding(self, key: str, quantity: str, cells: tuple[str, ...], statistic: Callable[[np.ndarray], np.ndarray] | float) -> None:
-        """A number that the papers do not publish: a statistic of chosen members, or a plain value."""
+    def finding(self, key: str, quantity: str, cells: Iterable[str], statistic: Statistic | float, **where: object) -> None:
+        """A number that the papers do not publish: a statistic of chosen members, or a plain value. `where`: its conditions, for figures."""
+        cells = tuple(cells)
         if self.have(*cells):
             n, censored, _ = self.count(cells)
             ours = stats.resampled(n, statistic) if callable(statistic) else (statistic, math.nan, math.nan)
-            self.findings.append({"id": key, "quantity": quantity, **dict(zip(("ours", "lo", "hi"), map(stats.finite, ours), strict=True)),
-                                  "n": n, "n_censored": censored})
+            self.findings.append(stats.finding(key, quantity, ours, n, censored, **where))
 
-    def ratio(self, over: str, under: str) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda picks: self.T(over)(picks) / self.T(under)(picks)
+    def say(self, label: str, ours: tuple[float, float, float], n: int, censored: int, key: str = "") -> None:
+        """A sentence of the command's last lines: an estimate with its interval, beside the published number `key` where it answers one."""
+        interval = f" [{stats.short(ours[1])}, {stats.short(ours[2])}]" if all(map(math.isfinite, ours[1:])) else ""
+        claim = self.claims.get(key)
+        paper = f", paper {stats.short(claim['published'])}: {claim['verdict']}" if claim else ""
+        self.law.append(f"{label} = {stats.short(ours[0])}{interval}{paper}, {n} networks, {censored} censored")
 
     def point(self, cell: str) -> dict:
         """One cell for the figures: its conditions, every member's times, its logit scale and collapse."""
         everyone = np.arange(len(self.grok[cell]))[None]
         return {**self.first[cell], "T": self.grok[cell], "T_mem": self.mem[cell],
                 **{k: float(self.at(cell, k)(everyone)[0]) for k in ("logit_scale", "collapse32", "collapse64")}}
+
+
+READOUTS: dict[str, Callable[[Table, str], Statistic]] = {
+    "T_grok": Table.T,
+    "T_mem": Table.T_mem,
+    "L": Table.at,
+    "W_c": lambda table, cell: table.median_of(cell, "norm_at_grok"),
+    "W_c_end": lambda table, cell: table.median_of(cell, "norm_at_grok"),        # fresh networks: at own T_grok, everywhere
+    "W_c_unembed": lambda table, cell: table.median_of(cell, "norm_unembed_at_grok"),
+    "delay": lambda table, cell: (lambda picks, delays=table.values((cell,), "delay_steps")[0]:
+                                  table.median(np.where(np.isnan(delays), math.inf, delays)[picks])),
+    "collapse32_max": lambda table, cell: table.at(cell, "collapse32"),
+    "collapse64_max": lambda table, cell: table.at(cell, "collapse64"),
+}
+
+
+def answer(table: Table, rows: Iterable[dict], statistics: dict[str, Callable[[Table, dict], tuple | None]]) -> None:
+    """Answer all `rows` that the runs of `table` can. A function of `statistics` maps table and row to `(cells, statistic, what is missing)`,
+    or to None if the cells are not there; it goes before the read-out of the same name."""
+    for row in rows:
+        if row["statistic"] in statistics:
+            found = statistics[row["statistic"]](table, row)
+        else:
+            cell = table.match(row) if row["statistic"] in READOUTS else None
+            found = ((cell,), READOUTS[row["statistic"]](table, cell), "") if cell else None
+        if found and not (row["statistic"].startswith("W_c") and not np.isfinite(found[1](np.arange(table.count(found[0])[0])[None])).any()):
+            table.claim(row, *found)
+            if row["statistic"] in ("T_grok", "delay"):
+                table.medians.setdefault(found[0][0], row["value"])
+
+
+def merged(tables: list[Table]) -> tuple[list[dict], list[dict]]:
+    """Claims and findings of summary.json: an entry for each published number, with what the papers' networks say (`reproduced`) and what fresh
+    ones say (`replicated`), of both what there is."""
+    claims: dict[str, dict] = {}
+    for table in tables:
+        kind = "reproduced" if table.networks == "published" else "replicated"
+        for key, claim in table.claims.items():
+            entry = claims.setdefault(key, {k: claim[k] for k in ("id", "quantity", "published", "published_lo", "published_hi")})
+            entry[kind] = {k: claim[k] for k in ("ours", "lo", "hi", "n", "n_censored", "verdict", "why")}
+    return [*claims.values()], [{**finding, **({"networks": "published"} if table.networks == "published" else {})}
+                                for table in tables for finding in table.findings]
+
+
+def group_held(run: dict) -> str:
+    """The group of weights that a run holds alone; empty if it holds the total norm, several groups, or nothing."""
+    held = [k.removeprefix("held_") for k, v in run.items() if k.startswith("held_") and v is not None]
+    return held[0] if len(held) == 1 and held[0] != "norm" else ""
+
+
+def lacking(ours: Iterable[float], published: tuple[float, ...], what: str = "doses") -> str:
+    """What our doses lack of a published fit: both of its ends, and at least half of its doses, must be there."""
+    ours = tuple(ours)
+    have = set(ours) & set(published)
+    enough = {published[0], published[-1]} <= have and 2 * len(have) >= len(published)
+    ran, wanted = f"{len(ours)} {what} {min(ours):g}..{max(ours):g}", f"{len(published)} of {published[0]}..{published[-1]}"
+    return "" if enough else f"fitted to {ran}, the paper to {wanted}"
 
 
 def flag_unlearned(runs: list[dict], trajectories: Iterable[dict]) -> None:

@@ -16,12 +16,12 @@ import numpy as np
 import scipy
 import torch
 
-from common import Cell, Result, State, UsageError
+from common import Cell, Result, UsageError
 from kernels.cpu import has_compiler
-from lab import endings, files, ranks, settings
-from lab.endings import Signals
-from lab.ensemble import Ensemble
-from lab.progress import Progress, duration
+from lab import console, files, ranks, settings, stats
+from lab.answers import Table, flag_unlearned, merged
+from lab.console import Progress, Signals, duration
+from lab.ensemble import Ensemble, State, by_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 180   # seconds between checkpoints: what a kill can cost
@@ -293,6 +293,50 @@ class Lab:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
+    # -- results
+
+    def publish(self, measure: Callable[[Table, settings.Config, dict[str, list[dict]]], None],
+                draw: Callable[[Table, settings.Config, Path, list[dict], dict[str, list[dict]]], None], result: Result | None,
+                tables: dict[str, Callable[[list[dict], list[dict]], list[dict]]], cell_rows: Callable = stats.cell_rows,
+                columns: tuple[str, ...] = files.RUN_COLUMNS, main_figure: str = "") -> None:
+        """Tables, verdicts, the last lines, figures, in this order. Without `result` from the tables that are there (`--figures-only`).
+
+        `tables`: further files, each made from runs and trajectories; they are read back, because a run of record may come without its long
+        trajectories. `measure(table, config, read)` fills a `Table`; `draw(table, config, folder, trajectories, read)` its figures."""
+        out, config = self.out, self.config
+        if result:
+            runs = [{"experiment": self.experiment, **run} for run in result.runs]
+            if config.model != "mlp":
+                flag_unlearned(runs, result.trajectories)
+            files.write_csv(out / "runs.csv", runs, columns)
+            files.write_csv(out / "trajectories.csv", result.trajectories)
+            files.write_json(out / "provenance.json", provenance(self, result))
+        runs, trajectories = files.read_runs(out / "runs.csv"), []          # read back, so that both ways see the same digits
+        if (out / "trajectories.csv").exists():
+            trajectories = files.read_csv(out / "trajectories.csv")
+            files.write_csv(out / "cells.csv", cell_rows(runs, trajectories))
+            for name, make in tables.items():
+                files.write_csv(out / name, make(runs, trajectories))
+        read = {name: files.read_csv(out / name) if (out / name).exists() else [] for name in ("cells.csv", *tables)}
+        answered: list[Table] = []
+        for networks in dict.fromkeys(run.get("networks") or "fresh" for run in runs):
+            mine = [run for run in runs if (run.get("networks") or "fresh") == networks]
+            answered.append(Table(mine, read.get("around_grok.csv", []), networks))
+            measure(answered[-1], config, read)
+        files.write_summary(out, *merged(answered))
+        self._last_words(answered, main_figure)
+        for table in answered:
+            draw(table, config, out / "figures", trajectories, read)
+
+    def _last_words(self, answered: list[Table], main_figure: str) -> None:
+        """At most fifteen lines: the law in a sentence, a row a condition, where the main figure is."""
+        lines = [line for table in answered for line in table.law][:4]
+        for table in answered:
+            column = "delay_steps" if "delay_steps" in table.runs[0] else "t_grok_step"
+            lines += stats.cell_table(table.runs, table.medians, column, 8 // len(answered)).splitlines()
+        print("\n".join(lines))
+        print(f"tables, verdicts and findings in {self.folder}" + (f", main figure {self.folder / 'figures' / main_figure}" if main_figure else ""))
+
     # -- training
 
     def train(self, stage: str, cells: list[Cell], start: State | None = None, keep_state: bool = False, deal: bool = False) -> Result:
@@ -332,7 +376,7 @@ class Lab:
         if c.device == "cpu" and c.backend == "auto":
             self.say("the step is compiled on first use, up to a minute per modulus" if has_compiler() else
                      "no C++ compiler on the PATH: the step runs eagerly, about 3 times slower")
-        ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, cells[0].dtype or c.dtype), c.arithmetic, start, self.checkpoint)
+        ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, cells[0].dtype or c.dtype), c.arithmetic, start)
         self.backend = ensemble.backend
         self._take_up(ensemble, stage + shard, [done, latest, previous], anybody)
         runs, before, started = len(ensemble.step), ensemble.executed, ensemble.seconds
@@ -354,7 +398,7 @@ class Lab:
                 save(ensemble.snapshot(), done)
             finally:
                 Signals.waiting = False
-                progress.close()
+                console.close()
             if Signals.caught is not None:   # it came after the last tick
                 Signals.leave(Signals.caught)
         rows = ensemble.result().runs
@@ -390,14 +434,6 @@ class Lab:
             print(f"{self.checkpoint}: refused {', '.join(refused)}; {stage} goes on from {found}", flush=True)
 
 
-def by_shape(cells: list[Cell], chosen: list[int]) -> list[list[int]]:
-    """The numbers of the `chosen` cells, a list for each shape of ensemble."""
-    groups: dict[tuple, list[int]] = {}
-    for i in chosen:
-        groups.setdefault(cells[i].ensemble_key(), []).append(i)
-    return [*groups.values()]
-
-
 def missing_text(missing: list[int], size: int) -> str:
     which = f"shard {missing[0]} of {size} is" if len(missing) == 1 else f"shards {', '.join(map(str, missing))} of {size} are"
     return f"{which} missing (RANK={missing[0]} WORLD_SIZE={size} and the same command, if it is not running, makes one)"
@@ -421,4 +457,4 @@ def start(run: Callable[[list[str]], None], argv: list[str]) -> None:
 
 def main(run: Callable[[list[str]], None]) -> None:
     """Run an experiment's `run(argv)` with the words of the command line, and end the process."""
-    endings.end(lambda: start(run, sys.argv[1:]))
+    console.end(lambda: start(run, sys.argv[1:]))

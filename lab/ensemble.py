@@ -9,23 +9,23 @@ import heapq
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from common import EVAL_EVERY, LOG_EVERY, Cell, Result, State, UsageError, initial_rows, n_train, nearest_log, split
+from common import EVAL_EVERY, LOG_EVERY, T_GROK_ACCURACY, T_MEM_ACCURACY, Cell, Result, Trajectories, UsageError, module, n_train
 from kernels import cpu
-from kernels.adamw import BETA1, BETA2
-from kernels.layout import model_layout
+from kernels.adamw import BETA1, BETA2, group_norms_ref
+from kernels.layout import Layout, TransformerLayout, model_layout
 from kernels.step import metric_names
-from lab.logbook import Logbook, Trajectories
+from lab.draws import initial_rows, split
+from lab.stats import nearest_log
 
 SAVE_SHARE = 0.01      # of the time may go into checkpoints
-T_MEM_ACCURACY = 0.99  # train accuracy that counts as memorised
-T_GROK_ACCURACY = 0.90  # test accuracy that counts as grokked; 0.80 and 0.95 are kept beside it
 CROSSINGS = (("train_accuracy", T_MEM_ACCURACY), ("test_accuracy", 0.80), ("test_accuracy", T_GROK_ACCURACY), ("test_accuracy", 0.95))
 MEM, CROSS_80, GROK, CROSS_95 = range(4)
 FOURIER = ("fourier_top5", "fourier_gini")
@@ -44,6 +44,58 @@ def fourier_structure(E: Tensor) -> tuple[float, float]:
     return float(power[-5:].sum() / power.sum()), gini
 
 
+@dataclass
+class State:
+    """Rows `(R, n_params)` of parameters and both moments, each after its own `step (R,)` steps. Copying it is forking."""
+    params: Tensor
+    moment1: Tensor
+    moment2: Tensor
+    step: np.ndarray
+
+    def pick(self, rows: list[int]) -> "State":
+        return State(self.params[rows].clone(), self.moment1[rows].clone(), self.moment2[rows].clone(), self.step[rows])
+
+    @staticmethod
+    def join(states: list["State"]) -> "State":
+        """All rows, one state after the other."""
+        return State(*(torch.cat([getattr(state, name) for state in states]) for name in ("params", "moment1", "moment2")),
+                     np.concatenate([state.step for state in states]))
+
+    def of_cells(self, cells: list[Cell], chosen: list[int]) -> "State":
+        """The rows of the `chosen` of `cells`, of which each has a row per member."""
+        ends = np.cumsum([0, *(len(cell.members) for cell in cells)])
+        return self if len(chosen) == len(cells) else self.pick([r for i in chosen for r in range(ends[i], ends[i + 1])])
+
+    def norms(self, layout: Layout | TransformerLayout) -> list[float]:
+        """Total norm of every row's weight matrices, summed in float64."""
+        return [float(group_norms_ref(row, layout).square().sum().sqrt()) for row in self.params]
+
+    def module(self, row: int, model: str, p: int) -> nn.Module:
+        """The plain module of `common.py` with the parameters of one row, in their dtype."""
+        plain = module(model, p).to(self.params.dtype)
+        for parameter, values in zip(plain.parameters(), model_layout(model, p, self.params.dtype).views(self.params[row]), strict=True):
+            parameter.data = values[..., : parameter.shape[-1]].clone()
+        return plain
+
+    def fork(self, cells: list[Cell]) -> "State":
+        """A copy of all rows, one per member, for each of `cells`: weights scaled at once to the cell's held norm, if it has one.
+        Biases, moments and step stay as they are (arXiv 2606.18465, same-state comparison)."""
+        layout = model_layout(cells[0].model, cells[0].p, self.params.dtype)
+        copy = self.pick([*range(len(self.params))] * len(cells))
+        targets = [held[0] for cell in cells for held in (cell.held or ((0.0,),) * len(cell.members))]
+        for row, norm, target in zip(copy.params, copy.norms(layout), targets, strict=True):
+            if target > 0:
+                row[: layout.n_weights] *= target / norm
+        return copy
+
+
+def inherit(runs: list[dict], before: list[dict]) -> None:
+    """Rows of runs that continue from a fork keep what their member crossed before it."""
+    earlier = {run["member"]: run for run in before}
+    for run in runs:
+        run.update({k: v for k in ("t_mem_step", "norm_at_mem", "t_80_step") if (v := earlier[run["member"]][k]) is not None})
+
+
 class Ensemble:
     """Runs of equal shape trained together; each stops with its cell, when the cell's last member has grokked or its budget ends.
 
@@ -52,8 +104,7 @@ class Ensemble:
     """
     PROGRESS = ("step", "crossed", "at_grok", "norm_at_mem", "below_after_grok", "diverged", "retire")   # arrays that change while training
 
-    def __init__(self, cells: list[Cell], device: str, backend: str, dtype: torch.dtype, arithmetic: str, start: State | None = None,
-                 folder: Path | None = None):
+    def __init__(self, cells: list[Cell], device: str, backend: str, dtype: torch.dtype, arithmetic: str, start: State | None = None):
         self.cells, first = cells, cells[0]
         self.layout = model_layout(first.model, first.p, dtype)
         self.metrics = metric_names(self.layout.groups)
@@ -94,7 +145,7 @@ class Ensemble:
         self.below_after_grok = np.zeros(R, dtype=int)                   # evaluations under 0.90 after T_grok
         self.diverged = np.full(R, -1)                                   # step at which loss or norm was found not finite
         self.retire = self.end.copy()                                    # step at which the run's cell leaves
-        self.log = Logbook(len(self.metrics) + len(FOURIER), folder)          # (run, step, metrics and Fourier structure)
+        self.log, self.log_width = array("d"), 2 + len(self.metrics) + len(FOURIER)   # rows of run, step, metrics and Fourier structure
         self.executed, self.seconds, self.quiescent = 0, 0.0, True
         self.arithmetic, self.on_device, self.kernels = arithmetic, np.arange(R), None
         if device == "cuda":
@@ -153,7 +204,11 @@ class Ensemble:
                 self.retire[mine] = np.minimum(last + self.cells[c].after_grok, self.end[mine])
         for i in np.flatnonzero((step % LOG_EVERY == 0) | (step == self.start[runs] + 1)):
             E = self.layout.views(self.state.params[runs[i]])[0][: self.layout.p]
-            self.log.append(int(runs[i]), int(step[i]), [*metrics[i].tolist(), *fourier_structure(E)])
+            self.log.extend([runs[i], step[i], *metrics[i].tolist(), *fourier_structure(E)])
+
+    def logged(self) -> np.ndarray:
+        """A copy of the log `(rows, 2 + metrics)`: while somebody looks into an array it cannot grow."""
+        return np.array(self.log).reshape(-1, self.log_width)
 
     def live(self) -> np.ndarray:
         return np.flatnonzero((self.step < self.retire) & (self.diverged < 0))
@@ -192,8 +247,9 @@ class Ensemble:
     def snapshot(self) -> dict[str, Tensor]:
         """All that is needed to continue to the same bits, as tensors."""
         arrays = {name: torch.from_numpy(getattr(self, name)) for name in self.PROGRESS}
-        return {"params": self.state.params, "moment1": self.state.moment1, "moment2": self.state.moment2, **arrays, "log": self.log.tensor(),
-                "executed": torch.tensor(self.executed), "seconds": torch.tensor(self.seconds), "identity": self.identity}
+        return {"params": self.state.params, "moment1": self.state.moment1, "moment2": self.state.moment2, **arrays,
+                "log": torch.from_numpy(self.logged()), "executed": torch.tensor(self.executed),
+                "seconds": torch.tensor(self.seconds), "identity": self.identity}
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
         """Continue from `snapshot`. Raises UsageError if it is not of this ensemble."""
@@ -205,7 +261,7 @@ class Ensemble:
         for name in self.PROGRESS:
             setattr(self, name, snapshot[name].numpy().copy())
         self.state = State(snapshot["params"], snapshot["moment1"], snapshot["moment2"], self.start)
-        self.log.replace(snapshot["log"])
+        self.log = array("d", snapshot["log"].numpy().tobytes())
         self.executed, self.seconds = int(snapshot["executed"]), float(snapshot["seconds"])
 
     def _train_workers(self, tick: Callable[["Ensemble"], None], deadline: float) -> None:
@@ -352,12 +408,20 @@ class Ensemble:
             })
             if not any(held):
                 out.runs[-1].update(clamp_start=None, clamp_stop=None)
-        names = (*self.metrics, *FOURIER)
-        out.trajectories = Trajectories(functools.partial(log_rows, self.log, mine, cell.name, names, self.member, self.retire))
+        out.trajectories = Trajectories(functools.partial(self.log_rows, mine, cell.name))
         return out
 
+    def log_rows(self, runs: np.ndarray, cell: str) -> Iterator[dict]:
+        """The log of `runs` as rows of trajectories.csv, by run and then by step."""
+        names, log = (*self.metrics, *FOURIER), self.logged()
+        log = log[np.isin(log[:, 0], runs) & (log[:, 1] <= self.retire[log[:, 0].astype(int)])]
+        for run, step, *values in log[np.lexsort((log[:, 1], log[:, 0]))].tolist():
+            yield {"cell": cell, "member": int(self.member[int(run)]), "step": int(step), **dict(zip(names, values, strict=True))}
 
-def log_rows(log: Logbook, runs: np.ndarray, cell: str, names: tuple[str, ...], member: np.ndarray, retire: np.ndarray) -> Iterator[dict]:
-    for r, step, values in log.of(runs):
-        if step <= retire[r]:
-            yield {"cell": cell, "member": int(member[r]), "step": step, **dict(zip(names, values, strict=True))}
+
+def by_shape(cells: list[Cell], chosen: Iterable[int]) -> list[list[int]]:
+    """The numbers of the `chosen` cells, a list for each shape of ensemble."""
+    groups: dict[tuple, list[int]] = {}
+    for i in chosen:
+        groups.setdefault(cells[i].ensemble_key(), []).append(i)
+    return [*groups.values()]

@@ -3,18 +3,23 @@
 A run that did not grok within its budget counts as later than the budget: infinite here, `> budget` in print. Nothing is dropped.
 Intervals: 95% percentile bootstrap over members, the same resampled members in every cell (arms share seeds), 4000 resamples, seeded.
 """
-import csv
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-from common import nearest_log
+from common import LOG_EVERY
 
 RESAMPLES = 4000
-TOLERANCE = 0.03   # a published value without an interval counts as value +- 3%
+TOLERANCE = 0.03   # a published value without an interval counts as value +- 3% for fresh networks
+EQUAL = 0.01       # and within 1% as the same for the papers' own
+
+
+def nearest_log(t_grok: np.ndarray) -> int:
+    """Logged step nearest the median of the members that grok, where paper B reads a cell's logit scale; -1 if none does."""
+    kept = t_grok[np.isfinite(t_grok) & (t_grok >= 0)]
+    return -1 if not len(kept) else max(math.ceil(float(np.median(kept)) / LOG_EVERY - 0.5) * LOG_EVERY, 1)
 
 
 def times(runs: list[dict], cell: str, column: str = "t_grok_step") -> dict[int, float]:
@@ -162,52 +167,76 @@ def recovery(T0: np.ndarray, T1: np.ndarray, T: np.ndarray, L: np.ndarray, L0: n
     return np.where(np.isfinite(out), out, np.nan)
 
 
-# ---------------------------------------------------------------- claims and verdicts
-
-def published(path: Path, prefix: str) -> dict[str, dict]:
-    """Rows of published.csv whose id starts with `prefix`, by id, with `value, lo, hi` as numbers or None."""
-    def number(text: str) -> float | None:
-        try:
-            return float(text)
-        except ValueError:
-            return None
-    with open(path, newline="") as f:
-        return {row["id"]: {**row, "printed": row["value"], **{k: number(row[k]) for k in ("value", "lo", "hi", "n_seeds")}}
-                for row in csv.DictReader(f) if row["id"].startswith(prefix)}
-
+# ---------------------------------------------------------------- verdicts and tables
 
 def finite(x: float | None) -> float | None:
     return None if x is None or not math.isfinite(x) else float(f"{x:.9g}")
 
 
-def claim(row: dict, ours: tuple[float, float, float] | None, n: int = 0, n_censored: int = 0, why: str = "", worst: float = 0.0) -> dict:
-    """One claim of summary.json: our estimate and interval beside the published ones, and the verdict, by the rule written before the runs.
+def short(x: float | None) -> str:
+    """A number for a person: four significant digits, steps in full."""
+    if x is None or math.isnan(x):
+        return "-"
+    return "> budget" if math.isinf(x) else f"{x:.0f}" if 1000 <= abs(x) < 1e7 else f"{x:.4g}"
 
-    REPRODUCED if our 95% interval meets the published one (or value +- 3%), NOT REPRODUCED if not, INCONCLUSIVE if fewer than half the
+
+def answer_row(row: dict, ours: tuple[float, float, float], n: int, n_censored: int, verdict: str, why: str) -> dict:
+    """One answer of summary.json: our estimate and 95% interval beside the published ones."""
+    return {"id": row["id"], "quantity": row["quantity"], **dict(zip(("ours", "lo", "hi"), map(finite, ours), strict=True)),
+            "published": row["value"], "published_lo": row["lo"], "published_hi": row["hi"], "n": n, "n_censored": n_censored, "verdict": verdict,
+            "why": why}
+
+
+def reproduced(row: dict, ours: tuple[float, float, float], n: int, n_censored: int, missing: str = "") -> dict:
+    """The papers' own networks: do the same numbers come out? By the rule written before the runs.
+
+    REPRODUCED if the whole published block ran and our value is the published one to its printed digits or within 1%, NOT REPRODUCED if not,
+    PARTLY RUN while members or cells are missing. A median "not within" a budget is reproduced if half or more of the runs are censored there.
+    """
+    value, printed = row["value"], row["printed"]
+    if missing or (row["n_seeds"] and n < row["n_seeds"]):
+        return answer_row(row, ours, n, n_censored, "PARTLY RUN", missing or f"{n} of {row['n_seeds']:.0f} members")
+    if printed.startswith("not within "):
+        equal, why = not math.isfinite(ours[0]), f"{n_censored} of {n} runs censored"
+    elif value is None:
+        return answer_row(row, ours, n, n_censored, "NOT REPRODUCED", f"the paper gives no number: {printed}")
+    else:
+        decimals = len(printed.partition(".")[2]) if "e" not in printed else 15
+        equal = math.isfinite(ours[0]) and (round(ours[0], decimals) == value or abs(ours[0] - value) <= EQUAL * abs(value))
+        why = f"{100 * (ours[0] / value - 1):+.2f}%" if value else f"{ours[0]:.3g} against {printed}"
+    return answer_row(row, ours, n, n_censored, "REPRODUCED" if equal else "NOT REPRODUCED", why)
+
+
+def replicated(row: dict, ours: tuple[float, float, float], n: int, n_censored: int, missing: str = "", worst: float = 0.0) -> dict:
+    """Fresh networks: does the claim hold for them? By the rule written before the runs.
+
+    REPLICATED if our 95% interval meets the published one (or value +- 3%), NOT REPLICATED if not, INCONCLUSIVE if fewer than half the
     published members ran, half are censored (`worst`: share censored in the worst cell behind the number) or doses of the published fit are
-    missing (`why`), NOT RUN without a number.
+    `missing`.
     """
     value, lo, hi = row["value"], row["lo"], row["hi"]
-    beyond = str(row.get("printed", "")).startswith("not within ")
+    beyond = row["printed"].startswith("not within ")
     if beyond:   # the paper's median is later than its budget; ours is infinite where half of its runs are
-        lo, hi, worst = float(row["printed"].split()[-1]), math.inf, 1.0 if why else 0.0
+        lo, hi, worst = float(row["printed"].split()[-1]), math.inf, 1.0 if missing else 0.0
     elif value is not None and lo is None:
         lo, hi = sorted((value * (1 - TOLERANCE), value * (1 + TOLERANCE)))
-    if ours is None:
-        verdict, why = "NOT RUN", why or "not part of this run"
-    elif row["n_seeds"] and n < row["n_seeds"] / 2:
-        verdict, why = "INCONCLUSIVE", why or f"{n} members ran, the paper has {row['n_seeds']:.0f}"
+    if row["n_seeds"] and n < row["n_seeds"] / 2:
+        verdict, why = "INCONCLUSIVE", missing or f"{n} members ran, the paper has {row['n_seeds']:.0f}"
     elif worst >= 0.5 or not (all(map(math.isfinite, ours)) or (beyond and math.isinf(ours[2]))):
-        verdict, why = "INCONCLUSIVE", why or "half or more of a cell, or of its resamples, is censored"
+        verdict, why = "INCONCLUSIVE", missing or "half or more of a cell, or of its resamples, is censored"
     elif value is None and not beyond:
-        verdict, why = "INCONCLUSIVE", why or f"the paper gives no number: {row['printed']}"
+        verdict, why = "INCONCLUSIVE", missing or f"the paper gives no number: {row['printed']}"
     else:
         meets = ours[1] <= hi and ours[2] >= lo
-        verdict = "REPRODUCED" if meets else "NOT REPRODUCED"
-        why = why or ("the intervals meet" if meets else "the intervals do not meet")
-    e, l, h = ours or (None, None, None)
-    return {"id": row["id"], "quantity": row["quantity"], "ours": finite(e), "lo": finite(l), "hi": finite(h), "published": value,
-            "published_lo": row["lo"], "published_hi": row["hi"], "n": n, "n_censored": n_censored, "verdict": verdict, "why": why}
+        verdict = "REPLICATED" if meets else "NOT REPLICATED"
+        why = missing or ("the intervals meet" if meets else "the intervals do not meet")
+    return answer_row(row, ours, n, n_censored, verdict, why)
+
+
+def finding(key: str, quantity: str, ours: tuple[float, float, float], n: int, n_censored: int = 0, **where: object) -> dict:
+    """A number that no paper publishes, for summary.json."""
+    return {"id": key, "quantity": quantity, **dict(zip(("ours", "lo", "hi"), map(finite, ours), strict=True)), "n": n, "n_censored": n_censored,
+            **where}
 
 
 def cell_rows(runs: list[dict], trajectories: list[dict]) -> list[dict]:
@@ -251,19 +280,25 @@ def largest(key: str, log: list[dict]) -> float | None:
     return max((float(np.mean(values)) for values in by_step.values()), default=None)
 
 
-def beyond(claim: dict) -> str:
-    """What to print for a claim that ran and whose value is infinite: half of a cell is censored."""
-    return "> budget" if claim["ours"] is None and claim["verdict"] != "NOT RUN" and claim["n_censored"] else ""
-
-
-def table(claims: list[dict]) -> str:
-    """The claims that ran, as text for the terminal; NOT RUN ones are counted in the last line."""
-    def text(x: float | None) -> str:
-        return "-" if x is None else f"{x:.4g}"
-    rows = [("claim", "ours", "95% interval", "paper", "n", "censored", "verdict")]
-    rows += [(c["id"], beyond(c) or text(c["ours"]),
-              f"{text(c['lo'])} .. {text(c['hi'])}", text(c["published"]), str(c["n"]), str(c["n_censored"]), c["verdict"])
-             for c in claims if c["verdict"] != "NOT RUN"]
+def columns(rows: list[tuple[str, ...]]) -> str:
+    """Rows of text, their columns aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, f"{sum(c['verdict'] == 'NOT RUN' for c in claims)} further published numbers: NOT RUN in this command"])
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def cell_table(runs: list[dict], published: dict[str, float] | None = None, column: str = "t_grok_step", most: int = 0) -> str:
+    """A line per cell for a person: members, censored, medians of T_mem and of `column` with its 95% interval, norm at own T_grok; `published`
+    medians by cell beside them. `most`: lines at most, 0 = all."""
+    rows = [("condition", "n", "censored", "T_mem", column.removesuffix("_step").replace("t_", "T_"), "95% interval", "norm at T_grok", "published")]
+    for cell in dict.fromkeys(run["cell"] for run in runs):
+        mine = [run for run in runs if run["cell"] == cell]
+        own = np.array([*times(mine, cell, column).values()])
+        ours, lo, hi = bootstrap(own[None], lambda t: median(t)[..., 0])
+        norms = [run["norm_at_grok"] for run in mine if run["norm_at_grok"] is not None]
+        known = (published or {}).get(cell)
+        rows.append((cell, str(len(mine)), str(int((~np.isfinite(own)).sum())), short(float(median(np.array([*times(mine, cell, "t_mem_step").values()])))),
+                     short(ours), f"{short(lo)} .. {short(hi)}", short(float(np.median(norms)) if norms else None), short(known) if known else ""))
+    rows = [row if published else row[:-1] for row in rows]
+    rest = len(rows) - 1 - most if most else 0
+    lines = columns(rows[: most + 1] if rest > 0 else rows)
+    return lines + (f"\nand {rest} more conditions in cells.csv" if rest > 0 else "")

@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import initial_rows, split
 from kernels.adamw import SCALARS, adamw_project_ref, group_norms_ref
 from kernels.layout import Layout, mlp_layout
 from kernels.loss import AUDIT, loss_gradient_ref, loss_ref, softmax_audit_ref
 from kernels.step import METRICS, evaluate_ref, gradient_ref, train_step_ref
+from lab.draws import initial_rows, split
 
 
 def start(p: int, d: int = 128, H: int = 256, dtype: torch.dtype = torch.float64, member: int = 0) -> tuple:

@@ -9,8 +9,8 @@ import pytest
 from short_runs import FLAGS, SHORT, main, start, tables, wait_for
 
 import exp_fork
-from lab import desk, endings, figures, files
-from lab.endings import Signals
+from lab import console, desk, figures, files
+from lab.console import Signals
 from lab.ensemble import Ensemble
 
 LONGER = [*FLAGS, "--budget", "400", "--parts", "same", "free"]
@@ -31,7 +31,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return tables(out)
 
 
-@pytest.mark.skipif(not endings.HANGUP, reason="no hangups here")
+@pytest.mark.skipif(not console.HANGUP, reason="no hangups here")
 def test_a_hangup_is_a_stop(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     path = tmp_path / "out" / "checkpoint" / "arms_p11.pt"
     process = start(tmp_path / "out", LONGER, 0.05, f"signal.signal(signal.SIGHUP, signal.SIG_DFL); {QUICK}")
@@ -42,7 +42,7 @@ def test_a_hangup_is_a_stop(tmp_path: Path, request: pytest.FixtureRequest) -> N
     assert process.returncode == 129 and errors == STOPPED and files.load_tensors(path)
 
 
-@pytest.mark.skipif(not endings.HANGUP, reason="no hangups here")
+@pytest.mark.skipif(not console.HANGUP, reason="no hangups here")
 def test_the_second_signal_is_not_waited_for_unless_a_terminal_closes_which_sends_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Signals, "waiting", True)
     for _ in range(2):
@@ -52,7 +52,7 @@ def test_the_second_signal_is_not_waited_for_unless_a_terminal_closes_which_send
         Signals.handle(signal.SIGTERM, None)
 
 
-@pytest.mark.skipif(not endings.HANGUP, reason="no hangups here")
+@pytest.mark.skipif(not console.HANGUP, reason="no hangups here")
 @pytest.mark.parametrize("before, heard", [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
 def test_under_nohup_a_hangup_is_not_heard(monkeypatch: pytest.MonkeyPatch, before: object, heard: bool) -> None:
     numbers = []
@@ -66,12 +66,12 @@ def test_under_nohup_a_hangup_is_not_heard(monkeypatch: pytest.MonkeyPatch, befo
 def test_a_reader_who_goes_away_costs_nothing(tmp_path: Path, place: str, whole: dict, request: pytest.FixtureRequest) -> None:
     """`| head`: the pipe closes inside a stage, where only progress is printed; or the reader is gone before the last lines."""
     out, flags, last_read = tmp_path / "out", *{"inside": (LONGER, "arms_p11: 0/8 runs finished"), "at the end": (SHORT, "arms_p11: 8 runs")}[place]
-    process = start(out, flags, 60, f"from lab import progress; progress.SPEAK_EVERY = 0; {QUICK}")
+    process = start(out, flags, 60, f"from lab import console; console.SPEAK_EVERY = 0; {QUICK}")
     request.addfinalizer(process.kill)
     while last_read not in process.stdout.readline():
         assert process.poll() is None, process.communicate()
     process.stdout.close()
-    assert process.wait(60) == endings.CLOSED and not process.stderr.read()
+    assert process.wait(60) == console.CLOSED and not process.stderr.read()
     if place == "inside":
         assert not (out / "runs.csv").exists() and files.load_tensors(out / "checkpoint" / "arms_p11.pt")
     else:

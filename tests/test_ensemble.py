@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from common import EVAL_EVERY, Cell, State, UsageError, initial_rows
+from common import EVAL_EVERY, Cell, UsageError
 from kernels import cpu
 from kernels.layout import mlp_layout
 from kernels.step import METRICS
 from lab import files
-from lab.ensemble import GROK, Ensemble
+from lab.draws import initial_rows
+from lab.ensemble import GROK, Ensemble, State
 
 CELL = Cell("a", p=13, members=(0, 1, 2), block=4, budget_steps=200, lr=3e-3)
 
@@ -31,7 +32,7 @@ def trained(cells: list[Cell], backend: str = "eager", dtype: torch.dtype = torc
 def bits(ensemble: Ensemble, cell: str, member: int) -> tuple:
     row = next(r for r, (c, m) in enumerate(zip(ensemble.cell_of, ensemble.member, strict=True))
                if (ensemble.cells[c].name, m) == (cell, member))
-    log = [values for run, _, values in ensemble.log if run == row]
+    log = ensemble.logged()[ensemble.logged()[:, 0] == row, 2:].tolist()
     return ensemble.state.params[row], ensemble.state.moment2[row], log
 
 
@@ -155,7 +156,7 @@ def test_stopping_and_continuing_gives_the_same_bits() -> None:
     again.restore(kept)
     assert 0 < again.executed < whole.executed
     again.train(quiet)
-    assert torch.equal(again.state.params, whole.state.params) and sorted(again.log) == sorted(whole.log)
+    assert torch.equal(again.state.params, whole.state.params) and sorted(again.logged().tolist()) == sorted(whole.logged().tolist())
     assert again.result().runs == whole.result().runs
     assert again.result().executed == again.result().needed and again.result().seconds > 0   # over both parts
     with pytest.raises(UsageError, match="another ensemble"):   # equal shapes, another condition

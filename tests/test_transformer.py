@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import Cell, initial_rows, split
+from common import Cell
 from kernels import cpu
 from kernels.adamw import adamw_project_ref, group_norms_ref, scalar_names
 from kernels.layout import TransformerLayout, transformer_layout
 from kernels.step import evaluate_ref, gradient_ref, metric_names, train_step_ref
+from lab.draws import initial_rows, split
 from lab.ensemble import Ensemble
 
 MODELS = ("transformer", "transformer_ln", "transformer_b")

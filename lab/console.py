@@ -1,18 +1,29 @@
-"""What is said while a command runs: the estimate before it, the bar or a line now and then during it."""
+"""The command line's side of a run: the estimate before it, the bar or a line now and then during it, signals, and how the process ends.
+
+Exit codes: 0 done, 2 an error said in one line on stderr, 130 after Ctrl-C, 143 SIGTERM, 129 a hangup, 141 nobody reads stdout any more.
+"""
 import contextlib
 import math
+import os
+import signal
+import sys
 import time
+from collections.abc import Callable
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
 
-from common import Cell
-from lab import endings, settings
-from lab.endings import Signals
+from common import Cell, UsageError
+from lab import settings
 from lab.ensemble import Ensemble
 
 SPEAK_EVERY = 30   # seconds between lines of progress where there is no terminal
+HANGUP = getattr(signal, "SIGHUP", None)   # Windows has none
+CLOSED = 141                               # as shells have it for SIGPIPE
 
+
+# ---------------------------------------------------------------- while it runs
 
 class Progress:
     """Bar on a terminal; elsewhere a plain line now and then. Time left comes from the cells' expected steps."""
@@ -28,7 +39,7 @@ class Progress:
         try:
             self.speak(ensemble)
         except BrokenPipeError:   # nobody reads on (`| head`): stop here, where the state is whole
-            raise SystemExit(endings.CLOSED) from None
+            raise SystemExit(CLOSED) from None
 
     def speak(self, ensemble: Ensemble) -> None:
         done, now = ensemble.executed, time.monotonic()
@@ -73,3 +84,68 @@ def announce(config: settings.Machine, cells: list[Cell], given: dict) -> None:
 
 def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# ---------------------------------------------------------------- signals, and the end
+
+class Signals:
+    """Ctrl-C, SIGTERM and a hangup while training wait for the next tick, where the state is whole; a second one is not waited for."""
+    waiting = False
+    caught: int | None = None
+
+    @classmethod
+    def listen(cls) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, cls.handle)
+        if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:   # under nohup a hangup does not matter
+            signal.signal(HANGUP, cls.handle)
+
+    @classmethod
+    def handle(cls, number: int, _: object) -> None:
+        first, cls.caught = cls.caught is None, number
+        if not (cls.waiting if first else number == HANGUP):   # a terminal that closes says so more than once
+            cls.leave(number)
+
+    @classmethod
+    def leave(cls, number: int) -> None:
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def end(work: Callable[[], None]) -> None:
+    """Do `work` and end the process."""
+    Signals.listen()
+    code, why = 0, ""
+    try:
+        work()
+    except UsageError as error:
+        code, why = 2, " ".join(["error:", *str(error).split()])   # one line, whatever was typed
+    except BrokenPipeError:
+        code = CLOSED
+    except OSError as error:   # disk full, folder gone: files are written whole, so what was there is intact
+        code, why = 2, (f"error: {error.strerror or error}: {error.filename or 'a file'}; nothing is left half-written, mend this "
+                        "(disk full? folder gone?) and the same command continues")
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as leaving:
+        code = leaving.code
+    if code in (129, 130, 143):
+        why = "stopped; the same command continues from here"
+    if why:
+        with contextlib.suppress(OSError):
+            print(why, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if not delivered(stream):
+            code = code or CLOSED
+    sys.exit(code)
+
+
+def delivered(stream: TextIO | None) -> bool:
+    """Whether what was printed to `stream` has arrived. If not it leads nowhere from now on, so that Python can end without complaint."""
+    try:
+        if stream:
+            stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
