@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UsageError
 from lab import stats
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +94,11 @@ class Table:
 
     def T_mem(self, cell: str) -> Statistic:
         return lambda picks: self.median(self.mem[cell][picks])
+
+    def delay(self, cell: str) -> Statistic:
+        """Median of T_grok minus the fork step."""
+        delays = self.values((cell,), "delay_steps")[0]
+        return lambda picks: self.median(np.where(np.isnan(delays), math.inf, delays)[picks])
 
     def log_T(self, cells: Iterable[str]) -> Statistic:
         """Log of the median T_grok of several cells, `(B, cells)`; infinite where half of a cell is censored."""
@@ -185,8 +189,7 @@ READOUTS: dict[str, Callable[[Table, str], Statistic]] = {
     "W_c": lambda table, cell: table.median_of(cell, "norm_at_grok"),
     "W_c_end": lambda table, cell: table.median_of(cell, "norm_at_grok"),        # fresh networks: at own T_grok, everywhere
     "W_c_unembed": lambda table, cell: table.median_of(cell, "norm_unembed_at_grok"),
-    "delay": lambda table, cell: (lambda picks, delays=table.values((cell,), "delay_steps")[0]:
-                                  table.median(np.where(np.isnan(delays), math.inf, delays)[picks])),
+    "delay": Table.delay,
     "collapse32_max": lambda table, cell: table.at(cell, "collapse32"),
     "collapse64_max": lambda table, cell: table.at(cell, "collapse64"),
 }

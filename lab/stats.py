@@ -296,8 +296,9 @@ def cell_table(runs: list[dict], published: dict[str, float] | None = None, colu
         ours, lo, hi = bootstrap(own[None], lambda t: median(t)[..., 0])
         norms = [run["norm_at_grok"] for run in mine if run["norm_at_grok"] is not None]
         known = (published or {}).get(cell)
-        rows.append((cell, str(len(mine)), str(int((~np.isfinite(own)).sum())), short(float(median(np.array([*times(mine, cell, "t_mem_step").values()])))),
-                     short(ours), f"{short(lo)} .. {short(hi)}", short(float(np.median(norms)) if norms else None), short(known) if known else ""))
+        memorised = float(median(np.array([*times(mine, cell, "t_mem_step").values()])))
+        rows.append((cell, str(len(mine)), str(int((~np.isfinite(own)).sum())), short(memorised), short(ours),
+                     f"{short(lo)} .. {short(hi)}", short(float(np.median(norms)) if norms else None), short(known) if known else ""))
     rows = [row if published else row[:-1] for row in rows]
     rest = len(rows) - 1 - most if most else 0
     lines = columns(rows[: most + 1] if rest > 0 else rows)
