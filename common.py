@@ -1,8 +1,9 @@
-"""What experiments share: the task, a run's starting state, conditions as `Cell`s, and what training leaves of them.
+"""What experiments share: the task, conditions as `Cell`s, and what training leaves of them.
 
-Everything random comes from CPU generators, so a run starts from the same bits on every device. Cells are trained by `ensemble.py`.
+Runs start as `draws.py` says, from the same bits on every device, and are trained by `ensemble.py`.
 Source: arXiv 2606.13753 and 2606.18465, methods sections.
 """
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -10,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import cpu
+from draws import Card
 from kernels.adamw import group_norms_ref
 from kernels.layout import Layout, TransformerLayout, model_layout
 from logbook import Trajectories
 
-EVAL_EVERY = 25        # steps between evaluations: the resolution of every T_mem and T_grok
+EVAL_EVERY = 25        # steps between evaluations, unless a cell has its own: the resolution of every T_mem and T_grok
 LOG_EVERY = 200        # steps between rows of trajectories.csv
+GRID_POINTS = 360      # of paper A's geometric grid, before rounding makes some of them equal
 CLAMP_START = {"ce": 500, "mse": 50}   # step at which the papers engage the clamp on the MLP
 TRANSFORMER_CLAMP_START = 600
 MODELS = {"mlp": 1e-3, "transformer": 5e-4, "transformer_ln": 1e-3, "transformer_b": 5e-4}   # with the papers' learning rate of each
@@ -26,16 +28,10 @@ class UsageError(Exception):
     """Bad input: its message says in one line what is wrong and what would be right."""
 
 
-# ---------------------------------------------------------------- task and start
+# ---------------------------------------------------------------- task and conditions
 
 def n_train(p: int, train_frac: float) -> int:
     return int(train_frac * p * p)
-
-
-def split(p: int, train_frac: float, member: int, seed0: int) -> Tensor:
-    """Sorted indices `(n,)` of a member's training pairs; pair `i` is `(i // p, i % p)`."""
-    generator = torch.Generator().manual_seed(1000 + seed0 + member)
-    return torch.randperm(p * p, generator=generator)[: n_train(p, train_frac)].sort().values
 
 
 def clamp_start(model: str, loss: str) -> int:
@@ -43,19 +39,10 @@ def clamp_start(model: str, loss: str) -> int:
     return CLAMP_START[loss] if model == "mlp" else TRANSFORMER_CLAMP_START
 
 
-def initial_rows(layout: Layout | TransformerLayout, block: int, seed0: int, members: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Starting parameters `(len(members), n_params)`: the whole block is drawn from one generator, members are kept as they come by.
-
-    Member by member gives the bits of `torch.randn(block, ...)`, which fills 16 numbers at a time: a matrix is a multiple of 16 long."""
-    generator = torch.Generator().manual_seed(seed0)
-    rows, at = torch.zeros(len(members), layout.n_params, dtype=dtype), {member: i for i, member in enumerate(members)}
-    with cpu.single_thread():   # threads cost small tensors more than they bring
-        for matrix, (inputs, outputs, divisor) in enumerate(layout.draws()):
-            for member in range(block):
-                drawn = torch.randn(inputs, outputs, generator=generator)
-                if member in at:
-                    layout.views(rows[at[member]])[matrix][:, :outputs].copy_(drawn / divisor)
-    return rows
+@functools.lru_cache
+def geometric_grid(budget: int) -> np.ndarray:
+    """Steps at which paper A's released runs were measured: 0, then about 3% apart, up to the budget."""
+    return np.unique([0, *np.round(np.geomspace(1, budget, GRID_POINTS)).astype(int)])
 
 
 @dataclass(frozen=True)
@@ -86,9 +73,21 @@ class Cell:
     after_grok: int = 0               # steps to train on after the last member has grokked
     stop_step: int = 0                # step to stop at short of the budget, to fork from; 0 = none
     dtype: str = ""                   # float32 or float64; empty: the command's
+    card: Card | None = None          # CUDA card whose generator, seeded with seed0, draws the block, as in paper A; None: the CPU's
+    eval_every: int = EVAL_EVERY      # steps between evaluations, a divisor of LOG_EVERY; 0: paper A's geometric grid up to the budget
+    scale_once: tuple[float, ...] = ()   # factors of the model's groups, applied once, after step clamp_start; none: nothing is scaled
+
+    def __post_init__(self) -> None:
+        if self.eval_every and (self.eval_every < 0 or LOG_EVERY % self.eval_every):
+            raise UsageError(f"eval_every must be 0, paper A's grid, or divide {LOG_EVERY}, got {self.eval_every}")
+
+    @property
+    def n_train(self) -> int:
+        """Training pairs. Paper A, whose draws a `card` makes, rounds to the nearest number rather than down."""
+        return n_train(self.p, self.train_frac) if self.card is None else max(2, round(self.train_frac * self.p**2))
 
     def ensemble_key(self) -> tuple:
-        return self.p, self.model, self.loss, n_train(self.p, self.train_frac), self.decay_last, self.dtype
+        return self.p, self.model, self.loss, self.n_train, self.decay_last, self.dtype
 
 
 def unique(cells: list[Cell]) -> list[Cell]:

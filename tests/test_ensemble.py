@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import files
-from common import EVAL_EVERY, Cell, State, UsageError, initial_rows
+from common import EVAL_EVERY, Cell, State, UsageError
+from draws import initial_rows
 from ensemble import GROK, Ensemble
 from kernels import cpu
 from kernels.layout import mlp_layout
