@@ -2,7 +2,7 @@
 # ARGS="--p 59 --members 0 1" passes flags on.
 VENV := .venv
 PY   ?= $(VENV)/bin/python
-RELEASED ?= ../shared/released/logit-scale/metrics
+RELEASED ?= ../shared/released
 ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
