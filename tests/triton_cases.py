@@ -2,6 +2,7 @@
 import os
 from dataclasses import dataclass
 
+import native
 import torch
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from kernels.pairs import order_of, slots_of
 
 ON_GPU = os.environ.get("GROKKING_TEST_GPU") == "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
+if "GROKKING_TEST_NOISE" in os.environ:     # a seed: the interpreter computes as a GPU does
+    native.install(int(os.environ["GROKKING_TEST_NOISE"]))
 
 
 @dataclass(frozen=True)
