@@ -27,8 +27,10 @@ def exp(x: np.ndarray, seed: int) -> np.ndarray:
         return np.where(x == 0, 1.0, np.exp(x.astype(np.float64)) * (1 + bound * noise(x, seed))).astype(x.dtype)
 
 
-def erf(x: np.ndarray, seed: int) -> np.ndarray:
-    near = torch.special.erf(torch.from_numpy(np.ascontiguousarray(x, np.float64))).numpy().astype(x.dtype)
+def erf(x: np.ndarray, seed: int | None) -> np.ndarray:
+    near = torch.special.erf(torch.from_numpy(x.astype(np.float64))).numpy().astype(x.dtype)
+    if seed is None:
+        return near
     off = np.nextafter(near, near + np.round(1.5 * noise(x, seed)).astype(x.dtype))
     return np.where(x == 0, x, np.clip(off, -1, 1))
 
@@ -65,8 +67,9 @@ def halves(x: np.ndarray, axis: int) -> np.ndarray:
     return x[0]
 
 
-def install(seed: int) -> None:
-    """From now on in this process. Call it before a kernel runs; the interpreter must be on."""
+def install(seed: int | None) -> None:
+    """From now on in this process. Call it before a kernel runs; the interpreter must be on. Without a seed only erf changes, and not its value:
+    the interpreter's own, element by element in Python, is most of its time."""
     from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
     def unary(function: object) -> object:
@@ -81,5 +84,8 @@ def install(seed: int) -> None:
         total = halves(x.handle.data, self.axis)
         return self.to_tensor(np.expand_dims(total, self.axis) if self.keep_dims else total, x.dtype)
 
-    InterpreterBuilder.create_exp, InterpreterBuilder.create_erf = unary(exp), unary(erf)
+    InterpreterBuilder.create_erf = unary(erf)
+    if seed is None:
+        return
+    InterpreterBuilder.create_exp = unary(exp)
     InterpreterBuilder.create_dot, ReduceOps.sum = create_dot, reduce_sum

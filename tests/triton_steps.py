@@ -57,9 +57,9 @@ def assert_agrees(case: Case, scalars: Tensor, decay_last: bool = False) -> Cuda
     metrics = made.interval(scalars)
     for r in range(case.runs):
         found = [*(rows[r] for rows in made.state[:3]), *metrics[r, :-len(AUDIT), None]]
-        wanted = references(lambda dtype: definition(case.alone(r), scalars[r: r + 1], dtype, decay_last))
+        wanted = references(case.params.dtype, lambda dtype: definition(case.alone(r), scalars[r: r + 1], dtype, decay_last))
         for name, actual, reference in zip(("params", "moment1", "moment2", *metric_names(case.layout.groups)[:-len(AUDIT)]), found, wanted, strict=True):
-            assert_accurate(f"{name} run {r} after {scalars.shape[1]} steps", actual, reference, case.params.dtype)
+            assert_accurate(f"{name} run {r} after {scalars.shape[1]} steps", actual, reference)
     return made
 
 

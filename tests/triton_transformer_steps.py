@@ -46,7 +46,8 @@ def test_gradient_at_the_experiments_widths(model: str) -> None:
     case = make_transformer_case(model, 13, runs=1, d=128, H=512, scale=1.0, tau=1.3)
     made, scalars = engine(case), case.scalars.to(DEVICE)
     gradient(made.state.params, made.state.slots, scalars, made.workspace, case.n, case.layout, "ce", "ieee")
-    wanted = references(lambda t: case.layout.views(gradient_ref(case.params[0].to(t), case.a[0], case.b[0], case.scalars[0, 0].to(t), case.layout, "ce")))
+    wanted = references(torch.float32, lambda t: case.layout.views(gradient_ref(case.params[0].to(t), case.a[0], case.b[0], case.scalars[0, 0].to(t),
+                                                                                case.layout, "ce")))
     for name, mine, reference in zip(("E", "pos", "Wq", "Wk", "Wv", "Wo", "Win", "Wout", "U"), case.layout.views(made.workspace.gradient[0]), wanted,
                                      strict=True):
         assert_accurate(name, mine, reference)
