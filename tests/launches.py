@@ -15,13 +15,12 @@ from unittest import mock
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from kernels.cuda import CudaKernels
 from kernels.dialect import triton
 from kernels.layout import Layout, TransformerLayout, model_layout
 
+ROOT = Path(__file__).parent.parent
 MODULI = (29, 31, 41, 43, 53, 59, 67, 71, 79, 97, 113)
 MODELS = ("mlp", "transformer", "transformer_ln", "transformer_b")
 MODES = ((torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float64, "ieee"))
@@ -77,7 +76,7 @@ def of_experiments(chosen: list = EXPERIMENTS) -> Iterator[Launch]:
 
 def of_bench() -> Iterator[Launch]:
     """Kernels that `bench/` defines, and those of the engine as it measures them. Its other launches are an experiment's."""
-    import gpu_measurements as bench
+    from bench import gpu_measurements as bench
 
     launches: list[Launch] = []
 

@@ -112,11 +112,13 @@ def check(row: Build) -> None:
     assert row.shared_bytes <= 113 * 1024, f"{where}: two programs must fit in the 227 KB of a multiprocessor"
     assert not re.search(r"\b(atom|red)\.", row.asm["ptx"]), f"{where}: every sum has one owner"
     check_arithmetic(row, where)
-    if row.kernel in ("hidden_backward_kernel", "mix_kernel", "row_adds_kernel"):       # each tile reads back what the one before it wrote
-        assert re.search(r"\b(ttg|gpu)\.barrier", row.asm["ttgir"]) and "cp.async" not in row.asm["ptx"], f"{where}: a load may overtake a store"
+    if row.kernel in ("hidden_backward_kernel", "mix_kernel", "row_adds_kernel"):       # each tile reads back what another wrote
+        waits = re.search(r"\b(ttg|gpu)\.barrier", row.asm["ttgir"])
+        assert waits and "cp.async" not in row.asm["ptx"], f"{where}: a load may overtake a store"
     if row.kernel in ("hidden_backward_kernel", "gelu_backward_kernel"):
         apart = re.search(r"(%\w+) = tt\.dot .*maxNumImpreciseAcc = 1", row.asm["ttir"])
-        assert apart and re.search(rf"arith\.addf %\w+, {re.escape(apart[1])}\b", row.asm["ttir"]), f"{where}: a tile's product is not summed by itself"
+        added = apart and re.search(rf"arith\.addf %\w+, {re.escape(apart[1])}\b", row.asm["ttir"])
+        assert added, f"{where}: a tile's product is not summed by itself"
 
 
 def check_arithmetic(row: Build, where: str) -> None:

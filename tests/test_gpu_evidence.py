@@ -116,7 +116,7 @@ def test_every_stage_writes_into_the_folder() -> None:
 
 
 def test_stops_in_time_and_leaves_out_aloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    code, outcomes = call(monkeypatch, tmp_path / "out", "--minutes", "0.11", "--released", str(tmp_path), slow="import time; time.sleep(60)", next="")
+    code, outcomes = call(monkeypatch, tmp_path / "out", "--minutes", "0.11", "--released", str(tmp_path), slow="import time; time.sleep(9)", next="")
     assert (code, outcomes) == (3, {"slow": "out of time"})
     for released in ((), ("--released", str(tmp_path / "absent"))):       # `../shared` is not everywhere
         assert call(monkeypatch, tmp_path / "other", *released, one="") == (1, {})

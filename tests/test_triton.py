@@ -11,7 +11,7 @@ from launches import SUITES
 
 NATIVE = os.environ.get("GROKKING_TEST_GPU") == "1"
 SEEDS = [""] if NATIVE else ["", *os.environ.get("GROKKING_TEST_SEEDS", "1").split()]
-RUNS = [pytest.param(suite, seed, id=f"{suite}, {f'noise {seed}' if seed else 'native' if NATIVE else 'numpy'}") for seed in SEEDS for suite in SUITES]
+RUNS = [pytest.param(suite, seed, id=f"{suite}, {f'noise {seed}' if seed else 'exact'}") for seed in SEEDS for suite in SUITES]
 
 
 @pytest.mark.parametrize(("suite", "noise"), [pytest.param("triton_faults.py", "", id="planted faults"), *RUNS])

@@ -41,8 +41,10 @@ def test_sample_of_the_experiments() -> None:
     assert_sound({key: found[key] for key in draw.sample(sorted(found), 20)})
 
 
-@pytest.mark.parametrize("layout", [mlp_layout(5, 16, 32), mlp_layout(5, 16, 32, torch.float64), mlp_layout(13, 16, 32), transformer_layout(3, 16, 32)],
-                         ids=["p=5", "p=5, float64", "p=13", "transformer"])
+SMALL = mlp_layout(5, 16, 32), mlp_layout(5, 16, 32, torch.float64), mlp_layout(13, 16, 32), transformer_layout(3, 16, 32)
+
+
+@pytest.mark.parametrize("layout", SMALL, ids=["p=5", "p=5, float64", "p=13", "transformer"])
 def test_sizes_of_the_kernels_tests(layout: object) -> None:
     dtype = torch.float64 if layout.p_pad < 16 else torch.float32
     found = kinds(step_launches(layout, dtype, "ieee", "ce"))
@@ -50,7 +52,7 @@ def test_sizes_of_the_kernels_tests(layout: object) -> None:
 
 
 def test_measurements() -> None:
-    found = kinds(launch for launch in of_bench() if launch.kernel.fn.__module__ == "gpu_measurements")
+    found = kinds(launch for launch in of_bench() if launch.kernel.fn.__module__ == "bench.gpu_measurements")
     assert len(found) == 9          # products at two widths in three modes, adds at two moduli, the empty one
     assert_sound(dict(list(found.items())[::3]))
 
@@ -80,7 +82,8 @@ def test_a_product_in_single_pass_tf32_is_seen(wrong: str, tmp_path: Path, monke
     text = Path(kernels.dialect.__file__).read_text()
     right = "acc = tl.dot(x, y, acc, input_precision=PRECISION)"
     assert text.count(right) == 1
-    for name, module, change in (("dialect", kernels.dialect, (right, wrong)), ("matmul", kernels.matmul, ("from .dialect", "from .planted_dialect"))):
+    changes = ("dialect", kernels.dialect, (right, wrong)), ("matmul", kernels.matmul, ("from .dialect", "from .planted_dialect"))
+    for name, module, change in changes:
         path = tmp_path / f"{name}.py"
         path.write_text(Path(module.__file__).read_text().replace(*change))
         spec = importlib.util.spec_from_file_location(f"kernels.planted_{name}", path)

@@ -43,7 +43,7 @@ def schedule(case: Case, steps: int, lr: float = 1e-3, targets: tuple[float, ...
 
 
 def definition(case: Case, scalars: Tensor, dtype: torch.dtype, decay_last: bool = False) -> list[Tensor]:
-    """Of a case with one run: `params, moment1, moment2 (n_params)` and every metric but the audit's `(1)` after the steps `scalars (1, k, 5 + groups)`."""
+    """Of one run, after the steps `scalars (1, k, 5 + groups)`: `params, moment1, moment2 (n_params)`, every metric but the audit's `(1)`."""
     case, scalars = case.to(dtype), scalars[0].to(dtype)
     rows = [case.params[0].clone(), torch.zeros_like(case.params[0]), torch.zeros_like(case.params[0])]
     for row in scalars:
@@ -55,10 +55,11 @@ def definition(case: Case, scalars: Tensor, dtype: torch.dtype, decay_last: bool
 def assert_agrees(case: Case, scalars: Tensor, decay_last: bool = False) -> CudaKernels:
     made = engine(case, decay_last=decay_last)
     metrics = made.interval(scalars)
+    names = ("params", "moment1", "moment2", *metric_names(case.layout.groups)[:-len(AUDIT)])
     for r in range(case.runs):
         found = [*(rows[r] for rows in made.state[:3]), *metrics[r, :-len(AUDIT), None]]
-        wanted = references(case.params.dtype, lambda dtype: definition(case.alone(r), scalars[r: r + 1], dtype, decay_last))
-        for name, actual, reference in zip(("params", "moment1", "moment2", *metric_names(case.layout.groups)[:-len(AUDIT)]), found, wanted, strict=True):
+        wanted = references(case.params.dtype, lambda dtype, r=r: definition(case.alone(r), scalars[r: r + 1], dtype, decay_last))
+        for name, actual, reference in zip(names, found, wanted, strict=True):
             assert_accurate(f"{name} run {r} after {scalars.shape[1]} steps", actual, reference)
     return made
 

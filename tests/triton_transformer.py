@@ -30,7 +30,7 @@ LAYER_NORM = pytest.mark.parametrize("model", ["transformer", "transformer_ln"])
 def agree(case: Case, run: Callable[[Case], Outputs], ref: Callable[[Case, int], list[Tensor]]) -> None:
     outputs = run(case)
     for r in range(case.runs):
-        wanted = references(case.params.dtype, lambda dtype: ref(case.to(dtype), r))
+        wanted = references(case.params.dtype, lambda dtype, r=r: ref(case.to(dtype), r))
         for (name, actual), reference in zip(outputs.items(), wanted, strict=True):
             assert_accurate(f"{run.__name__} {name} run {r}", actual[r], reference)
 
@@ -56,7 +56,7 @@ def test_matmul(M: int, K: int, N: int, dtype: torch.dtype) -> None:
     for add in (False, True):
         out = addend.to(DEVICE, copy=True) if add else nan(2, 3, M, N, dtype=dtype)
         matmul(x.to(DEVICE), y.to(DEVICE), out, "ieee", 0.3, add)
-        (reference,) = references(dtype, lambda t: [0.3 * (x.to(t) @ y.to(t)) + add * addend.to(t)])
+        (reference,) = references(dtype, lambda t, add=add: [0.3 * (x.to(t) @ y.to(t)) + add * addend.to(t)])
         assert_accurate("matmul", out, reference)
     with pytest.raises(ValueError, match="expected"):
         matmul(x, y, out[:, :, :, 1:], "ieee")
