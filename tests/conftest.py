@@ -26,6 +26,8 @@ class Beside:
         if os.environ.get("GROKKING_TEST_GPU") != "1":
             environment["TRITON_INTERPRET"] = "1"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", str(TESTS / suite)]
+        if noise:
+            command += ["-m", "not bits"]
         self.running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         output = self.running.communicate()[0]
         return self.running.returncode, output
@@ -38,6 +40,7 @@ class Beside:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.beside = Beside()
+    config.addinivalue_line("markers", "bits: of a kernel suite, what no arithmetic changes: equal bits and bookkeeping; run once")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

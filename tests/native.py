@@ -68,9 +68,17 @@ def halves(x: np.ndarray, axis: int) -> np.ndarray:
 
 
 def install(seed: int | None) -> None:
-    """From now on in this process. Call it before a kernel runs; the interpreter must be on. Without a seed only erf changes, and not its value:
-    the interpreter's own, element by element in Python, is most of its time."""
-    from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+    """From now on in this process. Call it before a kernel runs; the interpreter must be on. Without a seed no value changes, only half of the
+    interpreter's time goes: its erf is a loop in Python, and every call of a device function prepares the language anew."""
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle, _patch_lang
+
+    prepared = set()
+
+    def call(self: object, *args: object, **kwargs: object) -> object:
+        if self.fn.__module__ not in prepared:
+            prepared.add(self.fn.__module__)
+            _patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
 
     def unary(function: object) -> object:
         return lambda self, x: TensorHandle(function(np.asarray(x.data, order="C"), seed), x.dtype.scalar)
@@ -85,6 +93,7 @@ def install(seed: int | None) -> None:
         return self.to_tensor(np.expand_dims(total, self.axis) if self.keep_dims else total, x.dtype)
 
     InterpreterBuilder.create_erf = unary(erf)
+    InterpretedFunction.__call__ = call
     if seed is None:
         return
     InterpreterBuilder.create_exp = unary(exp)

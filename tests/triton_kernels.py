@@ -231,6 +231,7 @@ def test_audit_difference(scale: float, tau: float, dtype: torch.dtype) -> None:
     assert 0 < found <= (largest + 4) * EPS32 and abs(found - wanted) <= 4 * EPS32
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_same_bits_again_and_alone(kernel: str, dtype: torch.dtype) -> None:

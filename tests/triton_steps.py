@@ -123,6 +123,7 @@ def assert_bits_depend_on_nothing_else(case: Case, scalars: Tensor, arithmetic: 
         assert all(torch.equal(output, reference[rows]) for output, reference in zip(outputs, whole, strict=True))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(("dtype", "arithmetic"), [(torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float64, "ieee")])
 def test_bits_depend_on_nothing_else(dtype: torch.dtype, arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A held run beside a free one."""
@@ -231,6 +232,7 @@ def assert_the_trainer_agrees(cells: list[Cell], steps: list[int]) -> None:
         assert (mine - other).norm() <= 1e-5 * other.norm()
 
 
+@pytest.mark.bits
 def test_the_trainer_drives_the_kernels_as_it_drives_the_definition(small: None) -> None:
     """Two cells that start at different steps, one retiring first."""
     cells = [Cell("a", p=5, members=(0, 1), block=2, budget_steps=75, arm="clamp", clamp_start=10, held=((3.0, 0, 0, 0),) * 2),

@@ -35,6 +35,7 @@ def test_one_step(model: str, loss: str, tau: float, targets: tuple[float, ...],
         assert not target or abs(norm - target) <= 2 * torch.finfo(dtype).eps * target
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(("model", "dtype", "arithmetic"), [("transformer", torch.float32, "ieee"), ("transformer_ln", torch.float32, "tf32x3")])
 def test_bits_depend_on_nothing_else(model: str, dtype: torch.dtype, arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_transformer_case(model, 3, dtype=dtype)
@@ -73,6 +74,7 @@ def test_every_row_starts_aligned() -> None:
         assert tensor[1:].data_ptr() % 16 == tensor.data_ptr() % 16 == 0
 
 
+@pytest.mark.bits
 def test_the_trainer_drives_the_kernels_as_it_drives_the_definition(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations every 2 steps, so that there are several. A group is held in one cell; the other starts later."""
     for module in (common, ensemble):
