@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import bench_step
 import peers
 
-from ensemble import Ensemble
+from lab.ensemble import Ensemble
 
 
 def test_a_peer_that_fails_is_lost_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
