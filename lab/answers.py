@@ -65,11 +65,14 @@ class Table:
         found = [cell for cell, run in self.first.items() if all(run.get(k) == v for k, v in conditions.items())]
         return sorted(found, key=lambda cell: (self.first[cell]["p"] or 0, self.first[cell]["rho"] or 0))
 
+    def like(self, row: dict, **more: object) -> list[str]:
+        """Cells under all conditions that a published row states, and `more`."""
+        stated = {column: row[key] for key, column in CONDITIONS.items() if row.get(key) is not None}
+        return self.pick(**{**UNLESS_STATED, **stated, **more})
+
     def match(self, row: dict) -> str | None:
         """The cell that a published row is about, if it ran. Where the row has no dtype float32, the papers' precision, goes first."""
-        conditions = {column: row.get(key) if row.get(key) is not None else UNLESS_STATED.get(key) for key, column in CONDITIONS.items()
-                      if row.get(key) is not None or key in UNLESS_STATED}
-        return min(self.pick(**conditions), key=lambda cell: self.first[cell].get("dtype") == "float64", default=None)
+        return min(self.like(row), key=lambda cell: self.first[cell].get("dtype") == "float64", default=None)
 
     def control(self, cell: str) -> str | None:
         """The free cell of the same network, block, rate and seeds."""

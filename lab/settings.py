@@ -12,7 +12,8 @@ from kernels.cpu import has_compiler
 
 
 def option(default: object, text: str, kind: type = str, parts: tuple[str, ...] = (), all_of: tuple[str, ...] = ()) -> object:
-    """A setting that the command line offers, with its help text; `kind` of the values where the default is an empty tuple.
+    """A setting that the command line offers, with its help text; `kind` of the values where the default is an empty tuple. One of kind
+    "fixed" is not offered: an experiment that is about one model has no --model.
     `parts`: the only parts of the experiment that read it; `all_of`: the only ones that read more than its first value."""
     return field(default=default, metadata={"help": text, "kind": kind, "parts": parts, "all_of": all_of})
 
@@ -66,6 +67,8 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
     parser = Parser(description=sys.modules[cls.__module__].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(cls):
         flag = "--" + f.name.replace("_", "-")
+        if f.metadata["kind"] == "fixed":
+            continue
         if f.metadata["kind"] == "positional":
             parser.add_argument(f.name, help=f.metadata["help"])
         elif f.type in (bool, "bool"):
@@ -81,7 +84,7 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
     device = given.get("device", "auto")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
-    model = given.get("model", "mlp")
+    model = given.get("model", getattr(cls, "model", "mlp"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and given.get("backend", "auto") in ("auto", "triton") else "cpu"
     if (given.get("backend") == "triton") != (device == "cuda") and given.get("backend", "auto") != "auto":
@@ -156,7 +159,7 @@ def check_grid(config: Config, parts: tuple[str, ...]) -> None:
         for fraction in getattr(config, "train_fracs", ()) or (0.4,):
             if not 1 <= n_train(p, fraction) < p * p:
                 raise UsageError(f"--p {p} with train fraction {fraction:g} leaves no training pair; use a larger p or fraction")
-    for name in ("seeds", "moduli_seeds", "free_seeds", "audit_seeds"):
+    for name in ("seeds", "moduli_seeds", "free_seeds", "audit_seeds", "temperature_seeds"):
         if not 1 <= getattr(config, name, 1) <= 10_000:
             raise UsageError(f"--{name.replace('_', '-')} must be between 1 and 10000, got {getattr(config, name)}")
     if not 0 <= config.seed0 < 2**31:
