@@ -169,38 +169,18 @@ SHARED = (41, 53, 59, 71)                                     # moduli of the sh
 PLAIN = {"lr": 1e-3, "train_frac": 0.40}                      # what a row leaves out that is about more than one cell
 
 
-def fitted(table: Table, row: dict, **more: object) -> tuple[list[str], str]:
-    """Cells within the doses of the published fit, and what is missing of them."""
-    doses = FITTED.get(row["experiment"], (math.inf,))
-    cells = [cell for cell in table.like(row, **PLAIN, arm="clamp", **more) if doses[0] <= table.first[cell]["rho"] <= doses[-1]]
-    return cells, lacking((table.first[cell]["rho"] for cell in cells), doses) if cells else ""
-
-
-def of_line(number: int) -> Callable[[Table, dict], tuple | None]:
-    """Of the line through ln T_grok over rho: 0 its slope alpha, 2 its R^2."""
-    def statistic(table: Table, row: dict) -> tuple | None:
-        cells, missing = fitted(table, row)
-        return (cells, lambda picks: delay.line(table, cells)(picks)[number], missing) if len(cells) >= 2 else None
-    return statistic
-
-
-def saturation(table: Table, row: dict) -> tuple | None:
-    cells, missing = fitted(table, row)
-    top = table.like(row, **PLAIN, arm="clamp", rho=1.30)
-    return ([*cells, *top], delay.saturation(table, cells, top[0]), missing) if top and len(cells) >= 2 else None
-
-
 def of_shared_line(number: int) -> Callable[[Table, dict], tuple | None]:
     """One slope for four moduli, an intercept for each: 0 the slope, 1 the R^2 within moduli."""
     def statistic(table: Table, row: dict) -> tuple | None:
-        found = [fitted(table, row, p=p) for p in SHARED]
-        if min(len(cells) for cells, _ in found) < 2:
+        groups = [delay.within(table, table.like(row, **PLAIN, arm="clamp", p=p), MODULI_RHOS) for p in SHARED]
+        if min(map(len, groups)) < 2:
             return None
-        rhos = [np.array([table.first[cell]["rho"] for cell in cells], dtype=float) for cells, _ in found]
+        rhos = [np.array([table.first[cell]["rho"] for cell in cells], dtype=float) for cells in groups]
 
         def fit(picks: np.ndarray) -> np.ndarray:
-            return stats.shared_slope(rhos, [table.log_T(cells)(picks) for cells, _ in found])[number]
-        return [cell for cells, _ in found for cell in cells], fit, next((missing for _, missing in found if missing), "")
+            return stats.shared_slope(rhos, [table.log_T(cells)(picks) for cells in groups])[number]
+        missing = [text for cells in groups if (text := delay.lacking_doses(table, cells, MODULI_RHOS))]
+        return [cell for cells in groups for cell in cells], fit, missing[0] if missing else ""
     return statistic
 
 
@@ -246,7 +226,7 @@ def concentration(table: Table, row: dict) -> tuple | None:
 
 
 STATISTICS = {
-    "alpha": of_line(0), "r2": of_line(2), "saturation": saturation, "alpha_shared": of_shared_line(0), "r2_shared": of_shared_line(1),
+    **delay.statistics(FITTED, 1.30, **PLAIN), "alpha_shared": of_shared_line(0), "r2_shared": of_shared_line(1),
     "norm_factor": factor({"rho": 1.30, "lr": 1e-3}, {"rho": 0.85, "lr": 1e-3}),
     "lr_factor": factor({"rho": 1.30, "lr": 1e-3}, {"rho": 1.30, "lr": 8e-3}),
     "spread": spread, "power_W": power_of_p, "cv_W": concentration,
@@ -263,21 +243,21 @@ def curves(table: Table, config: Config, arm: str = "clamp") -> dict[str, list[s
 
 def within(table: Table, part: str, cells: list[str]) -> dict[int, list[str]]:
     """By modulus the cells whose doses the paper fits in that part; of two doses or more."""
-    doses, by_p = {"dense": FIT_DENSE, "moduli": MODULI_RHOS}[part], {}
-    for cell in cells:
-        if doses[0] <= table.first[cell]["rho"] <= doses[-1]:
-            by_p.setdefault(table.first[cell]["p"], []).append(cell)
+    doses = {"dense": FIT_DENSE, "moduli": MODULI_RHOS}[part]
+    by_p: dict[int, list[str]] = {}
+    for cell in delay.within(table, cells, doses):
+        by_p.setdefault(table.first[cell]["p"], []).append(cell)
     return {p: mine for p, mine in by_p.items() if len(mine) >= 2}
 
 
 def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
     """Fills `table`: published numbers that these runs answer, and what they say beyond."""
-    answer(table, published("A.").values(), STATISTICS)
-    for key, label in (("A.alpha.shared", "alpha shared by four moduli"), ("A.norm_factor", "T_grok at rho 1.30 over 0.85"),
-                       ("A.lr_factor", "T_grok at learning rate 1e-3 over 8e-3"), ("A.oneshot.spread", "max/min T_grok, one rescale"),
-                       ("A.wc.power", "k of W_c ~ p^k")):
-        if claim := table.claims.get(key):
-            table.say(label, (claim["ours"], claim["lo"], claim["hi"]), claim["n"], claim["n_censored"], key)
+    rows = published("A.")
+    answer(table, rows.values(), STATISTICS)
+    delay.tell(table, rows, STATISTICS, {
+        "A.alpha.shared": "alpha shared by four moduli", "A.norm_factor": "T_grok at rho 1.30 over 0.85",
+        "A.lr_factor": "T_grok at learning rate 1e-3 over 8e-3", "A.oneshot.spread": "max/min T_grok, one rescale",
+        "A.wc.power": "k of W_c ~ p^k"})
     for part, cells in curves(table, config).items():
         for p, mine in within(table, part, cells).items():
             slope = lambda picks, mine=mine: delay.line(table, mine)(picks)[0]  # noqa: E731
@@ -324,7 +304,7 @@ def draw_matrix(table: Table, cells: list[str], folder: Path, file: str) -> None
     figure, axis = plt.subplots(figsize=(6, 4.2))
     for i, (rho, mine) in enumerate(by_rho.items()):
         for x, cell in mine.items():
-            figures.members(axis, x, table.point(cell), f"C{i}", width=0.05)
+            figures.dots(axis, x, table.point(cell), f"C{i}", width=0.05)
         order = sorted(mine)
         axis.plot(order, [figures.middle(table.grok[mine[x]]) for x in order], color=f"C{i}", ls=figures.LINES[i % 4], lw=1, label=f"rho {rho:g}")
         figures.squares(axis, [(rates.index(row["lr"]), row["value"]) for row in published("A.matrix.rho").values()

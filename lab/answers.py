@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import LOG_EVERY
 from lab import stats
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +51,10 @@ class Table:
     def __init__(self, runs: list[dict], log: Iterable[dict] = (), networks: str = "fresh"):
         """`log`: rows with `cell, member, step` and logged columns. `networks`: "published" takes the papers' medians, over runs that grok."""
         self.runs, self.networks, self.claims, self.findings, self.law, self.medians = runs, networks, {}, [], [], {}
-        self.first = {run["cell"]: {"task": "add", **run, "group": group_held(run)} for run in reversed(runs)}
+        self.first: dict[str, dict] = {}
+        for run in runs:
+            if run["cell"] not in self.first:
+                self.first[run["cell"]] = {"task": "add", **run, "group": group_held(run)}
         self.grok = {cell: np.array([*stats.times(runs, cell).values()]) for cell in self.first}
         self.mem = {cell: np.array([*stats.times(runs, cell, "t_mem_step").values()]) for cell in self.first}
         self.log: dict[str, dict] = {cell: {} for cell in self.first}
@@ -140,6 +144,17 @@ class Table:
             nearest = np.abs(np.array(steps)[None] - middle[:, None]).argmin(1)
             return np.take_along_axis(values[nearest], picks, 1).mean(1)
         return mean
+
+    def recovery(self, cells: Iterable[str], step: int | None = None, log: bool = False, joint: bool = False) -> Statistic:
+        """Recovery fraction (`stats.recovery`) of `cells`: the baseline, then the raised norm over tau, tau 1 first. The logit scale is read at
+        `step`, or at grokking; `joint` resamples it too."""
+        base, *sweep = cells
+
+        def fraction(picks: np.ndarray) -> np.ndarray:
+            who = picks if joint else np.arange(picks.shape[1])[None].repeat(len(picks), 0)
+            T, L = np.stack([self.T(c)(picks) for c in sweep], 1), np.stack([self.at(c, step=step)(who) for c in sweep], 1)   # (B, taus)
+            return stats.recovery(self.T(base)(picks), T[:, 0], T, L, self.at(base, step=step)(who), log)
+        return fraction
 
     # -- answers
 
@@ -251,3 +266,17 @@ def flag_unlearned(runs: list[dict], trajectories: Iterable[dict]) -> None:
         run["unlearned"] = lost[run["cell"], run["member"]]
         if run["unlearned"]:
             print(f"member {run['member']} of {run['cell']} unlearned its training pairs at {run['unlearned']} logged steps; its row says so")
+
+
+def around_grok(runs: list[dict], trajectories: list[dict]) -> list[dict]:
+    """around_grok.csv, all that a `Table` needs of the trajectories: logit scale and collapse at the step where a clamp engages, and from the
+    first to the last T_grok of a cell."""
+    rows = []
+    for cell in dict.fromkeys(run["cell"] for run in runs):
+        mine = [row for row in trajectories if row["cell"] == cell]
+        grok = [run["t_grok_step"] for run in runs if run["cell"] == cell and run["t_grok_step"] is not None]
+        start, end = next(run["clamp_start"] for run in runs if run["cell"] == cell), max((row["step"] for row in mine), default=0)
+        first, last = (min(min(grok) - LOG_EVERY, end), max(grok) + LOG_EVERY) if grok else (end, end)
+        rows += [{k: row[k] for k in ("cell", "member", "step", "logit_scale", "collapse32", "collapse64")} for row in mine
+                 if first <= row["step"] <= last or row["step"] == start]
+    return rows

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from lab import stats
-from lab.answers import SAME, Statistic, Table
+from lab.answers import SAME, Table, lacking
 
 
 def line(table: Table, cells: Iterable[str]) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -15,14 +15,46 @@ def line(table: Table, cells: Iterable[str]) -> Callable[[np.ndarray], tuple[np.
     return lambda picks: stats.line(rhos, table.log_T(cells)(picks))
 
 
-def saturation(table: Table, cells: Iterable[str], top: str) -> Statistic:
-    """Median T_grok of `top` over what the line through `cells` says at its rho."""
-    fit, rho = line(table, cells), table.first[top]["rho"]
+def within(table: Table, cells: Iterable[str], doses: tuple[float, ...]) -> list[str]:
+    """Cells between the first and the last of `doses`."""
+    return [cell for cell in cells if doses[0] <= table.first[cell]["rho"] <= doses[-1]]
 
-    def ratio(picks: np.ndarray) -> np.ndarray:
-        slope, intercept, _ = fit(picks)
-        return table.T(top)(picks) / np.exp(intercept + slope * rho)
-    return ratio
+
+def lacking_doses(table: Table, cells: Iterable[str], doses: tuple[float, ...]) -> str:
+    return lacking((table.first[cell]["rho"] for cell in cells), doses)
+
+
+def statistics(fitted: dict[str, tuple[float, ...]], top: float, **plain: object) -> dict[str, Callable[[Table, dict], tuple | None]]:
+    """Of the line through ln T_grok over rho: `alpha` its slope, `r2`, and `saturation`, the median T_grok at rho `top` over what the line says
+    there. `fitted`: doses by the paper's set of runs; `plain`: conditions that the published rows leave out."""
+    def of_line(number: int) -> Callable[[Table, dict], tuple | None]:
+        def statistic(table: Table, row: dict) -> tuple | None:
+            doses = fitted.get(row["experiment"], (math.inf,))
+            cells = within(table, table.like(row, arm="clamp", **plain), doses)
+            if len(cells) < 2:
+                return None
+            return cells, lambda picks: line(table, cells)(picks)[number], lacking_doses(table, cells, doses)
+        return statistic
+
+    def saturation(table: Table, row: dict) -> tuple | None:
+        found, above = of_line(0)(table, row), table.like(row, arm="clamp", rho=top, **plain)
+        if not found or not above:
+            return None
+        cells, _, missing = found
+
+        def ratio(picks: np.ndarray) -> np.ndarray:
+            slope, intercept, _ = line(table, cells)(picks)
+            return table.T(above[0])(picks) / np.exp(intercept + slope * top)
+        return [*cells, above[0]], ratio, missing
+    return {"alpha": of_line(0), "r2": of_line(2), "saturation": saturation}
+
+
+def tell(table: Table, rows: dict[str, dict], statistics: dict[str, Callable], labels: dict[str, str]) -> None:
+    """A sentence of the command's last lines for every claim of `labels` that is answered."""
+    for key, label in labels.items():
+        if claim := table.claims.get(key):
+            cells = statistics[rows[key]["statistic"]](table, rows[key])[0]
+            table.say(label, (claim["ours"], claim["lo"], claim["hi"]), claim["n"] * len(cells), claim["n_censored"], key)
 
 
 def contraction(runs: list[dict], trajectories: list[dict]) -> list[dict]:

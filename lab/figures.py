@@ -43,8 +43,7 @@ def middle(values: np.ndarray) -> float:
     return found if math.isfinite(found) else math.nan
 
 
-def members(axis: plt.Axes, x: float, point: dict, color: str, scale: float = 1.0, marker: str = "o", width: float = 0.004,
-            key: str = "T") -> None:
+def dots(axis: plt.Axes, x: float, point: dict, color: str, scale: float = 1.0, marker: str = "o", width: float = 0.004, key: str = "T") -> None:
     """Every member of a cell (`Table.point`) at `x`, its times over `scale`: open triangles at the budget where censored; a bar at the median."""
     offsets = np.linspace(-width, width, len(point[key])) if len(point[key]) > 1 else [0]
     for offset, t in zip(offsets, point[key], strict=True):
@@ -62,7 +61,7 @@ def squares(axis: plt.Axes, points: Iterable[tuple[float, float | None]], color:
 
 
 def legend(axis: plt.Axes, **where: object) -> None:
-    """A legend that explains the marks of `members` and `squares` too."""
+    """A legend that explains the marks of `dots` and `squares` too."""
     if any(drawn.get_label() == "_published" for drawn in axis.lines):
         axis.plot([], [], "s", mfc="none", color="gray", mew=1.5, label="published median")
     axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
@@ -71,12 +70,12 @@ def legend(axis: plt.Axes, **where: object) -> None:
 
 def dose(table: Table, cells: list[str], fitted: dict[int, list[str]], known: dict[str, dict], title: str, folder: Path, file: str) -> None:
     """T_grok against rho on a log axis, a colour and a line style per modulus: the line through its `fitted` cells, of three doses or more;
-    published rows `known` as squares; the free control as a dotted line."""
+    rows `known` published between our doses as squares; the free control as a dotted line."""
     figure, axis = plt.subplots(figsize=(6, 4.2))
     for i, p in enumerate(dict.fromkeys(table.first[cell]["p"] for cell in cells)):
-        mine, label = [cell for cell in cells if table.first[cell]["p"] == p], f"p={p}"
-        for cell in mine:
-            members(axis, table.first[cell]["rho"], table.point(cell), f"C{i}")
+        mine, label = {table.first[cell]["rho"]: cell for cell in cells if table.first[cell]["p"] == p}, f"p={p}"
+        for rho, cell in mine.items():
+            dots(axis, rho, table.point(cell), f"C{i}")
         if len(doses := fitted.get(p, ())) >= 3:
             fit, n = line(table, doses), table.count(tuple(doses))[0]
             slope, intercept, _ = (float(value[0]) for value in fit(np.arange(n)[None]))
@@ -85,8 +84,9 @@ def dose(table: Table, cells: list[str], fitted: dict[int, list[str]], known: di
             axis.plot(x, np.exp(intercept + slope * x), color=f"C{i}", ls=LINES[i % 4], lw=1)
             label += f": alpha {slope:.2f} [{lo:.2f}, {hi:.2f}]"
         axis.plot([], [], color=f"C{i}", ls=LINES[i % 4] if doses else "-", label=label)
-        squares(axis, [(row["rho"], row["value"]) for row in known.values() if row["p"] == p and row["rho"]], f"C{i}")
-        if control := table.control(mine[0]):
+        at_p = {row["rho"]: row["value"] for row in known.values() if row["p"] == p and row["rho"]}
+        squares(axis, [(rho, value) for rho, value in at_p.items() if min(mine) <= rho <= max(mine)], f"C{i}")
+        if control := table.control(mine[min(mine)]):
             axis.axhline(middle(table.grok[control]), color=f"C{i}", ls=(0, (1, 4)), lw=1)
     once = table.first[cells[0]]["arm"] == "rescale"
     axis.set(yscale="log", xlabel="norm after one rescale / critical norm, rho" if once else "held norm / critical norm, rho",
