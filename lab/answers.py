@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common import LOG_EVERY
 from lab import stats
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,17 +144,6 @@ class Table:
             return np.take_along_axis(values[nearest], picks, 1).mean(1)
         return mean
 
-    def recovery(self, cells: Iterable[str], step: int | None = None, log: bool = False, joint: bool = False) -> Statistic:
-        """Recovery fraction (`stats.recovery`) of `cells`: the baseline, then the raised norm over tau, tau 1 first. The logit scale is read at
-        `step`, or at grokking; `joint` resamples it too."""
-        base, *sweep = cells
-
-        def fraction(picks: np.ndarray) -> np.ndarray:
-            who = picks if joint else np.arange(picks.shape[1])[None].repeat(len(picks), 0)
-            T, L = np.stack([self.T(c)(picks) for c in sweep], 1), np.stack([self.at(c, step=step)(who) for c in sweep], 1)   # (B, taus)
-            return stats.recovery(self.T(base)(picks), T[:, 0], T, L, self.at(base, step=step)(who), log)
-        return fraction
-
     # -- answers
 
     def count(self, cells: tuple[str, ...]) -> tuple[int, int, float]:
@@ -266,17 +254,3 @@ def flag_unlearned(runs: list[dict], trajectories: Iterable[dict]) -> None:
         run["unlearned"] = lost[run["cell"], run["member"]]
         if run["unlearned"]:
             print(f"member {run['member']} of {run['cell']} unlearned its training pairs at {run['unlearned']} logged steps; its row says so")
-
-
-def around_grok(runs: list[dict], trajectories: list[dict]) -> list[dict]:
-    """around_grok.csv, all that a `Table` needs of the trajectories: logit scale and collapse at the step where a clamp engages, and from the
-    first to the last T_grok of a cell."""
-    rows = []
-    for cell in dict.fromkeys(run["cell"] for run in runs):
-        mine = [row for row in trajectories if row["cell"] == cell]
-        grok = [run["t_grok_step"] for run in runs if run["cell"] == cell and run["t_grok_step"] is not None]
-        start, end = next(run["clamp_start"] for run in runs if run["cell"] == cell), max((row["step"] for row in mine), default=0)
-        first, last = (min(min(grok) - LOG_EVERY, end), max(grok) + LOG_EVERY) if grok else (end, end)
-        rows += [{k: row[k] for k in ("cell", "member", "step", "logit_scale", "collapse32", "collapse64")} for row in mine
-                 if first <= row["step"] <= last or row["step"] == start]
-    return rows

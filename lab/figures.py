@@ -1,16 +1,13 @@
 """Figures that several experiments share: every member visible, censored runs as open triangles at their budget, published points beside ours."""
 import io
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from scipy.stats import CensoredData, ecdf
 
-from lab import answers, files, stats
-from lab.answers import Table
-from lab.delay import line
+from lab import desk, files, stats
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -20,14 +17,13 @@ LINES, MARKERS = ("-", "--", ":", "-."), "osD^vPX*"   # series differ in print w
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
-    """`folder/name.png` and `.pdf`; the figure is closed."""
+    """`folder/name.png` and `.pdf`."""
     files.check_held(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "pdf"):
         image = io.BytesIO()
         figure.savefig(image, format=kind, dpi=120, bbox_inches="tight")
         files.write_atomic(folder / f"{name}.{kind}", image.getvalue())
-    plt.close(figure)
 
 
 def steps(axis: matplotlib.axis.Axis) -> None:
@@ -37,109 +33,168 @@ def steps(axis: matplotlib.axis.Axis) -> None:
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
-def middle(values: np.ndarray) -> float:
-    """Median with censored runs counted as later; not a number where that is beyond the budget, so that nothing is drawn."""
-    found = float(stats.median(values))
+def middle(runs: list[dict]) -> float:
+    """Median T_grok, censored runs counted as later; not a number where that is beyond the budget, so that nothing is drawn."""
+    found = float(stats.median(np.array([math.inf if r["t_grok_step"] is None else r["t_grok_step"] for r in runs])))
     return found if math.isfinite(found) else math.nan
 
 
-def dots(axis: plt.Axes, x: float, point: dict, color: str, scale: float = 1.0, marker: str = "o", width: float = 0.004, key: str = "T") -> None:
-    """Every member of a cell (`Table.point`) at `x`, its times over `scale`: open triangles at the budget where censored; a bar at the median."""
-    offsets = np.linspace(-width, width, len(point[key])) if len(point[key]) > 1 else [0]
-    for offset, t in zip(offsets, point[key], strict=True):
-        crossed = math.isfinite(t)
-        axis.plot(x + offset, (t if crossed else point["budget_steps"]) / scale, marker if crossed else "^", color=color,
-                  mfc=color if crossed else "none", ms=3.5, alpha=0.6)
-    axis.plot([x - 2.5 * width, x + 2.5 * width], [middle(point[key]) / scale] * 2, color=color, lw=2)
+def dots(axis: plt.Axes, x: float, runs: list[dict], color: str, spread: float = 0.004) -> None:
+    """Every member of a cell: dots where it grokked, open triangles at the budget where it did not; a bar at the median."""
+    jitter = np.linspace(-spread, spread, len(runs)) if len(runs) > 1 else [0]
+    for offset, run in zip(jitter, runs, strict=True):
+        grok = run["t_grok_step"]
+        axis.plot(x + offset, grok or run["budget_steps"], marker="." if grok else "^", color=color, mfc=color if grok else "none", ms=5, alpha=0.7)
+    axis.plot([x - 2.2 * spread, x + 2.2 * spread], [middle(runs)] * 2, color=color, lw=2)
 
 
-def squares(axis: plt.Axes, points: Iterable[tuple[float, float | None]], color: str = "black") -> None:
-    """Published values; `legend` has a line for them."""
-    points = [(x, y) for x, y in points if y is not None]
-    if points:
-        axis.plot(*zip(*points, strict=True), "s", mfc="none", mec=color, mew=1.5, ms=8, label="_published")
-
-
-def legend(axis: plt.Axes, **where: object) -> None:
-    """A legend that explains the marks of `dots` and `squares` too."""
-    if any(drawn.get_label() == "_published" for drawn in axis.lines):
-        axis.plot([], [], "s", mfc="none", color="gray", mew=1.5, label="published median")
-    axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
-    axis.legend(fontsize=7, **where)
-
-
-def dose(table: Table, cells: list[str], fitted: dict[int, list[str]], known: dict[str, dict], title: str, folder: Path, file: str) -> None:
-    """T_grok against rho on a log axis, a colour and a line style per modulus: the line through its `fitted` cells, of three doses or more;
-    rows `known` published between our doses as squares; the free control as a dotted line."""
+def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: dict, prefix: str, published: str) -> None:
+    """T_grok against rho on a log axis, a colour and a line style per modulus, lines fitted to three doses or more, published medians as
+    open squares."""
+    mine = [r for r in runs if r["arm"] == arm and r["lr"] == runs[0]["lr"]]
     figure, axis = plt.subplots(figsize=(6, 4.2))
-    for i, p in enumerate(dict.fromkeys(table.first[cell]["p"] for cell in cells)):
-        mine, label = {table.first[cell]["rho"]: cell for cell in cells if table.first[cell]["p"] == p}, f"p={p}"
-        for rho, cell in mine.items():
-            dots(axis, rho, table.point(cell), f"C{i}")
-        if len(doses := fitted.get(p, ())) >= 3:
-            fit, n = line(table, doses), table.count(tuple(doses))[0]
-            slope, intercept, _ = (float(value[0]) for value in fit(np.arange(n)[None]))
-            _, lo, hi = stats.resampled(n, lambda picks, fit=fit: fit(picks)[0])
-            x = np.array([table.first[doses[0]]["rho"], table.first[doses[-1]]["rho"]])
-            axis.plot(x, np.exp(intercept + slope * x), color=f"C{i}", ls=LINES[i % 4], lw=1)
-            label += f": alpha {slope:.2f} [{lo:.2f}, {hi:.2f}]"
-        axis.plot([], [], color=f"C{i}", ls=LINES[i % 4] if doses else "-", label=label)
-        at_p = {row["rho"]: row["value"] for row in known.values() if row["p"] == p and row["rho"]}
-        squares(axis, [(rho, value) for rho, value in at_p.items() if min(mine) <= rho <= max(mine)], f"C{i}")
-        if control := table.control(mine[min(mine)]):
-            axis.axhline(middle(table.grok[control]), color=f"C{i}", ls=(0, (1, 4)), lw=1)
-    once = table.first[cells[0]]["arm"] == "rescale"
-    axis.set(yscale="log", xlabel="norm after one rescale / critical norm, rho" if once else "held norm / critical norm, rho",
+    known, shown = stats.published(desk.ROOT / "published.csv", "A."), False
+    for i, p in enumerate(sorted({r["p"] for r in mine})):
+        color, rhos = f"C{i}", sorted({r["rho"] for r in mine if r["p"] == p})
+        for rho in rhos:
+            dots(axis, rho, [r for r in mine if (r["p"], r["rho"]) == (p, rho)], color)
+        fit = fits.get(f"{prefix}.p{p}")
+        if fit and arm == "clamp" and len(fit["rhos"]) >= 3 and math.isfinite(fit["alpha"][0]):
+            x = np.array([min(fit["rhos"]), max(fit["rhos"])])
+            axis.plot(x, np.exp(fit["intercept"] + fit["alpha"][0] * x), color=color, ls=LINES[i % 4], lw=1,
+                      label=f"p={p}: alpha {fit['alpha'][0]:.2f} [{fit['alpha'][1]:.2f}, {fit['alpha'][2]:.2f}]")
+        else:
+            axis.plot([], [], color=color, lw=2, label=f"p={p}")
+        points = [(known[k]["rho"], known[k]["value"]) for k in known if k.startswith(published.format(p=p)) and int(known[k]["p"]) == p]
+        if points and arm == "clamp":
+            shown = True
+            axis.plot([float(x) for x, _ in points], [y for _, y in points], "s", mfc="none", mec=color, mew=1.5, ms=8)
+        free_runs = [r["t_grok_step"] for r in runs if r["arm"] == "free" and r["p"] == p and r["t_grok_step"] and r["block"] == mine[0]["block"]]
+        if free_runs:
+            axis.axhline(np.median(free_runs), color=color, ls=(0, (1, 4)), lw=1)
+    axis.set(yscale="log", xlabel="held norm / critical norm, rho" if arm == "clamp" else "norm after one rescale / critical norm, rho",
              ylabel="T_grok (steps)", title=title)
+    if shown:
+        axis.plot([], [], "s", mfc="none", color="gray", mew=1.5, label="published median")
     steps(axis.yaxis)
     axis.plot([], [], color="gray", ls=(0, (1, 4)), lw=1, label="free control, median")
-    legend(axis)
+    axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
+    axis.legend(fontsize=7)
     save_figure(figure, folder, file)
+    plt.close(figure)
 
 
-def critical_norm(table: Table, folder: Path, group: str = "") -> None:
-    """Total norm at own T_grok of free runs, or that of a group: cell by cell, and against p where there are several. Published W_c as squares."""
-    column, statistic = (f"norm_{group}_at_grok", f"W_c_{group}") if group else ("norm_at_grok", "W_c")
-    norms = {cell: table.values((cell,), column)[0] for cell in table.pick(arm="free")}
-    norms = {cell: values[np.isfinite(values)] for cell, values in norms.items() if np.isfinite(values).any()}
-    if not norms:
+def groups(runs: list[dict], names: tuple[str, ...], folder: Path, file: str) -> None:
+    """T_grok of a transformer with one of the groups `names` held alone, at one modulus: side by side, our medians with a marker per group and,
+    of three doses or more, a line; published medians as open squares."""
+    known, p, shown = stats.published(desk.ROOT / "published.csv", "A.ln."), runs[0]["p"], False
+    figure, axis = plt.subplots(figsize=(6, 4.2))
+    for i, group in enumerate(names):
+        cells = {rho: [r for r in runs if r["arm"] == "clamp" and r["rho"] == rho and r[f"held_{group}"] is not None]
+                 for rho in sorted({r["rho"] for r in runs if r[f"held_{group}"] is not None})}
+        x = np.array([*cells]) + 0.014 * (i - (len(names) - 1) / 2)
+        for at, mine in zip(x, cells.values(), strict=True):
+            dots(axis, at, mine, f"C{i}", 0.003)
+        if cells:
+            axis.plot(x, [middle(mine) for mine in cells.values()], marker=MARKERS[2 + i], color=f"C{i}", lw=1,
+                      ls=LINES[i % 4] if len(cells) >= 3 else "", label=f"{group} held")
+        points = [(at, known[key]["value"]) for at, rho in zip(x, cells, strict=True)
+                  if (key := f"A.ln.{group}{float(rho)}") in known and int(known[key]["p"]) == p]
+        if points:
+            shown = True
+            axis.plot(*zip(*points, strict=True), "s", mfc="none", mec=f"C{i}", mew=1.5, ms=9)
+    axis.axhline(middle([r for r in runs if r["arm"] == "free"]), color="gray", ls=(0, (1, 4)), lw=1, label="free control, median")
+    if shown:
+        axis.plot([], [], "s", mfc="none", color="gray", mew=1.5, label="published median")
+    axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
+    axis.set(yscale="log", xlabel="held norm of the group / its norm at grokking, rho", ylabel="T_grok (steps)",
+             title=f"One group held at a time, {runs[0]['model']}, p={p}")
+    steps(axis.yaxis)
+    axis.legend(fontsize=7)
+    save_figure(figure, folder, file)
+    plt.close(figure)
+
+
+def matrix(runs: list[dict], folder: Path, file: str) -> None:
+    """T_grok against learning rate, a colour and a line style per held norm that was run at several, published medians as squares."""
+    known = stats.published(desk.ROOT / "published.csv", "A.matrix.")
+    rhos = sorted({r["rho"] for r in runs if r["arm"] == "clamp"})
+    several = [rho for rho in rhos if len({r["lr"] for r in runs if r["rho"] == rho and r["arm"] == "clamp"}) > 1]
+    if not several:   # nothing to compare, and a logarithmic axis without a point cannot be drawn
         return
-    known = {table.match(row): row["value"] for row in answers.published().values() if row["statistic"] == statistic}
-    plain = [cell for cell in norms if (table.first[cell]["weight_decay"], table.first[cell]["train_frac"]) == (1, 0.40)]
-    moduli = sorted({table.first[cell]["p"] for cell in plain})
-    figure, axes = plt.subplots(1, 1 + (len(moduli) > 1), figsize=(5.2 * (1 + (len(moduli) > 1)), 4.2), squeeze=False)
-    for x, values in enumerate(norms.values()):
-        axes[0, 0].plot([x] * len(values), values, ".", color="C0", alpha=0.5, label="" if x else "ours, every member")
-        axes[0, 0].plot(x, np.median(values), "_", color="black", ms=14, label="" if x else "our median")
-    places = {cell: x for x, cell in enumerate(norms)}
-    axes[0, 0].set_xticks(range(len(norms)), norms, rotation=90, fontsize=6)
-    axes[0, 0].set(ylabel=f"{group} norm at T_grok, free".strip(), title="Norm at grokking", xlim=(-0.6, len(norms) - 0.4))
-    squares(axes[0, 0], [(places[cell], value) for cell, value in known.items() if cell in places])
-    if len(moduli) > 1:
-        for cell in plain:
-            axes[0, 1].plot([table.first[cell]["p"]] * len(norms[cell]), norms[cell], ".", color="C0", alpha=0.5)
-        squares(axes[0, 1], [(table.first[cell]["p"], known.get(cell)) for cell in plain])
+    figure, axis = plt.subplots(figsize=(6, 4.2))
+    for i, rho in enumerate(several):
+        mine, medians = [r for r in runs if r["arm"] == "clamp" and r["rho"] == rho], {}
+        for lr in sorted({r["lr"] for r in mine}):
+            cell = [r for r in mine if r["lr"] == lr]
+            for r in cell:
+                grok = r["t_grok_step"]
+                axis.plot(lr, grok or r["budget_steps"], "." if grok else "^", color=f"C{i}", mfc=f"C{i}" if grok else "none", alpha=0.5)
+            medians[lr] = middle(cell)
+            axis.plot(lr, medians[lr], "_", color=f"C{i}", ms=16, mew=2)
+        axis.plot([*medians], [*medians.values()], color=f"C{i}", ls=LINES[i % 4], lw=1, label=f"rho {rho:g}, through our medians")
+        points = [(float(k["lr"]), k["value"]) for k in known.values() if float(k["rho"]) == rho and int(k["p"]) == mine[0]["p"]]
+        if points:
+            axis.plot(*zip(*points, strict=True), "s", mfc="none", color=f"C{i}", mew=1.5, ms=8)
+    axis.plot([], [], "s", mfc="none", color="gray", label="published median")
+    axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
+    axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="T_grok (steps)", title="Norm against learning rate")
+    rates = sorted({r["lr"] for r in runs if r["arm"] == "clamp"})
+    axis.set_xticks(rates, [f"{lr:g}" for lr in rates])
+    axis.set_xticks([], minor=True)
+    steps(axis.yaxis)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    save_figure(figure, folder, file)
+    plt.close(figure)
+
+
+def critical_norm(runs: list[dict], folder: Path, group: str = "") -> None:
+    """Total norm at own T_grok of free runs, or that of a group: cell by cell, and against p where there are several. Published W_c as squares."""
+    column = f"norm_{group}_at_grok" if group else "norm_at_grok"
+    mine = [r for r in runs if r["arm"] == "free" and r[column] is not None]
+    plain = [r for r in mine if r["weight_decay"] == 1 and r["train_frac"] == 0.40]
+    known = {int(k["p"]): k["value"] for key, k in stats.published(desk.ROOT / "published.csv", "A.").items() if k["value"] and not group
+             and k["model"] == mine[0]["model"] and key in (f"A.wc.p{k['p']}", f"A.wc.pscan.p{k['p']}", "A.tf.wc")}
+    moduli, names = {r["p"] for r in plain}, list(dict.fromkeys(r["cell"] for r in mine))
+    panels = 1 + (len(moduli) > 1)
+    figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 4.2), squeeze=False)
+    label = f"{group} norm at T_grok, free".strip()
+    for i, cell in enumerate(names):
+        values = [r[column] for r in mine if r["cell"] == cell]
+        axes[0, 0].plot([i] * len(values), values, ".", color="C0", alpha=0.5, label="" if i else "ours, every member")
+        axes[0, 0].plot(i, np.median(values), "_", color="black", ms=14, label="" if i else "our median")
+        default = next((r for r in plain if r["cell"] == cell and r["lr"] == plain[0]["lr"]), None)
+        if default and default["p"] in known:
+            axes[0, 0].plot(i, known[default["p"]], "s", mfc="none", color="black")
+    axes[0, 0].set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    axes[0, 0].set(ylabel=label, title="Norm at grokking", xlim=(-0.6, len(names) - 0.4))
+    if panels == 2:
+        axes[0, 1].plot([r["p"] for r in plain], [r[column] for r in plain], ".", color="C0", alpha=0.5)
+        if points := [(p, value) for p, value in known.items() if min(moduli) <= p <= max(moduli)]:
+            axes[0, 1].plot(*zip(*points, strict=True), "s", mfc="none", color="black")
         axes[0, 1].set(xlabel="p", title="Over p")
-        axes[0, 1].set_xticks(moduli)
-    if set(known) & set(norms):
+        axes[0, 1].set_xticks(sorted(moduli))
+    if known:
         axes[0, 0].plot([], [], "s", mfc="none", color="black", label="published W_c")
     axes[0, 0].legend(fontsize=7)
     save_figure(figure, folder, f"critical_norm_{group}" if group else "critical_norm")
+    plt.close(figure)
 
 
 def contraction(rows: list[dict], folder: Path) -> None:
-    """Delay of free runs against the logarithm that the squared norm V fell through, from T_mem and from its peak. `rows` of contraction.csv."""
+    """Delay of free runs against the logarithm that the squared norm V fell through, from T_mem and from its peak."""
     figure, axis = plt.subplots(figsize=(5.5, 4.2))
     for i, cell in enumerate(dict.fromkeys(row["cell"] for row in rows)):
         mine = [row for row in rows if row["cell"] == cell]
-        late = [row["delay_steps"] for row in mine]
-        axis.plot([row["ln_v_peak_ratio"] for row in mine], late, MARKERS[i % 5], color=f"C{i % 10}", alpha=0.7, label=cell if i < 10 else None)
-        axis.plot([row["ln_v_ratio"] for row in mine], late, "x", color=f"C{i % 10}", alpha=0.7)
+        delay = [row["delay_steps"] for row in mine]
+        axis.plot([row["ln_v_peak_ratio"] for row in mine], delay, MARKERS[i % 5], color=f"C{i % 10}", alpha=0.7, label=cell if i < 10 else None)
+        axis.plot([row["ln_v_ratio"] for row in mine], delay, "x", color=f"C{i % 10}", alpha=0.7)
     axis.plot([], [], "o", color="gray", label="V at its peak")
     axis.plot([], [], "x", color="gray", label="V at T_mem")
     axis.set(xlabel="ln(V / V_grok), V = squared norm", ylabel="T_grok - T_mem (steps)", title="Free contraction")
     axis.legend(fontsize=6)
     save_figure(figure, folder, "contraction")
+    plt.close(figure)
 
 
 def trajectories(trajectories: list[dict], folder: Path) -> None:
