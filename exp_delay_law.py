@@ -24,7 +24,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common import EVAL_EVERY, Cell, Result, UsageError, exactly, unique
+from common import Cell, Result, UsageError, exactly, unique
 from lab import console, delay, figures, settings, stats
 from lab.answers import Table, answer, lacking, published
 from lab.desk import Lab, main
@@ -64,8 +64,6 @@ ONESHOT_RHOS = (0.70, 0.85, 1.00, 1.15, 1.30)
 
 def checked(config: Config, given: dict) -> Config:
     """`--p` narrows every part. Raises UsageError if a part has no member to train."""
-    if config.budget < EVAL_EVERY:
-        raise UsageError(f"--budget must be at least {EVAL_EVERY} steps, where runs are first evaluated; got {config.budget}")
     if {"p", "moduli"} <= set(given) and config.parts == ("moduli",):
         raise UsageError("--p and --moduli both name the moduli of --parts moduli; leave one out")
     if "p" in given:
@@ -162,8 +160,8 @@ def held_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
 
 # ---------------------------------------------------------------- what is measured
 
-FIT_DENSE = DENSE_RHOS[:-1]                                   # doses of alpha in Figure 3: 1.30 is past saturation
-FITTED = {"denserho": FIT_DENSE, "denserho and pscan": FIT_DENSE, "pscan": MODULI_RHOS}        # by the paper's set of runs
+FIT = {"dense": DENSE_RHOS[:-1], "moduli": MODULI_RHOS}       # doses of alpha: above 1.25 the delay saturates
+FITTED = {"denserho": FIT["dense"], "denserho and pscan": FIT["dense"], "pscan": FIT["moduli"]}          # by the paper's set of runs
 FITTED_MODULI = {"grokfss": (29, 41, 59, 79, 97), "pscan": (31, 41, 53, 59, 71)}               # of W_c ~ p^k, sections 4 and 6
 SHARED = (41, 53, 59, 71)                                     # moduli of the shared exponent
 PLAIN = {"lr": 1e-3, "train_frac": 0.40}                      # what a row leaves out that is about more than one cell
@@ -241,15 +239,6 @@ def curves(table: Table, config: Config, arm: str = "clamp") -> dict[str, list[s
     return {part: cells for part, cells in found.items() if cells}
 
 
-def within(table: Table, part: str, cells: list[str]) -> dict[int, list[str]]:
-    """By modulus the cells whose doses the paper fits in that part; of two doses or more."""
-    doses = {"dense": FIT_DENSE, "moduli": MODULI_RHOS}[part]
-    by_p: dict[int, list[str]] = {}
-    for cell in delay.within(table, cells, doses):
-        by_p.setdefault(table.first[cell]["p"], []).append(cell)
-    return {p: mine for p, mine in by_p.items() if len(mine) >= 2}
-
-
 def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
     """Fills `table`: published numbers that these runs answer, and what they say beyond."""
     rows = published("A.")
@@ -259,7 +248,10 @@ def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
         "A.lr_factor": "T_grok at learning rate 1e-3 over 8e-3", "A.oneshot.spread": "max/min T_grok, one rescale",
         "A.wc.power": "k of W_c ~ p^k"})
     for part, cells in curves(table, config).items():
-        for p, mine in within(table, part, cells).items():
+        for p in dict.fromkeys(table.first[cell]["p"] for cell in cells):
+            mine = delay.within(table, [cell for cell in cells if table.first[cell]["p"] == p], FIT[part])
+            if len(mine) < 2:
+                continue
             slope = lambda picks, mine=mine: delay.line(table, mine)(picks)[0]  # noqa: E731
             n, censored, _ = table.count(tuple(mine))
             key = "A.alpha.dense" if part == "dense" and p == 59 else f"A.alpha.p{p}" if part == "moduli" else ""
@@ -278,42 +270,35 @@ def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
 # ---------------------------------------------------------------- figures
 
 def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], read: dict[str, list[dict]]) -> None:
+    rows = {part: published(prefix).values() for part, prefix in (("dense", "A.dense."), ("moduli", "A.pscan."), ("oneshot", "A.normint."))}
     for part, cells in curves(table, config).items():
-        known = published({"dense": "A.dense.rho", "moduli": "A.pscan."}[part])
-        figures.dose(table, cells, within(table, part, cells), known, "Delay law", folder, part)
+        figures.dose(table, cells, delay.within(table, cells, FIT[part]), rows[part], "Delay law", folder, part)
     for cells in curves(table, config, "rescale").values():
-        figures.dose(table, cells, {}, published("A.normint.rescale"), "One rescale at step 500", folder, "oneshot")
+        figures.dose(table, cells, (), rows["oneshot"], "One rescale at step 500", folder, "oneshot")
     for p in config.p if "matrix" in config.parts else ():
         draw_matrix(table, table.pick(arm="clamp", p=p, block=config.seeds), folder, f"matrix_p{p}")
-    figures.critical_norm(table, folder)
-    if read["contraction.csv"]:
-        figures.contraction(read["contraction.csv"], folder)
+    figures.critical_norm(table, published("A.").values(), folder)
+    figures.contraction(read["contraction.csv"], folder)
     if trajectories:
         figures.trajectories(trajectories, folder)
 
 
 def draw_matrix(table: Table, cells: list[str], folder: Path, file: str) -> None:
-    """T_grok against learning rate, a colour and a line style per held norm that was run at several; published medians as squares."""
-    rates = sorted({table.first[cell]["lr"] for cell in cells})
-    by_rho: dict[float, dict[float, str]] = {}
-    for cell in cells:
-        by_rho.setdefault(table.first[cell]["rho"], {})[rates.index(table.first[cell]["lr"])] = cell
-    by_rho = {rho: mine for rho, mine in by_rho.items() if len(mine) > 1}
-    if not by_rho:   # nothing to compare, and a logarithmic axis without a point cannot be drawn
-        return
-    figure, axis = plt.subplots(figsize=(6, 4.2))
-    for i, (rho, mine) in enumerate(by_rho.items()):
-        for x, cell in mine.items():
-            figures.dots(axis, x, table.point(cell), f"C{i}", width=0.05)
-        order = sorted(mine)
-        axis.plot(order, [figures.middle(table.grok[mine[x]]) for x in order], color=f"C{i}", ls=figures.LINES[i % 4], lw=1, label=f"rho {rho:g}")
-        figures.squares(axis, [(rates.index(row["lr"]), row["value"]) for row in published("A.matrix.rho").values()
-                               if (row["rho"], row["p"]) == (rho, table.first[cells[0]]["p"]) and row["lr"] in rates], f"C{i}")
-    axis.set(yscale="log", xlabel="learning rate", ylabel="T_grok (steps)", title="Norm against learning rate")
-    axis.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
-    figures.steps(axis.yaxis)
-    figures.legend(axis, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figures.save_figure(figure, folder, file)
+    """T_grok against learning rate, a colour, marker and line style per held norm that was run at several; published medians as squares."""
+    found, rates = figures.points(table, published("A.matrix.").values()), sorted({table.first[cell]["lr"] for cell in cells})
+    by_rho: dict[float, list[dict]] = {}
+    for cell in sorted(cells, key=lambda cell: table.first[cell]["lr"]):
+        by_rho.setdefault(found[cell]["rho"], []).append({**found[cell], "rate": rates.index(found[cell]["lr"])})
+
+    def over_rates(axis: plt.Axes, by_rho: dict[float, list[dict]]) -> None:
+        for i, (rho, mine) in enumerate(by_rho.items()):
+            figures.members(axis, mine, "rate", f"C{i}", figures.MARKERS[i % 8], label=f"rho {rho:g}")
+            grokked = [(point["rate"], point["median"]) for point in mine if math.isfinite(point["median"])]
+            axis.plot([x for x, _ in grokked], [T for _, T in grokked], color=f"C{i}", ls=figures.LINES[i % 4], lw=1)
+        axis.set(xlabel="learning rate", title="Norm against learning rate")
+        axis.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
+    if by_rho := {rho: mine for rho, mine in by_rho.items() if len(mine) > 1}:
+        figures.sheet(folder, file, [by_rho], over_rates)
 
 
 # ---------------------------------------------------------------- run

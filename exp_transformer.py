@@ -27,10 +27,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common import EVAL_EVERY, MODELS, Cell, Result, UsageError, exactly, unique
+from common import MODELS, Cell, Result, UsageError, exactly, unique
 from kernels.layout import TransformerLayout
 from lab import console, delay, figures, settings, stats
-from lab.answers import SAME, Statistic, Table, answer, around_grok, published
+from lab.answers import SAME, Statistic, Table, answer, published
 from lab.desk import Lab, main
 
 PARTS = ("dense", "groups", "concentration", "temperature")
@@ -81,8 +81,6 @@ def checked(config: Config, given: dict) -> Config:
     rates = given.get("lrs") or PRESETS[config.preset].get("lrs") or (MODELS[model],)
     rhos = config.rhos if "rhos" in given or "dense" in parts else ()        # those of a preset are of its own part
     config = dataclasses.replace(config, model=model, parts=parts, lrs=rates, rhos=rhos)
-    if config.budget < EVAL_EVERY:
-        raise UsageError(f"--budget must be at least {EVAL_EVERY} steps, where runs are first evaluated; got {config.budget}")
     if {"p", "group_moduli"} <= set(given) and config.parts == ("groups",):
         raise UsageError("--p and --group-moduli both name the moduli of --parts groups; leave one out")
     if "p" in given:
@@ -234,10 +232,12 @@ def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
     for name in table.pick(arm="clamp"):
         group, control = table.first[name]["group"], table.control(name)
         if group and control:
-            table.finding(f"group_over_free.{name}", f"median T_grok, {group} held at rho {table.first[name]['rho']:g}, over free", (name, control),
-                          table.ratio(name, control))
+            text = f"{group} held at rho {table.first[name]['rho']:g}, over free"
+            table.finding(f"group_over_free.{name}", f"median T_grok, {text}", (name, control), table.ratio(name, control),
+                          law=f"T_grok, {text}" if group == "unembed" else "")
     concentration(table, config)
-    temperature(table)
+    for base, cells in sweeps(table).items():
+        temperature(table, base, cells)
     delay.findings(table, read)
 
 
@@ -257,7 +257,8 @@ def total_norm(table: Table, p: int, cells: list[str]) -> None:
         return
     low, high = cells[0], cells[-1]
     doses = f"rho {table.first[high]['rho']:g} over rho {table.first[low]['rho']:g}"
-    table.finding(f"norm_factor.p{p}", f"median T_grok at {doses}, total norm held", (high, low), table.ratio(high, low))
+    table.finding(f"norm_factor.p{p}", f"median T_grok at {doses}, total norm held", (high, low), table.ratio(high, low),
+                  law=f"T_grok at {doses}, p={p}")
     if np.isfinite(table.grok[low]).all() and not np.isfinite(table.grok[high]).all():
         reached = np.minimum(table.grok[high], table.first[high]["budget_steps"])
         table.finding(f"norm_factor_at_least.p{p}", f"the same with censored runs counted at their budget: a lower bound at {doses}", (high, low),
@@ -292,96 +293,64 @@ def sweeps(table: Table) -> dict[str, list[str]]:
     return found
 
 
-def temperature(table: Table) -> None:
+def temperature(table: Table, base: str, cells: list[str]) -> None:
     """What part of the delay by the norm a temperature takes back, and how much of that the logit scale L accounts for (paper B, section 4)."""
-    for base, cells in sweeps(table).items():
-        up, last, early = cells[0], cells[-1], table.first[base]["clamp_start"]              # at that step L is not yet an outcome
-        where, rho, tau = f"ce.p{table.first[base]['p']}", table.first[up]["rho"], table.first[last]["tau"]
-        for step, log, joint in itertools.product((None, early), (False, True), (False, True)):
-            key = ".".join(["recovery", where, *["early"] * bool(step), *["log"] * log, *["joint"] * joint])
-            table.finding(key, f"recovery fraction on {'log time' if log else 'time'}, L at {f'step {step}' if step else 'grokking'}; interval with "
-                          f"the logit {'axis resampled' if joint else 'curve held fixed'}", (base, *cells),
-                          table.recovery((base, *cells), step, log, joint))
-        bits = 64 if table.first[up].get("dtype") == "float64" else 32
-        table.finding(f"collapse.float{bits}.{where}.rho{rho:.2f}", "share of training pairs in collapse in working precision, "
-                      f"{table.first[up]['model']}, trained in float{bits}, tau 1", (up,), table.at(up, f"collapse{bits}"))
-        late, pair, doses = {name: table.grok[name] - table.mem[name] for name in (up, last)}, (up, last), f"rho {rho:g}, tau 1 over {tau:g}"
-        table.finding(f"norm_up.{where}", f"median T_grok, rho {rho:g} over 1, tau 1", (up, base), table.ratio(up, base))
-        for key, quantity, statistic in (
-                ("tau_effect", f"median T_grok at {doses}", lambda picks, T=table.T: T(up)(picks) / T(last)(picks)),
-                ("logit_movement", f"logit scale at {doses}", lambda picks, L=table.at: L(up)(picks) / L(last)(picks)),
-                ("memorisation", f"median T_mem at rho {rho:g}, tau {tau:g} over 1", lambda picks, T=table.T_mem: T(last)(picks) / T(up)(picks)),
-                ("delay_share", "share of the tau effect on T_grok that is in the delay T_grok - T_mem", lambda picks, T=table.T, median=table.median:
-                 (median(late[up][picks]) - median(late[last][picks])) / (T(up)(picks) - T(last)(picks)))):
-            table.finding(f"{key}.{where}", quantity, pair, statistic)
+    up, last, early = cells[0], cells[-1], table.first[base]["clamp_start"]                  # at that step L is not yet an outcome
+    where, rho, tau = f"ce.p{table.first[base]['p']}", table.first[up]["rho"], table.first[last]["tau"]
+    for step, log, joint in itertools.product((None, early), (False, True), (False, True)):
+        key = ".".join(["recovery", where, *["early"] * bool(step), *["log"] * log, *["joint"] * joint])
+        table.finding(key, f"recovery fraction on {'log time' if log else 'time'}, L at {f'step {step}' if step else 'grokking'}; interval with "
+                      f"the logit {'axis resampled' if joint else 'curve held fixed'}", (base, *cells),
+                      table.recovery((base, *cells), step, log, joint))
+    bits = 64 if table.first[up].get("dtype") == "float64" else 32
+    table.finding(f"collapse.float{bits}.{where}.rho{rho:.2f}", "share of training pairs in collapse in working precision, "
+                  f"{table.first[up]['model']}, trained in float{bits}, tau 1", (up,), table.at(up, f"collapse{bits}"))
+    late, doses = {name: table.grok[name] - table.mem[name] for name in (up, last)}, f"rho {rho:g}, tau 1 over {tau:g}"
+    table.finding(f"norm_up.{where}", f"median T_grok, rho {rho:g} over 1, tau 1", (up, base), table.ratio(up, base))
+    table.finding(f"tau_effect.{where}", f"median T_grok at {doses}", (up, last), table.ratio(up, last))
+    table.finding(f"logit_movement.{where}", f"logit scale at {doses}", (up, last), lambda picks: table.at(up)(picks) / table.at(last)(picks))
+    table.finding(f"memorisation.{where}", f"median T_mem at rho {rho:g}, tau {tau:g} over 1", (up, last),
+                  lambda picks: table.T_mem(last)(picks) / table.T_mem(up)(picks))
+    table.finding(f"delay_share.{where}", "share of the tau effect on T_grok that is in the delay T_grok - T_mem", (up, last), lambda picks:
+                  (table.median(late[up][picks]) - table.median(late[last][picks])) / (table.T(up)(picks) - table.T(last)(picks)))
 
 
 # ---------------------------------------------------------------- figures
 
 def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], read: dict[str, list[dict]]) -> None:
-    cells = total_held(table, block=config.seeds, lr=config.lrs[0])
-    if cells:
-        by_p = {p: delay.within(table, [name for name in cells if table.first[name]["p"] == p], FITTED) for p in config.p}
-        figures.dose(table, cells, by_p, published("A.tf.rho") if config.model == "transformer" else {}, "Delay law", folder, "dense")
+    rows = published("A.tf.") | published("A.ln.") | published("B.tf.")
+    if cells := total_held(table, block=config.seeds, lr=config.lrs[0]):
+        figures.dose(table, cells, delay.within(table, cells, FITTED), rows.values(), "Delay law", folder, "dense")
     for p in config.group_moduli:
-        if groups := [name for name in table.pick(arm="clamp", p=p) if table.first[name]["group"]]:
-            draw_groups(table, groups, folder, f"groups_p{p}")
-    for base, sweep in sweeps(table).items():
-        draw_temperature(table, base, sweep, folder)
+        if cells := [name for name in table.pick(arm="clamp", p=p) if table.first[name]["group"]]:
+            draw_groups(table, cells, folder, f"groups_p{p}")
+    points = figures.points(table, rows.values())
+    for base, cells in sweeps(table).items():
+        p = table.first[base]["p"]
+        figures.mediation(folder, f"mediation_p{p}", f"memorisation_p{p}", [[points[name] for name in (base, *cells)]])
     for group in ("", "unembed"):
-        figures.critical_norm(table, folder, group)
-    if read["contraction.csv"]:
-        figures.contraction(read["contraction.csv"], folder)
+        figures.critical_norm(table, rows.values(), folder, group)
+    figures.contraction(read["contraction.csv"], folder)
     if trajectories:
         figures.trajectories(trajectories, folder)
 
 
 def draw_groups(table: Table, cells: list[str], folder: Path, file: str) -> None:
-    """T_grok with one group held alone: side by side, our medians with a marker per group, joined at three doses or more."""
-    figure, axis = plt.subplots(figsize=(6, 4.2))
-    known = {table.match(row): row["value"] for row in published("A.ln.").values() if row["statistic"] == "T_grok"}
-    for i, group in enumerate(GROUPS):
-        mine = {table.first[name]["rho"] + 0.014 * (i - 1.5): name for name in cells if table.first[name]["group"] == group}
-        for x, name in mine.items():
-            figures.dots(axis, x, table.point(name), f"C{i}", width=0.003)
-        if mine:
-            axis.plot([*mine], [figures.middle(table.grok[name]) for name in mine.values()], marker=figures.MARKERS[2 + i], color=f"C{i}", lw=1,
-                      ls=figures.LINES[i % 4] if len(mine) >= 3 else "", label=f"{group} held")
-        figures.squares(axis, [(x, known.get(name)) for x, name in mine.items()], f"C{i}")
-    if control := table.control(cells[0]):
-        axis.axhline(figures.middle(table.grok[control]), color="gray", ls=(0, (1, 4)), lw=1, label="free control, median")
-    run = table.first[cells[0]]
-    axis.set(yscale="log", xlabel="held norm of the group / its norm at grokking, rho", ylabel="T_grok (steps)",
-             title=f"One group held at a time, {run['model']}, p={run['p']}")
-    figures.steps(axis.yaxis)
-    figures.legend(axis)
-    figures.save_figure(figure, folder, file)
+    """T_grok with one group held alone, side by side: a colour and a marker per group, medians joined at three doses or more."""
+    found, control = figures.points(table, published("A.ln.").values()), table.control(cells[0])
 
-
-def draw_temperature(table: Table, base: str, cells: list[str], folder: Path) -> None:
-    """Over tau at the raised norm: T_grok and logit scale over the baseline's, as in the paper; and T_grok beside T_mem, which tau hardly moves."""
-    first, points, theirs = table.point(base), {table.first[name]["tau"]: table.point(name) for name in cells}, table.medians
-    L = {table.match(row): row["value"] for row in published("B.tf.").values() if row["statistic"] == "L"}
-    for file in ("mediation", "memorisation"):
-        over = file == "mediation"
-        figure, axis = plt.subplots(figsize=(5.6, 4.2))
-        for tau, point in points.items():
-            figures.dots(axis, tau, point, "C3", figures.middle(first["T"]) if over else 1, width=0.008)
-            if not over:
-                figures.dots(axis, tau, point, "C2", marker="D", width=0.008, key="T_mem")
-        figures.squares(axis, [(tau, theirs[point["cell"]] / (theirs[base] if over else 1)) for tau, point in points.items() if point["cell"] in theirs])
-        axis.plot([], [], "o", color="C3", label="T_grok, every member; bar: median")
-        if over:
-            axis.plot([*points], [point["logit_scale"] / first["logit_scale"] for point in points.values()], "D--", color="C0", mfc="none", label="L")
-            axis.plot([*points], [L.get(point["cell"], math.nan) / L.get(base, math.nan) for point in points.values()], "kx", label="published L")
-            axis.axhline(1, color="gray", lw=0.8, ls=":")
-        else:
-            axis.plot([], [], "D", color="C2", label="T_mem")
-        axis.set(yscale="log", xlabel="temperature tau", ylabel="over the baseline (rho 1, tau 1)" if over else "steps",
-                 title=f"{first['model']}, p={first['p']}, rho {table.first[cells[0]]['rho']:g}, {len(first['T'])} members")
-        figures.steps(axis.yaxis)
-        figures.legend(axis)
-        figures.save_figure(figure, folder, f"{file}_p{first['p']}")
+    def over_doses(axis: plt.Axes, cells: list[str]) -> None:
+        for i, group in enumerate(GROUPS):
+            mine = [{**found[name], "x": found[name]["rho"] + 0.014 * (i - 1.5)} for name in cells if found[name]["group"] == group]
+            if mine:
+                figures.members(axis, mine, "x", f"C{i}", figures.MARKERS[2 + i], label=f"{group} held")
+            if len(mine) >= 3:
+                axis.plot([point["x"] for point in mine], [point["median"] for point in mine], color=f"C{i}", ls=figures.LINES[i % 4], lw=1)
+        if control:
+            axis.axhline(found[control]["median"], color="gray", ls=(0, (1, 4)), lw=1, label="free control, median")
+        axis.set(xlabel="held norm of the group / its norm at grokking, rho",
+                 title=f"One group held at a time, {found[cells[0]]['model']}, p={found[cells[0]]['p']}")
+    figures.sheet(folder, file, [cells], over_doses)
 
 
 # ---------------------------------------------------------------- run
@@ -390,7 +359,8 @@ def publish(desk: Lab, result: Result | None) -> None:
     """Tables, verdicts, figures; without `result` from the tables that are there."""
     main_figure = {"dense": "dense", "groups": f"groups_p{desk.config.group_moduli[0]}", "concentration": "critical_norm_unembed",
                    "temperature": f"mediation_p{desk.config.p[0]}"}.get(desk.config.parts[0], "critical_norm")
-    desk.publish(measure, draw, result, {"contraction.csv": delay.contraction, "around_grok.csv": around_grok}, main_figure=main_figure + ".png")
+    tables = {"contraction.csv": delay.contraction, "around_grok.csv": stats.around_grok}
+    desk.publish(measure, draw, result, tables, main_figure=main_figure + ".png")
 
 
 def run(argv: list[str]) -> None:
