@@ -292,10 +292,10 @@ def draw_matrix(table: Table, cells: list[str], folder: Path, file: str) -> None
 
     def over_rates(axis: plt.Axes, by_rho: dict[float, list[dict]]) -> None:
         for i, (rho, mine) in enumerate(by_rho.items()):
-            figures.members(axis, mine, "rate", f"C{i}", figures.MARKERS[i % 8], label=f"rho {rho:g}")
+            figures.members(axis, mine, "rate", f"C{i}", figures.MARKERS[i % 8], label=f"rho {rho:g}", published=f"C{i}")
             grokked = [(point["rate"], point["median"]) for point in mine if math.isfinite(point["median"])]
             axis.plot([x for x, _ in grokked], [T for _, T in grokked], color=f"C{i}", ls=figures.LINES[i % 4], lw=1)
-        axis.set(xlabel="learning rate", title="Norm against learning rate")
+        axis.set(xlabel="learning rate", title="Norm against learning rate", xlim=(-0.3, len(rates) + 0.8))    # room for the legend
         axis.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
     if by_rho := {rho: mine for rho, mine in by_rho.items() if len(mine) > 1}:
         figures.sheet(folder, file, [by_rho], over_rates)

@@ -343,7 +343,7 @@ def draw_groups(table: Table, cells: list[str], folder: Path, file: str) -> None
         for i, group in enumerate(GROUPS):
             mine = [{**found[name], "x": found[name]["rho"] + 0.014 * (i - 1.5)} for name in cells if found[name]["group"] == group]
             if mine:
-                figures.members(axis, mine, "x", f"C{i}", figures.MARKERS[2 + i], label=f"{group} held")
+                figures.members(axis, mine, "x", f"C{i}", figures.MARKERS[2 + i], label=f"{group} held", width=0.003, published=f"C{i}")
             if len(mine) >= 3:
                 axis.plot([point["x"] for point in mine], [point["median"] for point in mine], color=f"C{i}", ls=figures.LINES[i % 4], lw=1)
         if control:

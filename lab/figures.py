@@ -59,20 +59,21 @@ def points(table: Table, published: list[dict]) -> dict[str, dict]:
     return found
 
 
-def squares(axis: plt.Axes, pairs: Iterable[tuple[float | None, float | None]], label: str = "published medians", marker: str = "s") -> None:
+def squares(axis: plt.Axes, pairs: Iterable[tuple[float | None, float | None]], label: str = "published medians", marker: str = "s",
+            color: str = "black") -> None:
     """Published points: of `pairs` those that have both numbers."""
     pairs = [pair for pair in pairs if None not in pair]
     if pairs:
         seen = label in axis.get_legend_handles_labels()[1]
-        axis.plot(*zip(*pairs, strict=True), marker, mfc="none", color="black", mew=1.3, ms=9 if marker == "s" else 6, label=None if seen else label)
+        axis.plot(*zip(*pairs, strict=True), marker, mfc="none", color=color, mew=1.3, ms=9 if marker == "s" else 6, label=None if seen else label)
 
 
 def members(axis: plt.Axes, points: list[dict], x: str, color: str = "C0", marker: str = "o", what: str = "T",
-            label: str = "every member; bar: median", over: dict | None = None) -> None:
+            label: str = "every member; bar: median", over: dict | None = None, width: float = 0.0, published: str = "black") -> None:
     """Every member of each cell at its `x`, markers where it grokked and open triangles at the budget where it did not; a bar at the median;
-    published medians. `what`: T, T_grok, or T_mem. `over`: the cell whose median is 1."""
+    published medians. `what`: T, T_grok, or T_mem. `over`: the cell whose median is 1. `width` of a cell, and colour of what is published."""
     known, one = "T_grok" if what == "T" else what, float(stats.median(over[what])) if over else 1.0
-    width = 0.012 * (max(point[x] for point in points) - min(point[x] for point in points)) or 0.03
+    width = width or 0.012 * (max(point[x] for point in points) - min(point[x] for point in points)) or 0.03
     for point in points:
         for offset, t in zip(np.linspace(-width, width, len(point[what])) if len(point[what]) > 1 else [0], point[what], strict=True):
             axis.plot(point[x] + offset, (t if math.isfinite(t) else point["budget_steps"]) / one, marker if math.isfinite(t) else "^", color=color,
@@ -83,7 +84,7 @@ def members(axis: plt.Axes, points: list[dict], x: str, color: str = "C0", marke
     if any(not np.isfinite(point[what]).all() for point in points):
         axis.plot([], [], "^", mfc="none", color=color, label="censored, at its budget")
     theirs = over["published"].get(known) if over else 1.0
-    squares(axis, [(point[x], y / theirs) for point in points if theirs and (y := point["published"].get(known))])
+    squares(axis, [(point[x], y / theirs) for point in points if theirs and (y := point["published"].get(known))], color=published)
     axis.set(yscale="log", ylabel=f"{known} (steps)")
     steps(axis.yaxis)
 
@@ -136,7 +137,7 @@ def dose(table: Table, cells: list[str], fitted: Iterable[str], published: Itera
                 x = np.array([found[doses[0]]["rho"], found[doses[-1]]["rho"]])
                 axis.plot(x, np.exp(intercept + slope * x), color=f"C{i}", ls=LINES[i % 4], lw=1)
                 label += f": alpha {slope:.2f} [{lo:.2f}, {hi:.2f}]"
-            members(axis, [found[cell] for cell in mine], "rho", f"C{i}", MARKERS[i % 8], label=label)
+            members(axis, [found[cell] for cell in mine], "rho", f"C{i}", MARKERS[i % 8], label=label, published=f"C{i}")
             if (control := table.control(mine[0])) and math.isfinite(found[control]["median"]):
                 axis.axhline(found[control]["median"], color=f"C{i}", ls=(0, (1, 4)), lw=1)
         axis.plot([], [], color="gray", ls=(0, (1, 4)), lw=1, label="free control, median")
@@ -161,7 +162,7 @@ def critical_norm(table: Table, published: Iterable[dict], folder: Path, group: 
         squares(axis, [(x, found[cell]["published"].get(statistic)) for cell, x in places.items()], "published")
         axis.set(ylabel=f"{group} norm at T_grok, free".strip(), title="Norm at grokking")
         if places is over_p:
-            axis.set(xlabel="p")
+            axis.set(xlabel="p", ylabel="", title="Over p")
             axis.set_xticks(sorted(set(places.values())))
         else:
             axis.set(xlim=(-0.6, len(places) - 0.4))
