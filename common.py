@@ -7,18 +7,23 @@
 Networks are trained by fused kernels (`kernels/`) from starts that are the same bits on every machine (`lab/draws.py`). The modules below say
 what is computed; tests differentiate them in float64. Source: arXiv 2606.13753 and 2606.18465, methods sections.
 """
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-EVAL_EVERY = 25        # steps between evaluations: the resolution of every T_mem and T_grok
+from lab.draws import Card
+
+EVAL_EVERY = 25        # steps between evaluations, unless a cell has its own: the resolution of every T_mem and T_grok
 LOG_EVERY = 200        # steps between rows of trajectories.csv
 T_MEM_ACCURACY = 0.99    # train accuracy that counts as memorised: T_mem is the first evaluation at or above it
 T_GROK_ACCURACY = 0.90   # test accuracy that counts as grokked: T_grok is the first evaluation at or above it
+GRID_POINTS = 360      # of paper A's geometric grid, before rounding makes some of them equal
 CLAMP_START = {"ce": 500, "mse": 50}   # step at which the papers engage the clamp on the MLP
 TRANSFORMER_CLAMP_START = 600
 MODELS = {"mlp": 1e-3, "transformer": 5e-4, "transformer_ln": 1e-3, "transformer_b": 5e-4}   # the papers', for each model
@@ -44,6 +49,12 @@ def n_train(p: int, train_frac: float) -> int:
 def clamp_start(model: str, loss: str) -> int:
     """First step after which the papers project the norm."""
     return CLAMP_START[loss] if model == "mlp" else TRANSFORMER_CLAMP_START
+
+
+@functools.lru_cache
+def geometric_grid(budget: int) -> np.ndarray:
+    """Steps at which paper A's released runs were measured: 0, then about 3% apart, up to the budget."""
+    return np.unique([0, *np.round(np.geomspace(1, budget, GRID_POINTS)).astype(int)])
 
 
 # ---------------------------------------------------------------- the networks: what the kernels compute, in plain torch
@@ -122,8 +133,13 @@ class Cell:
     after_grok: int = 0               # steps to train on after the last member has grokked
     stop_step: int = 0                # step to stop at short of the budget, to fork from; 0 = none
     dtype: str = ""                   # float32 or float64; empty: the command's
+    card: Card | None = None          # CUDA card whose generator, seeded with seed0, draws the block, as in paper A; None: the CPU's
+    eval_every: int = EVAL_EVERY      # steps between evaluations, a divisor of LOG_EVERY; 0: paper A's geometric grid up to the budget
+    scale_once: tuple[float, ...] = ()   # factors of the model's groups, applied once, after step clamp_start; none: nothing is scaled
 
     def __post_init__(self) -> None:
+        if self.eval_every and (self.eval_every < 0 or LOG_EVERY % self.eval_every):
+            raise UsageError(f"eval_every must be 0, paper A's grid, or divide {LOG_EVERY}, got {self.eval_every}")
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         put("members", tuple(self.members))
         if self.model not in MODELS:
@@ -153,9 +169,14 @@ class Cell:
                 parts.append(short + (exactly(value, text) if isinstance(value, float) else str(value)))
         return "_".join(parts)
 
+    @property
+    def n_train(self) -> int:
+        """Training pairs. Paper A, whose draws a `card` makes, rounds to the nearest number rather than down."""
+        return n_train(self.p, self.train_frac) if self.card is None else max(2, round(self.train_frac * self.p**2))
+
     def ensemble_key(self) -> tuple:
         """Cells of equal key have equal shapes and are trained together."""
-        return self.p, self.model, self.loss, n_train(self.p, self.train_frac), self.decay_last, self.dtype
+        return self.p, self.model, self.loss, self.n_train, self.decay_last, self.dtype
 
 
 def exactly(x: float, short: str) -> str:

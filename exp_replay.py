@@ -1,10 +1,13 @@
 """Per-seed replay of released runs: the same cells from the same start, member by member, beside what the authors' GPU measured.
 
-Reads the `.npz` files released with paper B (arXiv 2606.18465) and trains what each describes: network, block size, modulus, train fraction,
-loss, temperature, learning rate, decay, clamp target and step, budget. Nothing is fitted: a clamp at rho times a critical norm takes the critical
-norm stored with the run, an allocation the stored group norms, and weight decay follows the Adam update, as in the released runs.
-A fork file (same-state comparison) is trained freely to its fork step, once for all its arms, and continued at the stored target of each
-member. A file that is no such run is refused.
+Reads the `.npz` files released with both papers and trains what each describes: network, block size, modulus, train fraction, loss,
+temperature, learning rate, decay, clamp target and step, budget. Nothing is fitted: a clamp at rho times a critical norm takes the critical
+norm stored with the run.
+Paper B (arXiv 2606.18465): the CPU's generators, an allocation holds the stored group norms, weight decay follows the Adam update. A fork file
+(same-state comparison) is trained freely to its fork step, once for all its arms, and continued at the stored target of each member.
+Paper A (arXiv 2606.13753): the draws of its CUDA card (lab/draws.py), measured on its geometric grid of steps; there one step of the grid is about
+3%, and one logged step is what a difference of one evaluation is in paper B.
+A file that is no such run is refused.
 
     python exp_replay.py METRICS_DIR --match 'mediation/*p59*tau1.70*' --members 0 1 2
 
@@ -19,9 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common import EVAL_EVERY, Cell, Result, Trajectories, UsageError, n_train
+from common import EVAL_EVERY, Cell, Result, Trajectories, UsageError, geometric_grid, n_train
 from lab import console, figures, files, settings
 from lab.desk import Lab, main, provenance
+from lab.draws import Card, paper_a_seed
 from lab.ensemble import inherit
 
 
@@ -38,7 +42,7 @@ class Released:
     t_mem: np.ndarray        # (S,)
     t_grok: np.ndarray       # (S,)
     steps: np.ndarray        # logged steps
-    logit_scale: np.ndarray  # mean over members at those steps
+    logit_scale: np.ndarray | None   # mean over members at those steps; paper A did not measure it
     fork_step: int = 0       # step at which it left the free run of its block; 0 = never
 
 
@@ -47,6 +51,10 @@ FORK_NEEDED = ("p", "alpha", "lam", "lr", "arm", "t_fork", "n_seed", "N0", "targ
 ARMS = {"none": "free", "clamp": "clamp", "alloc": "alloc"}
 FORK_ARMS = {"free": "free", "clamp_same": "same", "clamp_raised": "raised", "clamp_lowered": "lowered"}
 ARCHS = {"mlp": ("mlp", 256), "tfnoln": ("transformer_b", 512)}   # model and hidden width
+PAPER_A_NEEDED = ("lam", "lr", "max_steps", "T_mem_per_seed", "T_grok_per_seed", "steps", "train_acc")
+PAPER_A_ARMS = {"none": "free", "free": "free", "clamp": "clamp", "rescale": "rescale", "layer": "rescale"}
+LAYERS = {"embed": (1, 0, 0), "hidden": (0, 1, 0), "out": (0, 0, 1), "all": (1, 1, 1)}   # groups that its one-shot arms scale
+GRID_LIMIT = 10**7     # steps
 LARGEST_FILE = 64 << 20   # bytes
 FORK_BUDGET = 60_000   # steps; fork files store none, the paper has it in its methods
 
@@ -63,13 +71,13 @@ def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
         raise
     except Exception as error:  # whatever is wrong with a file, it is refused by name
         raise UsageError(f"{label}: not a readable .npz of plain arrays ({type(error).__name__}); expected a file as released with paper B") from None
-    forked = "t_fork" in data
-    if missing := [key for key in (FORK_NEEDED if forked else NEEDED) if key not in data]:
+    forked, paper_a = "t_fork" in data, "train_acc" in data   # (S, logged steps) in every file of paper A, and in none of paper B
+    if missing := [key for key in (PAPER_A_NEEDED if paper_a else FORK_NEEDED if forked else NEEDED) if key not in data]:
         raise UsageError(f"{label}: not a released run, it lacks {', '.join(missing)}")
     try:
         if odd := [key for key, array in data.items() if np.asarray(array).dtype.kind not in "biufUS"]:
             raise ValueError(f"{odd[0]} holds neither numbers nor text")
-        return describe_fork(data, label, members) if forked else describe(data, label, members)
+        return (describe_paper_a if paper_a else describe_fork if forked else describe)(data, label, members)
     except UsageError:
         raise
     except Exception as error:
@@ -171,6 +179,58 @@ def describe_fork(data: dict[str, np.ndarray], label: str, members: tuple[int, .
                 held=() if arm == "free" else tuple((target, 0.0, 0.0, 0.0) for target in targets), expected_steps=expected,
                 decay_last=True)
     return Released(cell, t_mem.astype(int), t_grok.astype(int), data["steps"].astype(int), data["logit_scale"].astype(float), step)
+
+
+def paper_a_experiment(data: dict[str, np.ndarray]) -> str:
+    """Which of paper A's released experiments left a file, by what only its files hold."""
+    for key, experiment in (("m_test", "parity"), ("layer", "normint"), ("eff_lr_E", "efflr"), ("n_layers", "tfgrok"), ("role", "grokfss"),
+                            ("group", "tfnormint"), ("n_heads", "tfnoln"), ("norm_before_int", "denserho")):
+        if key in data:
+            return experiment
+    raise ValueError("no experiment of paper A leaves such a file")
+
+
+def typed(data: dict[str, np.ndarray], key: str, default: float | None = None) -> float:
+    """A setting as its author typed it, who stored it in float32."""
+    value = scalar(data, key, default)
+    return float(str(np.float32(value))) if key in data and data[key].dtype == np.float32 else value
+
+
+def describe_paper_a(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) -> Released:
+    number, experiment, S = functools.partial(typed, data), paper_a_experiment(data), len(data["T_grok_per_seed"])
+    if experiment == "parity":
+        raise UsageError(f"{label}: a network that is not replayed (sparse parity); leave it out with --match")
+    model = {"tfnoln": "transformer", "tfnormint": "transformer_ln", "tfgrok": "transformer_ln"}.get(experiment, "mlp")
+    arm, p, budget, start = str(data.get("arm", "none")), whole(data, "p"), whole(data, "max_steps"), whole(data, "t_int", 0)
+    if arm not in PAPER_A_ARMS:
+        raise ValueError(f"arm {arm!r}")
+    if not (2 <= p <= 1000 and 0 < number("alpha") < 1 and number("lr") > 0 and number("lam") >= 0 and 1 <= S <= 1000 and 0 <= start <= 10**9
+            and 1 <= budget <= GRID_LIMIT and data["T_mem_per_seed"].shape == data["T_grok_per_seed"].shape == (S,)):
+        raise ValueError("a number is out of its range or an array has the wrong length")
+    if not np.array_equal(data["steps"], geometric_grid(budget)):
+        raise ValueError("its steps are not paper A's grid")
+    w_c, held, scale_once = None, (), ()
+    if arm in ("clamp", "rescale"):
+        # its sweeps read W_c from a table in full precision; its other runners had a constant
+        name = next(key for key in ("wc_group", "wc_used", "wc") if key in data)
+        w_c = number(name) if experiment in ("normint", "efflr", "tfnormint") else scalar(data, name)
+        groups = ("all", "embed", "attn", "mlp", "unembed")
+        held = tuple(number("rho") * w_c * (group == str(data.get("group", "all"))) for group in groups[: 5 if "group" in data else 1])
+        if not 0 < max(held) < np.inf:
+            raise ValueError("the held norm is not positive and finite")
+    elif arm == "layer":
+        scale_once = tuple(number("f") if chosen else 1.0 for chosen in LAYERS[str(data["layer"])])
+    picked = choose(members, S, label)
+    grokked = data["T_grok_per_seed"][list(picked)]
+    settings_of = {"p": p, "train_frac": number("alpha"), "weight_decay": number("lam"), "lr": number("lr")}
+    cell = Cell(label, members=picked, block=S, budget_steps=budget, arm=PAPER_A_ARMS[arm], model=model,
+                seed0=paper_a_seed(experiment, **settings_of), rho=number("rho") if held else None, clamp_start=start, clamp_stop=start + 1 if arm == "rescale" else None, w_c=w_c,
+                held=(held,) * len(picked) if held else (), expected_steps=int(np.where(grokked < 0, budget, grokked).max()), card=Card(),
+                eval_every=0, scale_once=scale_once, **settings_of)
+    for key, expected in (("d_model", 128), ("H", 256 if model == "mlp" else 512), ("n_heads", 4), ("n_layers", 1), ("n_train", cell.n_train)):
+        if key in data and whole(data, key) != expected:
+            raise ValueError(f"{key} is {whole(data, key)}, only {expected} is trained")
+    return Released(cell, data["T_mem_per_seed"].astype(int), data["T_grok_per_seed"].astype(int), data["steps"].astype(int), None)
 
 
 def chosen(config: Config) -> dict[str, Path]:

@@ -73,9 +73,14 @@ class single_thread:
         torch.set_num_threads(self.found)
 
 
-def advance(kernels: CpuKernels, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, train: Tensor,
-            scalars: Tensor) -> list[float]:
-    """`k` steps in place on one run's rows `(n_params,)`, then its metrics. `scalars (k, 5 + groups)`, `a, b (n,)`, `train (p*p,)`."""
+def steps(kernels: CpuKernels, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor) -> None:
+    """`k` steps in place on one run's rows `(n_params,)`. `scalars (k, 5 + groups)`, `a, b (n,)`."""
     for row in scalars:
         kernels.step(params, moment1, moment2, a, b, row)
+
+
+def advance(kernels: CpuKernels, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, train: Tensor,
+            scalars: Tensor) -> list[float]:
+    """The same, then the run's metrics; `train (p*p,)`."""
+    steps(kernels, params, moment1, moment2, a, b, scalars)
     return kernels.evaluate(params, train, a, b, scalars[-1, 0]).tolist()

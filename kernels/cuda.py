@@ -102,13 +102,14 @@ class CudaKernels:
         self.steps(scalars, evaluated=True)
         return self.metrics.to("cpu", copy=True)
 
+    def measure(self, scalars: Tensor) -> Tensor:
+        """The metrics of every run as it is; of `scalars (R, k, 5 + groups)` the last temperature counts."""
+        self._launch(self.state, self._by_step(scalars)[-1:].to(self.device), self.metrics, evaluated=True, trained=False)
+        return self.metrics.to("cpu", copy=True)
+
     def steps(self, scalars: Tensor, evaluated: bool = False) -> None:
         """The k steps alone, or with the evaluation after them; returns before the device has finished."""
-        runs, steps = self.state.params.shape[0], scalars.shape[1]
-        if scalars.shape != (runs, steps, self.scalars) or steps < 1:
-            raise ValueError(f"scalars: expected ({runs}, k, {self.scalars}) with k >= 1, got {tuple(scalars.shape)}")
-        # (k, R, 8 or 16), rounded once; rows are padded for the same reason as in `aligned_rows`
-        by_step = torch.nn.functional.pad(scalars.transpose(0, 1).to(self.dtype), (0, -self.scalars % 8)).contiguous()
+        by_step, steps = self._by_step(scalars), scalars.shape[1]
         if self.device.type != "cuda":
             self._launch(self.state, by_step, self.metrics, evaluated)
             return
@@ -117,6 +118,13 @@ class CudaKernels:
         buffer, graph = self.graphs[steps, evaluated]
         buffer.copy_(by_step)
         graph.replay()
+
+    def _by_step(self, scalars: Tensor) -> Tensor:
+        """`scalars` as the kernels take them: `(k, R, 8 or 16)`, rounded once; rows are padded for the same reason as in `aligned_rows`."""
+        runs, steps = self.state.params.shape[0], scalars.shape[1]
+        if scalars.shape != (runs, steps, self.scalars) or steps < 1:
+            raise ValueError(f"scalars: expected ({runs}, k, {self.scalars}) with k >= 1, got {tuple(scalars.shape)}")
+        return torch.nn.functional.pad(scalars.transpose(0, 1).to(self.dtype), (0, -self.scalars % 8)).contiguous()
 
     def _capture(self, by_step: Tensor, evaluated: bool) -> tuple[Tensor, object]:
         """A graph of one interval. Kernels compile on a copy of one run first: nothing may compile inside a capture."""
@@ -129,13 +137,13 @@ class CudaKernels:
             self._launch(self.state, buffer, self.metrics, evaluated)
         return buffer, graph
 
-    def _launch(self, state: State, by_step: Tensor, metrics: Tensor, evaluated: bool) -> None:
-        """All steps of a chunk, its evaluation if wanted, then the next chunk."""
+    def _launch(self, state: State, by_step: Tensor, metrics: Tensor, evaluated: bool, trained: bool = True) -> None:
+        """All steps of a chunk unless it is not to be trained, its evaluation if wanted, then the next chunk."""
         for start in range(0, state.params.shape[0], self.chunk):
             chunk = slice(start, start + self.chunk)
             part = state.runs(chunk)
             work = self.workspace.runs(part.params.shape[0])
-            for scalars in by_step:
+            for scalars in by_step if trained else ():
                 self.network.step(*part[:4], scalars[chunk], work, self.n_train, self.layout, self.loss, self.arithmetic, self.decay_last)
             if evaluated:
                 self.network.evaluate_all(part.params, part.train, by_step[-1, chunk], work, metrics[chunk], self.n_train, self.layout, self.loss,

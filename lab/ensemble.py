@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import EVAL_EVERY, LOG_EVERY, T_GROK_ACCURACY, T_MEM_ACCURACY, Cell, Result, Trajectories, UsageError, module, n_train
+from common import EVAL_EVERY, LOG_EVERY, T_GROK_ACCURACY, T_MEM_ACCURACY, Cell, Result, Trajectories, UsageError, geometric_grid, module
 from kernels import cpu
 from kernels.adamw import BETA1, BETA2, group_norms_ref
 from kernels.layout import Layout, TransformerLayout, model_layout
 from kernels.step import metric_names
-from lab.draws import initial_rows, split
+from lab.draws import initial_rows, splits
 from lab.stats import nearest_log
 
 SAVE_SHARE = 0.01      # of the time may go into checkpoints
+NEVER = 2**62          # a step that no run reaches
 CROSSINGS = (("train_accuracy", T_MEM_ACCURACY), ("test_accuracy", 0.80), ("test_accuracy", T_GROK_ACCURACY), ("test_accuracy", 0.95))
 MEM, CROSS_80, GROK, CROSS_95 = range(4)
 FOURIER = ("fourier_top5", "fourier_gini")
@@ -109,7 +110,7 @@ class Ensemble:
         self.layout = model_layout(first.model, first.p, dtype)
         self.metrics = metric_names(self.layout.groups)
         self.reported = ("norm", "logit_scale", *(f"norm_{group}" for group in self.layout.groups), "saturated", "collapse32", "collapse64")
-        self.n = n_train(first.p, first.train_frac)
+        self.n = first.n_train
         self.dtype, self.loss, self.decay_last = dtype, first.loss, first.decay_last
         runs = [(c, m) for c, cell in enumerate(cells) for m in cell.members]
         self.cell_of = np.array([c for c, _ in runs])
@@ -117,15 +118,17 @@ class Ensemble:
         over_runs = lambda name: np.array([getattr(cells[c], name) for c in self.cell_of])  # noqa: E731
         self.lr, self.weight_decay, self.tau = over_runs("lr"), over_runs("weight_decay"), over_runs("tau")
         self.clamp_start = over_runs("clamp_start")
-        self.clamp_stop = np.array([cells[c].clamp_stop or 2**62 for c in self.cell_of])
+        self.clamp_stop = np.array([cells[c].clamp_stop or NEVER for c in self.cell_of])
+        self.scale_at = np.array([cells[c].clamp_start if cells[c].scale_once else NEVER for c in self.cell_of])
         self.held = np.zeros((len(runs), 1 + len(self.layout.groups)))   # (R, 1 + groups)
         for row, targets in zip(self.held, (h for cell in cells for h in (cell.held or ((),) * len(cell.members))), strict=True):
             row[: len(targets)] = targets
-        self.start = start.step if start else np.zeros(len(runs), dtype=int)   # (R,) multiples of EVAL_EVERY
-        # evaluations, and so every decision, fall on multiples of EVAL_EVERY
-        stop = np.array([cells[c].stop_step or cells[c].budget_steps for c in self.cell_of])
-        self.end = np.minimum(over_runs("budget_steps"), stop) // EVAL_EVERY * EVAL_EVERY
-        indices = torch.stack([split(first.p, first.train_frac, m, cells[c].seed0) for c, m in runs])   # (R, n)
+        self.start = start.step if start else np.zeros(len(runs), dtype=int)   # (R,)
+        # evaluations, and so every decision, fall on the cell's own schedule: on multiples of `every`, or where that is 0 on its grid
+        self.every, self.grids = over_runs("eval_every"), [None if cell.eval_every else geometric_grid(cell.budget_steps) for cell in cells]
+        stop = np.minimum(over_runs("budget_steps"), [cells[c].stop_step or NEVER for c in self.cell_of])
+        self.end = np.where(self.every > 0, stop // np.maximum(self.every, 1) * self.every, stop)
+        indices = torch.cat([splits(cell.p, cell.n_train, cell.block, cell.seed0, cell.members, cell.card) for cell in cells])   # (R, n)
         self.a, self.b = indices // first.p, indices % first.p
         self.train_mask = torch.zeros(len(runs), first.p**2, dtype=dtype).scatter_(1, indices, 1)
         if start:
@@ -133,9 +136,9 @@ class Ensemble:
         else:
             drawn: dict[tuple, Tensor] = {}
             for c in cells:
-                if (c.block, c.seed0, c.members) not in drawn:
-                    drawn[c.block, c.seed0, c.members] = initial_rows(self.layout, c.block, c.seed0, c.members, dtype)
-            params = torch.cat([drawn[c.block, c.seed0, c.members] for c in cells])
+                if (c.block, c.seed0, c.members, c.card) not in drawn:
+                    drawn[c.block, c.seed0, c.members, c.card] = initial_rows(self.layout, c.block, c.seed0, c.members, dtype, c.card)
+            params = torch.cat([drawn[c.block, c.seed0, c.members, c.card] for c in cells])
             self.state = State(params, torch.zeros_like(params), torch.zeros_like(params), self.start)
         R = len(runs)
         self.step = self.start.copy()
@@ -161,10 +164,39 @@ class Ensemble:
 
     # -- one interval
 
-    def next_stop(self, run: int) -> int:
-        """Step at which to evaluate `run` next: the first one that it makes here, then multiples of EVAL_EVERY."""
-        step = int(self.step[run])
-        return step + 1 if step == self.start[run] else (step // EVAL_EVERY + 1) * EVAL_EVERY
+    def next_stops(self, runs: np.ndarray) -> np.ndarray:
+        """Steps `(len(runs),)` to bring `runs` to next: at most EVAL_EVERY on, not past an evaluation, the end or where the weights are scaled;
+        first of all, the first one that they make here."""
+        step, every = self.step[runs], self.every[runs]
+        stops = np.minimum(step + EVAL_EVERY, np.where(every > 0, (step // np.maximum(every, 1) + 1) * every, NEVER))
+        for c in np.unique(self.cell_of[runs[every == 0]]):
+            mine, grid = self.cell_of[runs] == c, self.grids[c]
+            stops[mine] = np.minimum(stops[mine], np.append(grid, NEVER)[np.searchsorted(grid, step[mine], "right")])
+        for bound in (self.end[runs], self.scale_at[runs]):
+            stops = np.where(step < bound, np.minimum(stops, bound), stops)
+        return np.where(step == self.start[runs], step + 1, stops)
+
+    def due(self, runs: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """Whether `step (len(runs),)` is on the schedule of evaluations of each of `runs`."""
+        every = self.every[runs]
+        on_schedule = (every > 0) & (step % np.maximum(every, 1) == 0)
+        for c in np.unique(self.cell_of[runs[every == 0]]):
+            mine = self.cell_of[runs] == c
+            on_schedule[mine] = np.isin(step[mine], self.grids[c])
+        return on_schedule
+
+    def measured(self, runs: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """Whether each of `runs` is measured at `step (len(runs),)`: on its schedule, and after the first step that it makes here."""
+        return self.due(runs, step) | (step == self.start[runs] + 1)
+
+    def unmeasured_starts(self) -> np.ndarray:
+        """The runs to measure before they train: paper A's grid begins at step 0."""
+        return np.flatnonzero((self.every == 0) & (self.start == 0)) if not self.log else np.array([], dtype=int)
+
+    def scale(self, params: Tensor, run: int) -> None:
+        """Scale the weight matrices in the row `params (n_params,)` of `run` by the factors of its cell."""
+        for part, factor in zip(self.layout.group_slices(), self.cells[self.cell_of[run]].scale_once, strict=True):
+            params[part] *= factor
 
     def scalars(self, runs: np.ndarray, k: int) -> Tensor:
         """Per-run, per-step scalars `(R, k, 5 + groups)` of each run's next `k` steps, as `kernels.adamw.scalar_names` has them, float64."""
@@ -180,35 +212,44 @@ class Ensemble:
         return torch.from_numpy(out)
 
     def record(self, runs: np.ndarray, k: int, metrics: np.ndarray) -> None:
-        """Take in the evaluation `metrics (len(runs), metrics)` of `runs` after `k` more steps; retire the cells that it completes."""
+        """Take in the evaluation `metrics (len(runs), metrics)` of `runs` after `k` more steps, of those that are measured there; retire the
+        cells that it completes."""
         self.step[runs] += k
-        step = self.step[runs]                                           # (len(runs),), all on the grid of evaluations or none
+        seen = self.measured(runs, self.step[runs])
+        runs, metrics = runs[seen], metrics[seen]
+        step = self.step[runs]                                           # (len(runs),)
+        due = self.due(runs, step)
         broken = ~np.isfinite(metrics[:, [self.metrics.index("train_loss"), self.metrics.index("norm")]]).all(1)
         new = broken & (self.diverged[runs] < 0)
         self.diverged[runs[new]] = step[new]
-        if step[0] % EVAL_EVERY == 0:
-            for column, (name, threshold) in enumerate(CROSSINGS):
-                new = (metrics[:, self.metrics.index(name)] >= threshold) & (self.crossed[runs, column] < 0)
-                self.crossed[runs[new], column] = step[new]
-                if column == GROK:
-                    self.at_grok[runs[new]] = metrics[new]
-                elif column == MEM:
-                    self.norm_at_mem[runs[new]] = metrics[new, self.metrics.index("norm")]
-            after = (self.crossed[runs, GROK] >= 0) & (metrics[:, self.metrics.index("test_accuracy")] < T_GROK_ACCURACY)
-            self.below_after_grok[runs] += after
+        for column, (name, threshold) in enumerate(CROSSINGS):
+            new = due & (metrics[:, self.metrics.index(name)] >= threshold) & (self.crossed[runs, column] < 0)
+            self.crossed[runs[new], column] = step[new]
+            if column == GROK:
+                self.at_grok[runs[new]] = metrics[new]
+            elif column == MEM:
+                self.norm_at_mem[runs[new]] = metrics[new, self.metrics.index("norm")]
+        after = due & (self.crossed[runs, GROK] >= 0) & (metrics[:, self.metrics.index("test_accuracy")] < T_GROK_ACCURACY)
+        self.below_after_grok[runs] += after
         for c in np.unique(self.cell_of[runs]):
             mine = self.cell_of == c
             done = np.where(self.crossed[mine, GROK] >= 0, self.crossed[mine, GROK], self.diverged[mine])
             if (done >= 0).all():
-                last = max(done.max(), nearest_log(self.crossed[mine, GROK]))   # every member is logged where the logit scale is read
+                last = done.max()
+                if self.cells[c].eval_every:   # every member is logged where the logit scale is read; on a grid it is by then
+                    last = max(last, nearest_log(self.crossed[mine, GROK]))
                 self.retire[mine] = np.minimum(last + self.cells[c].after_grok, self.end[mine])
-        for i in np.flatnonzero((step % LOG_EVERY == 0) | (step == self.start[runs] + 1)):
+        for i in np.flatnonzero(self.logged(runs, step)):
             E = self.layout.views(self.state.params[runs[i]])[0][: self.layout.p]
             self.log.extend([runs[i], step[i], *metrics[i].tolist(), *fourier_structure(E)])
 
-    def logged(self) -> np.ndarray:
+    def log_table(self) -> np.ndarray:
         """A copy of the log `(rows, 2 + metrics)`: while somebody looks into an array it cannot grow."""
         return np.array(self.log).reshape(-1, self.log_width)
+
+    def logged(self, runs: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """Whether each of `runs`, measured at `step (len(runs),)`, is logged there: on a grid, always."""
+        return (self.every[runs] == 0) | (step % LOG_EVERY == 0) | (step == self.start[runs] + 1)
 
     def live(self) -> np.ndarray:
         return np.flatnonzero((self.step < self.retire) & (self.diverged < 0))
@@ -248,7 +289,7 @@ class Ensemble:
         """All that is needed to continue to the same bits, as tensors."""
         arrays = {name: torch.from_numpy(getattr(self, name)) for name in self.PROGRESS}
         return {"params": self.state.params, "moment1": self.state.moment1, "moment2": self.state.moment2, **arrays,
-                "log": torch.from_numpy(self.logged()), "executed": torch.tensor(self.executed),
+                "log": torch.from_numpy(self.log_table()), "executed": torch.tensor(self.executed),
                 "seconds": torch.tensor(self.seconds), "identity": self.identity}
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
@@ -264,7 +305,27 @@ class Ensemble:
         self.log = array("d", snapshot["log"].numpy().tobytes())
         self.executed, self.seconds = int(snapshot["executed"]), float(snapshot["seconds"])
 
+    def measure(self, run: int) -> list[float]:
+        """Metrics of `run` as it is, on a CPU."""
+        tau = torch.tensor(self.tau[run], dtype=self.dtype)
+        return self.kernels.evaluate(self.state.params[run], self.train_mask[run], self.a[run], self.b[run], tau).tolist()
+
+    def advance(self, run: int, until: int) -> list[float] | None:
+        """Bring `run` to step `until` on a CPU, in place; its metrics there, where it is measured."""
+        scalars = self.scalars(np.array([run]), until - int(self.step[run]))[0].to(self.dtype)
+        rows = [t[run] for t in (self.state.params, self.state.moment1, self.state.moment2, self.a, self.b, self.train_mask)]
+        measured, scaled = bool(self.measured(np.array([run]), np.array([until]))[0]), until == self.scale_at[run]
+        if measured and not scaled:
+            return cpu.advance(self.kernels, *rows, scalars)
+        cpu.steps(self.kernels, *rows[:5], scalars)
+        if scaled:
+            self.scale(rows[0], run)
+        return self.measure(run) if measured else None
+
     def _train_workers(self, tick: Callable[["Ensemble"], None], deadline: float) -> None:
+        for r in self.unmeasured_starts():
+            with cpu.single_thread(), torch.no_grad():
+                self.record(np.array([r]), 0, np.array([self.measure(r)]))
         ready = threading.Condition()
         idle = [(int(self.step[r]), int(r)) for r in self.live()]
         heapq.heapify(idle)
@@ -302,14 +363,15 @@ class Ensemble:
                         continue
                     busy[run] = step
                 try:
-                    until = self.next_stop(run)
-                    rows = (t[run] for t in (self.state.params, self.state.moment1, self.state.moment2, self.a, self.b, self.train_mask))
-                    scalars = self.scalars(np.array([run]), until - step)[0].to(self.dtype)
+                    until = int(self.next_stops(np.array([run]))[0])
                     with torch.no_grad():
-                        metrics = cpu.advance(self.kernels, *rows, scalars)
+                        metrics = self.advance(run, until)
                     with ready:
                         self.executed += until - step
-                        self.record(np.array([run]), until - step, np.array([metrics]))
+                        if metrics is None:
+                            self.step[run] = until
+                        else:
+                            self.record(np.array([run]), until - step, np.array([metrics]))
                         del busy[run]
                         if until < self.retire[run] and self.diverged[run] < 0:
                             heapq.heappush(idle, (until, run))
@@ -353,13 +415,18 @@ class Ensemble:
                 self._fetch()
                 self.kernels.keep(torch.from_numpy(np.flatnonzero(np.isin(self.on_device, live))))
                 self.on_device = live
-            k = self.next_stop(live[0]) - int(self.step[live[0]])        # the same for all: every start is on the grid
-            metrics = self.kernels.interval(self.scalars(self.on_device, k)).numpy()
+            if len(starts := self.unmeasured_starts()):
+                self.record(starts, 0, self.kernels.measure(self.scalars(self.on_device, 1)).numpy()[np.isin(self.on_device, starts)])
+            k = int((self.next_stops(live) - self.step[live]).min())     # all advance to the first stop of any
+            until = self.step[live] + k
+            metrics = self._advance_lockstep(k, live[until == self.scale_at[live]], self.measured(live, until).any())
             self.executed += len(self.on_device) * k
-            if k == 1 or ((self.step[live] + k) % LOG_EVERY == 0).any():
-                self.state.params[self.on_device] = self.kernels.state.params.cpu()   # for the Fourier structure of E
-            training = np.isin(self.on_device, live)
-            self.record(live, k, metrics[training])
+            if metrics is None:
+                self.step[live] = until
+            else:
+                if (self.measured(live, until) & self.logged(live, until)).any():
+                    self.state.params[self.on_device] = self.kernels.state.params.cpu()   # for the Fourier structure of E
+                self.record(live, k, metrics[np.isin(self.on_device, live)])
             self.quiescent = True
             try:
                 tick(self)
@@ -367,6 +434,16 @@ class Ensemble:
                 self._fetch()
                 raise
         self._fetch()
+
+    def _advance_lockstep(self, k: int, scaled: np.ndarray, measured: bool) -> np.ndarray | None:
+        """Bring all runs on the device `k` steps on and scale the weights of the runs `scaled`; the metrics of all, if `measured`."""
+        scalars = self.scalars(self.on_device, k)
+        if measured and not len(scaled):
+            return self.kernels.interval(scalars).numpy()
+        self.kernels.steps(scalars)
+        for r in scaled:
+            self.scale(self.kernels.state.params[int(np.searchsorted(self.on_device, r))], r)
+        return self.kernels.measure(scalars).numpy() if measured else None
 
     def _fetch(self) -> None:
         """Copy the device's rows into `state`."""
@@ -406,14 +483,14 @@ class Ensemble:
                 **{f"{name}_at_grok": at_grok.get(name) for name in self.reported},
                 "evals_below_after_grok": int(self.below_after_grok[r]) if t_grok is not None and cell.after_grok else None,
             })
-            if not any(held):
+            if not any(held) and not cell.scale_once:
                 out.runs[-1].update(clamp_start=None, clamp_stop=None)
         out.trajectories = Trajectories(functools.partial(self.log_rows, mine, cell.name))
         return out
 
     def log_rows(self, runs: np.ndarray, cell: str) -> Iterator[dict]:
         """The log of `runs` as rows of trajectories.csv, by run and then by step."""
-        names, log = (*self.metrics, *FOURIER), self.logged()
+        names, log = (*self.metrics, *FOURIER), self.log_table()
         log = log[np.isin(log[:, 0], runs) & (log[:, 1] <= self.retire[log[:, 0].astype(int)])]
         for run, step, *values in log[np.lexsort((log[:, 1], log[:, 0]))].tolist():
             yield {"cell": cell, "member": int(self.member[int(run)]), "step": int(step), **dict(zip(names, values, strict=True))}

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common import n_train
 from kernels.adamw import SCALARS, adamw_project_ref, group_norms_ref
 from kernels.layout import Layout, mlp_layout
 from kernels.loss import AUDIT, loss_gradient_ref, loss_ref, softmax_audit_ref
@@ -16,7 +17,7 @@ def start(p: int, d: int = 128, H: int = 256, dtype: torch.dtype = torch.float64
     layout = mlp_layout(p, d, H, dtype)
     row = initial_rows(layout, 2, 0, (member,), dtype)[0]
     row[layout.n_weights: layout.n_weights + H] = 0.1 * torch.randn(H, generator=torch.Generator().manual_seed(5), dtype=dtype)
-    pairs = split(p, 0.40, member, 0)
+    pairs = split(p, n_train(p, 0.40), member, 0)
     return layout, row, pairs // p, pairs % p
 
 

@@ -32,7 +32,7 @@ def trained(cells: list[Cell], backend: str = "eager", dtype: torch.dtype = torc
 def bits(ensemble: Ensemble, cell: str, member: int) -> tuple:
     row = next(r for r, (c, m) in enumerate(zip(ensemble.cell_of, ensemble.member, strict=True))
                if (ensemble.cells[c].name, m) == (cell, member))
-    log = ensemble.logged()[ensemble.logged()[:, 0] == row, 2:].tolist()
+    log = ensemble.log_table()[ensemble.log_table()[:, 0] == row, 2:].tolist()
     return ensemble.state.params[row], ensemble.state.moment2[row], log
 
 
@@ -156,7 +156,7 @@ def test_stopping_and_continuing_gives_the_same_bits() -> None:
     again.restore(kept)
     assert 0 < again.executed < whole.executed
     again.train(quiet)
-    assert torch.equal(again.state.params, whole.state.params) and sorted(again.logged().tolist()) == sorted(whole.logged().tolist())
+    assert torch.equal(again.state.params, whole.state.params) and sorted(again.log_table().tolist()) == sorted(whole.log_table().tolist())
     assert again.result().runs == whole.result().runs
     assert again.result().executed == again.result().needed and again.result().seconds > 0   # over both parts
     with pytest.raises(UsageError, match="another ensemble"):   # equal shapes, another condition

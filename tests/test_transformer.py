@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import Cell
+from common import Cell, n_train
 from kernels import cpu
 from kernels.adamw import adamw_project_ref, group_norms_ref, scalar_names
 from kernels.layout import TransformerLayout, transformer_layout
@@ -38,7 +38,7 @@ def plain_loss(row: Tensor, a: Tensor, b: Tensor, tau: float, layout: Transforme
 
 def start(model: str, p: int, d: int = 128, H: int = 512, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tuple:
     layout = transformer_layout(p, d, H, dtype, model)
-    pairs = split(p, 0.40, 0, 0)
+    pairs = split(p, n_train(p, 0.40), 0, 0)
     return layout, scale * initial_rows(layout, 2, 0, (0,), dtype)[0], pairs // p, pairs % p
 
 

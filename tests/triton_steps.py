@@ -226,7 +226,7 @@ def assert_the_trainer_agrees(cells: list[Cell], steps: list[int]) -> None:
         each.train(lambda _: None)
     end, needed = cells[0].budget_steps, sum(cells[0].budget_steps - step for step in steps)
     assert ours.step.tolist() == theirs.step.tolist() == [end] * len(steps) and ours.executed == theirs.executed == needed
-    assert sorted(ours.logged()[:, :2].tolist()) == sorted(theirs.logged()[:, :2].tolist())
+    assert sorted(ours.log_table()[:, :2].tolist()) == sorted(theirs.log_table()[:, :2].tolist())
     for mine, other in zip(ours.state.params, theirs.state.params, strict=True):
         # 75 Adam steps carry rounding of 6e-8 each; a missed step, clamp or run is 1e-3 or more
         assert (mine - other).norm() <= 1e-5 * other.norm()
