@@ -305,14 +305,17 @@ def temperature(table: Table, base: str, cells: list[str]) -> None:
     bits = 64 if table.first[up].get("dtype") == "float64" else 32
     table.finding(f"collapse.float{bits}.{where}.rho{rho:.2f}", "share of training pairs in collapse in working precision, "
                   f"{table.first[up]['model']}, trained in float{bits}, tau 1", (up,), table.at(up, f"collapse{bits}"))
-    late, doses = {name: table.grok[name] - table.mem[name] for name in (up, last)}, f"rho {rho:g}, tau 1 over {tau:g}"
+    doses = f"rho {rho:g}, tau 1 over {tau:g}"
+
+    def delay_share(picks: np.ndarray) -> np.ndarray:
+        cold, hot = (table.median((table.grok[name] - table.mem[name])[picks]) for name in (up, last))
+        return (cold - hot) / (table.T(up)(picks) - table.T(last)(picks))
     table.finding(f"norm_up.{where}", f"median T_grok, rho {rho:g} over 1, tau 1", (up, base), table.ratio(up, base))
     table.finding(f"tau_effect.{where}", f"median T_grok at {doses}", (up, last), table.ratio(up, last))
     table.finding(f"logit_movement.{where}", f"logit scale at {doses}", (up, last), lambda picks: table.at(up)(picks) / table.at(last)(picks))
     table.finding(f"memorisation.{where}", f"median T_mem at rho {rho:g}, tau {tau:g} over 1", (up, last),
                   lambda picks: table.T_mem(last)(picks) / table.T_mem(up)(picks))
-    table.finding(f"delay_share.{where}", "share of the tau effect on T_grok that is in the delay T_grok - T_mem", (up, last), lambda picks:
-                  (table.median(late[up][picks]) - table.median(late[last][picks])) / (table.T(up)(picks) - table.T(last)(picks)))
+    table.finding(f"delay_share.{where}", "share of the tau effect on T_grok that is in the delay T_grok - T_mem", (up, last), delay_share)
 
 
 # ---------------------------------------------------------------- figures

@@ -33,10 +33,10 @@ STAGES = {      # name -> command; {out} and {released} are filled in
     "replay_tf32x3": [PYTHON, "exp_replay.py", "{released}", "--match", *REPLAYED, "--arithmetic", "tf32x3", "--out", "results/replay/tf32x3"],
     **{f"{name}_paper": [PYTHON, f"exp_{name}.py", "--preset", "paper", "--out", f"results/{name}/paper"]
        for name in ("delay_law", "fork", "logit_scale")},
-    **{f"{model}_paper": [PYTHON, "exp_delay_law.py", "--model", model, "--preset", "paper", "--out", f"results/delay_law/{model}_paper"]
+    **{f"{model}_paper": [PYTHON, "exp_transformer.py", "--model", model, "--preset", "paper", "--out", f"results/transformer/{model}_paper"]
        for model in ("transformer", "transformer_ln")},
-    "transformer_b_paper": [PYTHON, "exp_logit_scale.py", "--model", "transformer_b", "--w-c", "32.49", "--preset", "paper", "--parts",
-                            "mediation", "--out", "results/logit_scale/transformer_b_paper"],
+    "transformer_b_paper": [PYTHON, "exp_transformer.py", "--model", "transformer_b", "--w-c", "32.49242", "--preset", "paper",
+                            "--out", "results/transformer/transformer_b_paper"],
 }
 COLUMNS = ("stage", "outcome", "seconds", "commit", "device", "command")
 GRACE = 20      # seconds between asking a stage to stop and ending it

@@ -54,7 +54,8 @@ def tell(table: Table, rows: dict[str, dict], statistics: dict[str, Callable], l
     for key, label in labels.items():
         if claim := table.claims.get(key):
             cells = statistics[rows[key]["statistic"]](table, rows[key])[0]
-            table.say(label, (claim["ours"], claim["lo"], claim["hi"]), claim["n"] * len(cells), claim["n_censored"], key)
+            ours = tuple(math.nan if claim[end] is None else claim[end] for end in ("ours", "lo", "hi"))
+            table.say(label, ours, claim["n"] * len(cells), claim["n_censored"], key)
 
 
 def contraction(runs: list[dict], trajectories: list[dict]) -> list[dict]:
