@@ -1,4 +1,4 @@
-"""The weight norm sets the grokking timescale: paper A (arXiv 2606.13753).
+"""The weight norm sets the grokking timescale: paper A (arXiv 2606.13753), the MLP. Its transformers: exp_transformer.py.
 
 Claims (section of the paper)
   sec 4  free networks grok at a critical norm W_c that varies by 1-2% over seeds and learning rates and grows as p^0.38
@@ -7,38 +7,39 @@ Claims (section of the paper)
   sec 6  one exponent for all moduli, alpha = 7.49; above rho 1.25 the delay saturates
   abstract  without a clamp the delay has a logarithmic counterpart, ln(V_mem / V_grok)
 
-Verdicts: `stats.claim`. A run that does not grok within its budget is censored there and counts as later; none is dropped.
+A claim is REPLICATED if our 95% interval over fresh networks meets the published one (lab/stats.py has the rule in full). A run that does not
+grok within its budget is censored there and counts as later; none is dropped.
 W_c is the median, over the members that grok, of the norm at their own T_grok in the free control: same p, same block, first of --lrs.
 
     python exp_delay_law.py                    laptop preset: control and four doses at p=59, 3 members, minutes on 2 cores
-    python exp_delay_law.py --preset paper     all tables of the paper; meant for a GPU
-    python exp_delay_law.py --model transformer   section 7, parts dense, groups, concentration: see delay_law_transformer.py
+    python exp_delay_law.py --preset paper     all tables of the paper, 6 h on a GPU
     python exp_delay_law.py --parts dense --rhos 0.9 1.1 --members 0 1 2 --out results/mine
 """
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 
-import delay_law_claims as mlp
-import delay_law_transformer as transformer
-from common import CLAMP_START, EVAL_EVERY, Cell, Result, UsageError, exactly, unique
-from lab import console, files, settings, stats
-from lab.answers import flag_unlearned
-from lab.desk import ROOT, Lab, main, provenance
+from common import Cell, Result, UsageError, exactly, unique
+from lab import console, delay, figures, settings, stats
+from lab.answers import Table, answer, lacking, published
+from lab.desk import Lab, main
 
-PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")   # of the MLP; the transformers have parts of their own
+PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")
 
 
 @dataclass(frozen=True)
 class Config(settings.Config):
+    model: str = settings.option("mlp", "", "fixed")
     seeds: int = settings.option(16, "block size of the other parts: members drawn from one generator; member 3 of 12 is not member 3 of 8",
-                                 parts=("dense", "matrix", "oneshot", "groups"))
-    rhos: tuple[float, ...] = settings.option((), "held norms over W_c; default: each part's own", float,
-                                              ("dense", "matrix", "moduli", "oneshot", "groups"))
-    lrs: tuple[float, ...] = settings.option((1e-3, 2e-3, 4e-3, 8e-3), "learning rates of the matrix, and of the transformers' concentration part; "
-                                             "the first is everybody else's", all_of=("matrix", "concentration"))
+                                 parts=("dense", "matrix", "oneshot"))
+    rhos: tuple[float, ...] = settings.option((), "held norms over W_c; default: each part's own", float, ("dense", "matrix", "moduli", "oneshot"))
+    lrs: tuple[float, ...] = settings.option((1e-3, 2e-3, 4e-3, 8e-3), "learning rates of the matrix; the first is everybody else's",
+                                             all_of=("matrix",))
     train_fracs: tuple[float, ...] = settings.option((), "train fractions of the concentration part; default .30 .35 .40 .50 .65", float,
                                                      ("concentration",))
     weight_decays: tuple[float, ...] = settings.option((), "weight decays of the concentration part; default .3 1 3", float, ("concentration",))
@@ -47,11 +48,7 @@ class Config(settings.Config):
     free_moduli: tuple[int, ...] = settings.option((29, 41, 59, 79, 97), "moduli of the concentration part; --p replaces them",
                                                    parts=("concentration",))
     free_seeds: int = settings.option(20, "block size of the concentration part", parts=("concentration",))
-    group_moduli: tuple[int, ...] = settings.option((71,), "moduli of the transformers' groups part; --p replaces them", parts=("groups",))
     budget: int = settings.option(200_000, "largest step at which a run that has not grokked is censored; cells with a smaller one keep it")
-
-    def offered(self) -> tuple[str, ...]:
-        return PARTS if self.model == "mlp" else transformer.PARTS
 
 
 PRESETS = {
@@ -59,27 +56,14 @@ PRESETS = {
     "laptop": {"parts": ("dense",), "rhos": (0.85, 0.95, 1.05, 1.15), "members": (0, 1, 2)},
     "paper": {"parts": PARTS},
 }
-DENSE_RHOS = (0.85, 0.90, 0.95, 1.00, 1.05, 1.10, 1.15, 1.20, 1.25, 1.30)
-MODULI_RHOS = (0.85, 1.00, 1.15)
+DENSE_RHOS = (0.85, 0.90, 0.95, 1.00, 1.05, 1.10, 1.15, 1.20, 1.25, 1.30)     # Figure 3
+MATRIX_RHOS = (0.85, 1.00, 1.15, 1.30)                                        # Table 1
+MODULI_RHOS = (0.85, 1.00, 1.15)                                              # section 6, and 1.30 at two moduli
+ONESHOT_RHOS = (0.70, 0.85, 1.00, 1.15, 1.30)
 
 
-# ---------------------------------------------------------------- cells
-
-def expected(p: int, rho: float = 1.04, lr: float = 1e-3) -> int:
-    """Steps to grok by the papers' own law: for budgets and for the estimate of time, never for a result."""
-    return int(4050 * (59 / p) ** 2.3 * math.exp(7.5 * (min(rho, 1.25) - 1)) * (1e-3 / lr) ** 0.4)
-
-
-def narrowed(config: Config, given: dict) -> Config:
-    """`--p` narrows every part. Raises UsageError if a part has no member to train, or is not the model's."""
-    if config.budget < EVAL_EVERY:
-        raise UsageError(f"--budget must be at least {EVAL_EVERY} steps, where runs are first evaluated; got {config.budget}")
-    if config.model != "mlp":
-        return transformer.adapted(config, given)
-    for part in set(config.parts) - set(PARTS):
-        raise UsageError(f"--parts {part} is of the transformers; for the MLP there are {' '.join(PARTS)}")
-    if "group_moduli" in given:
-        raise UsageError("--group-moduli is read by a part of the transformers only; leave it out, or add --model transformer")
+def checked(config: Config, given: dict) -> Config:
+    """`--p` narrows every part. Raises UsageError if a part has no member to train."""
     if {"p", "moduli"} <= set(given) and config.parts == ("moduli",):
         raise UsageError("--p and --moduli both name the moduli of --parts moduli; leave one out")
     if "p" in given:
@@ -90,38 +74,41 @@ def narrowed(config: Config, given: dict) -> Config:
     return config
 
 
-def common_fields(config: Config, p: int, block: int, lr: float, weight_decay: float = 1.0, train_frac: float = 0.40) -> dict:
-    members = config.members or tuple(range(block))
-    return dict(p=p, block=block, members=members, model=config.model, seed0=config.seed0, lr=lr, weight_decay=weight_decay,
-                train_frac=train_frac, after_grok=config.after_grok)
+# ---------------------------------------------------------------- cells
 
-
-def name(arm: str, p: int, block: int, lr: float, base_lr: float, rho: float | None = None, wd: float = 1.0, frac: float = 0.40) -> str:
-    parts = [arm, f"p{p}", f"b{block}"]
-    parts += ["rho" + exactly(rho, ".2f")] if rho is not None else []
-    parts += ["lr" + exactly(lr, "g")] if lr != base_lr else []
-    parts += ["wd" + exactly(wd, "g")] if wd != 1 else []
-    parts += ["frac" + exactly(frac, "g")] if frac != 0.40 else []
-    return "_".join(parts)
-
-
-def free(config: Config, p: int, block: int, lr: float | None = None, wd: float = 1.0, frac: float = 0.40) -> Cell:
-    lr = lr or config.lrs[0]
-    return Cell(name("free", p, block, lr, config.lrs[0], None, wd, frac), budget_steps=min(config.budget, 60_000 if p >= 59 else 120_000),
-                expected_steps=int(1.3 * expected(p, 1, lr) / max(wd, 0.1)), **common_fields(config, p, block, lr, wd, frac))
-
-
-def clamp(config: Config, p: int, block: int, rho: float, w_c: float, budget: int, lr: float | None = None, arm: str = "clamp") -> Cell:
-    lr, start = lr or config.lrs[0], CLAMP_START["ce"]
-    fields = common_fields(config, p, block, lr)
-    return Cell(name(arm, p, block, lr, config.lrs[0], rho), budget_steps=min(config.budget, budget), arm=arm, rho=rho, w_c=w_c, clamp_start=start,
-                clamp_stop=start + 1 if arm == "rescale" else None, held=((rho * w_c, 0.0, 0.0, 0.0),) * len(fields["members"]),
-                expected_steps=expected(p, rho if arm == "clamp" else 1.0, lr), **fields)
+def expected(p: int, rho: float = 1.04, lr: float = 1e-3) -> int:
+    """Steps to grok by the papers' own law: for budgets and for the estimate of time, never for a result."""
+    return int(4050 * (59 / p) ** 2.3 * math.exp(7.5 * (min(rho, 1.25) - 1)) * (1e-3 / lr) ** 0.4)
 
 
 def dense_budget(rho: float) -> int:
     """8000 steps at rho 0.85, 66000 from 1.25 on."""
     return int(np.clip(8000 * math.exp(7.5 * (min(rho, 2) - 0.85)), 8000, 66_000)) // 1000 * 1000
+
+
+def name(config: Config, arm: str, p: int, block: int, rho: float | None = None, lr: float | None = None, wd: float = 1.0,
+         frac: float = 0.40) -> str:
+    parts = [arm, f"p{p}", f"b{block}"]
+    for short, value, text, default in (("rho", rho, ".2f", None), ("lr", lr or config.lrs[0], "g", config.lrs[0]), ("wd", wd, "g", 1),
+                                        ("frac", frac, "g", 0.40)):
+        if value != default:
+            parts.append(short + exactly(value, text))
+    return "_".join(parts)
+
+
+def free(config: Config, p: int, block: int, lr: float | None = None, wd: float = 1.0, frac: float = 0.40) -> Cell:
+    lr = lr or config.lrs[0]
+    return Cell(name(config, "free", p, block, None, lr, wd, frac), p, config.members or range(block), block,
+                budget_steps=min(config.budget, 60_000 if p >= 59 else 120_000), seed0=config.seed0, train_frac=frac, lr=lr, weight_decay=wd,
+                expected_steps=int(1.3 * expected(p, 1, lr) / max(wd, 0.1)), after_grok=config.after_grok)
+
+
+def held(config: Config, p: int, block: int, rho: float, w_c: float, budget: int, lr: float | None = None, once: bool = False) -> Cell:
+    """The total norm held at rho W_c from step 500 on, or set to it `once`, at that step."""
+    lr, arm = lr or config.lrs[0], "rescale" if once else "clamp"
+    cell = Cell(name(config, arm, p, block, rho, lr), p, config.members or range(block), block, budget_steps=min(config.budget, budget), arm=arm,
+                seed0=config.seed0, rho=rho, lr=lr, w_c=w_c, expected_steps=expected(p, 1.0 if once else rho, lr), after_grok=config.after_grok)
+    return dataclasses.replace(cell, clamp_stop=cell.clamp_start + 1) if once else cell
 
 
 def control_cells(config: Config) -> list[Cell]:
@@ -149,110 +136,198 @@ def other_free_cells(config: Config) -> list[Cell]:
     return [cell for cell in unique(cells) if cell.name not in controls]
 
 
-def clamp_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
-    """Cells at rho W_c for every part; a part whose control has no W_c is left out (said by `run`)."""
-    cells = []
+def held_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
+    """Cells at rho W_c for every part; those whose control has no W_c are left out (said by `run`)."""
+    cells, block = [], config.seeds
     for p in config.p:
-        if (wc := w_c.get(name("free", p, config.seeds, 0, 0))) is not None:
-            if "dense" in config.parts:
-                cells += [clamp(config, p, config.seeds, rho, wc, dense_budget(rho)) for rho in config.rhos or DENSE_RHOS]
-            if "matrix" in config.parts:
-                cells += [clamp(config, p, config.seeds, rho, wc, 30_000 if rho < 1.30 else 160_000, lr)
-                          for rho in config.rhos or (0.85, 1.00, 1.15, 1.30) for lr in config.lrs]
-            if "oneshot" in config.parts:
-                rhos = config.rhos or (0.70, 0.85, 1.00, 1.15, 1.30)
-                cells += [clamp(config, p, config.seeds, rho, wc, 15_000, arm="rescale") for rho in rhos]
-    if "moduli" in config.parts:
-        for p in config.moduli:
-            if (wc := w_c.get(name("free", p, config.moduli_seeds, 0, 0))) is not None:
-                rhos = config.rhos or ((*MODULI_RHOS, 1.30) if p in (41, 59) else MODULI_RHOS)
-                cells += [clamp(config, p, config.moduli_seeds, rho, wc, 60_000 if rho <= 1.0 else 160_000) for rho in rhos]
+        norm = w_c.get(name(config, "free", p, block))
+        if norm is None:
+            continue
+        if "dense" in config.parts:
+            cells += [held(config, p, block, rho, norm, dense_budget(rho)) for rho in config.rhos or DENSE_RHOS]
+        if "matrix" in config.parts:
+            cells += [held(config, p, block, rho, norm, 30_000 if rho < 1.30 else 160_000, lr)
+                      for rho in config.rhos or MATRIX_RHOS for lr in config.lrs]
+        if "oneshot" in config.parts:
+            cells += [held(config, p, block, rho, norm, 15_000, once=True) for rho in config.rhos or ONESHOT_RHOS]
+    for p in config.moduli if "moduli" in config.parts else ():
+        norm = w_c.get(name(config, "free", p, config.moduli_seeds))
+        if norm is not None:
+            rhos = config.rhos or ((*MODULI_RHOS, 1.30) if p in (41, 59) else MODULI_RHOS)
+            cells += [held(config, p, config.moduli_seeds, rho, norm, 60_000 if rho <= 1.0 else 160_000) for rho in rhos]
     return unique(cells)
+
+
+# ---------------------------------------------------------------- what is measured
+
+FIT = {"dense": DENSE_RHOS[:-1], "moduli": MODULI_RHOS}       # doses of alpha: above 1.25 the delay saturates
+FITTED = {"denserho": FIT["dense"], "denserho and pscan": FIT["dense"], "pscan": FIT["moduli"]}          # by the paper's set of runs
+FITTED_MODULI = {"grokfss": (29, 41, 59, 79, 97), "pscan": (31, 41, 53, 59, 71)}               # of W_c ~ p^k, sections 4 and 6
+SHARED = (41, 53, 59, 71)                                     # moduli of the shared exponent
+PLAIN = {"lr": 1e-3, "train_frac": 0.40}                      # what a row leaves out that is about more than one cell
+
+
+def of_shared_line(number: int) -> Callable[[Table, dict], tuple | None]:
+    """One slope for four moduli, an intercept for each: 0 the slope, 1 the R^2 within moduli."""
+    def statistic(table: Table, row: dict) -> tuple | None:
+        groups = [delay.within(table, table.like(row, **PLAIN, arm="clamp", p=p), MODULI_RHOS) for p in SHARED]
+        if min(map(len, groups)) < 2:
+            return None
+        rhos = [np.array([table.first[cell]["rho"] for cell in cells], dtype=float) for cells in groups]
+
+        def fit(picks: np.ndarray) -> np.ndarray:
+            return stats.shared_slope(rhos, [table.log_T(cells)(picks) for cells in groups])[number]
+        missing = [text for cells in groups if (text := delay.lacking_doses(table, cells, MODULI_RHOS))]
+        return [cell for cells in groups for cell in cells], fit, missing[0] if missing else ""
+    return statistic
+
+
+def factor(over: dict, under: dict) -> Callable[[Table, dict], tuple | None]:
+    """Median T_grok under one condition over that under another, p=59."""
+    def statistic(table: Table, row: dict) -> tuple | None:
+        cells = [cell for one in (over, under) for cell in table.like(row, arm="clamp", p=59, train_frac=0.40, **one)]
+        return (cells, table.ratio(*cells), "") if len(cells) == 2 else None
+    return statistic
+
+
+def spread(table: Table, row: dict) -> tuple | None:
+    """Largest over smallest median T_grok: of all cells rescaled once, or of the sustained clamp at rho 0.90 and 1.15."""
+    once = row["id"] == "A.oneshot.spread"
+    cells = table.like(row, **PLAIN, arm="rescale" if once else "clamp")
+    rhos = [table.first[cell]["rho"] for cell in cells]
+    if not once:
+        cells = [cell for cell, rho in zip(cells, rhos, strict=True) if rho in (0.90, 1.15)]
+    missing = lacking(rhos, ONESHOT_RHOS) if once and cells else ""
+    return (cells, lambda picks: np.exp(np.ptp(table.log_T(cells)(picks), axis=-1)), missing) if len(cells) >= 2 else None
+
+
+def power_of_p(table: Table, row: dict) -> tuple | None:
+    """k of W_c ~ p^k."""
+    cells = table.like(row, **PLAIN, arm="free")
+    moduli = [table.first[cell]["p"] for cell in cells]
+    norms = table.values(cells, "norm_at_grok")                                             # (cells, members)
+    if len(set(moduli)) < 3:
+        return None
+    return (cells, lambda picks: stats.line(np.log(moduli), np.log(np.nanmedian(norms[:, picks], -1)).T)[0],
+            lacking(moduli, FITTED_MODULI[row["experiment"]], "moduli"))
+
+
+def concentration(table: Table, row: dict) -> tuple | None:
+    """CV in percent of W_c, all members at all learning rates together, weight decay 3 and train fraction 0.50."""
+    cells = table.like(row, arm="free", p=59, weight_decay=3, train_frac=0.50)
+    norms = table.values(cells, "norm_at_grok")                                             # (cells, members)
+
+    def cv(picks: np.ndarray) -> np.ndarray:
+        chosen = norms[:, picks]                                                            # (cells, B, members)
+        return 100 * np.nanstd(chosen, axis=(0, 2), ddof=1) / np.nanmean(chosen, axis=(0, 2))
+    return (cells, cv, "") if len(cells) >= 2 else None
+
+
+STATISTICS = {
+    **delay.statistics(FITTED, 1.30, **PLAIN), "alpha_shared": of_shared_line(0), "r2_shared": of_shared_line(1),
+    "norm_factor": factor({"rho": 1.30, "lr": 1e-3}, {"rho": 0.85, "lr": 1e-3}),
+    "lr_factor": factor({"rho": 1.30, "lr": 1e-3}, {"rho": 1.30, "lr": 8e-3}),
+    "spread": spread, "power_W": power_of_p, "cv_W": concentration,
+}
+
+
+def curves(table: Table, config: Config, arm: str = "clamp") -> dict[str, list[str]]:
+    """Dose-response curves by part: cells of all moduli at the first learning rate."""
+    parts = {"dense": (config.p, config.seeds), "moduli": (config.moduli if "moduli" in config.parts else (), config.moduli_seeds)}
+    found = {part: [cell for p in moduli for cell in table.pick(arm=arm, group="", p=p, block=block, lr=config.lrs[0])]
+             for part, (moduli, block) in parts.items()}
+    return {part: cells for part, cells in found.items() if cells}
+
+
+def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
+    """Fills `table`: published numbers that these runs answer, and what they say beyond."""
+    rows = published("A.")
+    answer(table, rows.values(), STATISTICS)
+    delay.tell(table, rows, STATISTICS, {
+        "A.alpha.shared": "alpha shared by four moduli", "A.norm_factor": "T_grok at rho 1.30 over 0.85",
+        "A.lr_factor": "T_grok at learning rate 1e-3 over 8e-3", "A.oneshot.spread": "max/min T_grok, one rescale",
+        "A.wc.power": "k of W_c ~ p^k"})
+    for part, cells in curves(table, config).items():
+        for p in dict.fromkeys(table.first[cell]["p"] for cell in cells):
+            mine = delay.within(table, [cell for cell in cells if table.first[cell]["p"] == p], FIT[part])
+            if len(mine) < 2:
+                continue
+            slope = lambda picks, mine=mine: delay.line(table, mine)(picks)[0]  # noqa: E731
+            n, censored, _ = table.count(tuple(mine))
+            key = "A.alpha.dense" if part == "dense" and p == 59 else f"A.alpha.p{p}" if part == "moduli" else ""
+            if key not in table.claims:
+                table.finding(f"alpha.p{p}" if part == "dense" else f"alpha.moduli.p{p}", "alpha of T_grok ~ exp(alpha rho), rho "
+                              + " ".join(f"{table.first[cell]['rho']:g}" for cell in mine), mine, slope)
+            table.say(f"alpha at p={p}", stats.resampled(n, slope), n * len(mine), censored, key)
+            times = np.log([table.grok[cell] for cell in mine])                             # (doses, members)
+            if part == "dense" and len(mine) >= 4 and n >= 2 and np.isfinite(times).all():
+                rhos = np.array([table.first[cell]["rho"] for cell in mine], dtype=float)
+                table.finding(f"lack_of_fit.dense.p{p}", f"p-value: ln T_grok is a straight line in rho, against seed noise, {len(mine)} doses",
+                              mine, stats.lack_of_fit(rhos, times))
+    delay.findings(table, read)
+
+
+# ---------------------------------------------------------------- figures
+
+def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], read: dict[str, list[dict]]) -> None:
+    rows = {part: published(prefix).values() for part, prefix in (("dense", "A.dense."), ("moduli", "A.pscan."), ("oneshot", "A.normint."))}
+    for part, cells in curves(table, config).items():
+        figures.dose(table, cells, delay.within(table, cells, FIT[part]), rows[part], "Delay law", folder, part)
+    for cells in curves(table, config, "rescale").values():
+        figures.dose(table, cells, (), rows["oneshot"], "One rescale at step 500", folder, "oneshot")
+    for p in config.p if "matrix" in config.parts else ():
+        draw_matrix(table, table.pick(arm="clamp", p=p, block=config.seeds), folder, f"matrix_p{p}")
+    figures.critical_norm(table, published("A.").values(), folder)
+    figures.contraction(read["contraction.csv"], folder)
+    if trajectories:
+        figures.trajectories(trajectories, folder)
+
+
+def draw_matrix(table: Table, cells: list[str], folder: Path, file: str) -> None:
+    """T_grok against learning rate, a colour, marker and line style per held norm that was run at several; published medians as squares."""
+    found, rates = figures.points(table, published("A.matrix.").values()), sorted({table.first[cell]["lr"] for cell in cells})
+    by_rho: dict[float, list[dict]] = {}
+    for cell in sorted(cells, key=lambda cell: table.first[cell]["lr"]):
+        by_rho.setdefault(found[cell]["rho"], []).append({**found[cell], "rate": rates.index(found[cell]["lr"])})
+
+    def over_rates(axis: plt.Axes, by_rho: dict[float, list[dict]]) -> None:
+        for i, (rho, mine) in enumerate(by_rho.items()):
+            figures.members(axis, mine, "rate", f"C{i}", figures.MARKERS[i % 8], label=f"rho {rho:g}", published=f"C{i}")
+            grokked = [(point["rate"], point["median"]) for point in mine if math.isfinite(point["median"])]
+            axis.plot([x for x, _ in grokked], [T for _, T in grokked], color=f"C{i}", ls=figures.LINES[i % 4], lw=1)
+        axis.set(xlabel="learning rate", title="Norm against learning rate", xlim=(-0.3, len(rates) + 0.8))    # room for the legend
+        axis.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
+    if by_rho := {rho: mine for rho, mine in by_rho.items() if len(mine) > 1}:
+        figures.sheet(folder, file, [by_rho], over_rates)
 
 
 # ---------------------------------------------------------------- run
 
-def write(desk: Lab, result: Result, trained: bool) -> None:
-    """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
-    runs, out, config = [{"experiment": "delay_law", **run} for run in result.runs], desk.out, desk.config
-    if trained:
-        if config.model != "mlp":
-            flag_unlearned(runs, result.trajectories)
-        files.write_csv(out / "runs.csv", runs, files.RUN_COLUMNS)
-        files.write_csv(out / "trajectories.csv", result.trajectories)
-        files.write_json(out / "provenance.json", provenance(desk, result))
-    runs, trajectories = files.read_runs(out / "runs.csv"), []              # read back, so that both ways see the same digits
-    if (out / "trajectories.csv").exists():
-        trajectories = files.read_csv(out / "trajectories.csv")
-        files.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
-        files.write_csv(out / "contraction.csv", mlp.contraction(runs, trajectories))
-    contracted = files.read_csv(out / "contraction.csv")                    # a run of record may come without its long trajectories
-    claims, fits, found = transformer.measure(runs, config) if config.model != "mlp" else (*mlp.measure(runs, config), [])
-    known = stats.published(ROOT / "published.csv", "A.")
-    answered = [claims.get(key) or stats.claim(row, None) for key, row in known.items()]
-    found += mlp.findings(runs, fits, contracted, files.read_csv(out / "cells.csv"))
-    files.write_summary(out, answered, found)
-    figures = out / "figures"
-    medians = {"mlp": "A.dense.rho", "transformer": "A.tf.rho"}.get(config.model, "none")
-    for block, moduli, prefix, published in ((config.seeds, config.p, "dense", medians),
-                                             (config.moduli_seeds, config.moduli, "moduli", "A.pscan.p{p}.rho")):
-        if prefix == "moduli" and "moduli" not in config.parts:
-            continue
-        mine = [r for r in runs if r["block"] == block and r["p"] in moduli
-                and (r["lr"], r["weight_decay"], r["train_frac"]) == (config.lrs[0], 1, 0.40)]
-        total = [r for r in mine if r["arm"] != "clamp" or r["held_norm"] is not None]     # without the clamps of single groups
-        if any(r["arm"] == "clamp" for r in total):
-            figures.dose(total, "clamp", "Delay law", figures, prefix, fits, prefix, published)
-        if any(r["arm"] == "rescale" for r in mine):
-            figures.dose(mine, "rescale", "One rescale at step 500", figures, "oneshot", fits, prefix, published)
-    for p in config.group_moduli if "groups" in config.parts else ():
-        mine = [r for r in runs if r["p"] == p and (r["arm"] == "free" or r["held_norm"] is None)]
-        if any(r["arm"] == "clamp" for r in mine):
-            figures.groups(mine, transformer.GROUPS, figures, f"groups_p{p}")
-    for p in config.p if "matrix" in config.parts else ():
-        if any(r["arm"] == "clamp" and r["p"] == p for r in runs):
-            figures.matrix([r for r in runs if r["p"] == p and r["block"] == config.seeds], figures, f"matrix_p{p}")
-    if any(r["norm_at_grok"] is not None for r in runs if r["arm"] == "free"):
-        for group in ("",) if config.model == "mlp" else ("", "unembed"):
-            figures.critical_norm(runs, figures, group)
-    if contracted:
-        figures.contraction(contracted, figures)
-    if trajectories:
-        figures.trajectories(trajectories, figures)
-    print(stats.table(answered))
-    for finding in found:
-        print(f"{finding['id']}: {finding['ours']} ({finding['lo']} to {finding['hi']}; n {finding['n']}) {finding['quantity']}")
-    for key, fit in fits.items():
-        if isinstance(fit, dict):
-            e, lo, hi = fit["alpha"]
-            rhos = " ".join(f"{rho:g}" for rho in fit["rhos"])
-            print(f"{key}: alpha = {e:.2f}, 95% interval {lo:.2f} to {hi:.2f}, R2 = {fit['r2']:.4f}, rho {rhos}")
-    print(f"results in {out}")
+def publish(desk: Lab, result: Result | None) -> None:
+    """Tables, verdicts, figures; without `result` from the tables that are there."""
+    main_figure = f"{'moduli' if desk.config.parts == ('moduli',) else 'oneshot' if desk.config.parts == ('oneshot',) else 'dense'}.png"
+    desk.publish(measure, draw, result, {"contraction.csv": delay.contraction}, main_figure=main_figure)
 
 
 def run(argv: list[str]) -> None:
-    config, given = settings.parse(Config, PRESETS, (*PARTS, "groups"), argv)
-    config = narrowed(config, given)
+    config, given = settings.parse(Config, PRESETS, PARTS, argv)
+    config = checked(config, given)
     desk = Lab("delay_law", config, given, PRESETS)
     if config.figures_only:
-        return desk.redraw(lambda: write(desk, Result(), trained=False))
-    controls, others, held = (control_cells(config), other_free_cells(config), clamp_cells) if config.model == "mlp" else (
-        transformer.control_cells(config), transformer.other_free_cells(config), transformer.clamp_cells)
-    guess = {c.name: 54.8 * (c.p / 59) ** 0.4 for c in controls}   # for the dry run's list only; the real W_c comes from the control
-    console.announce(config, [*controls, *others, *held(config, transformer.guess(controls) if config.model != "mlp" else guess)], given)
+        return desk.redraw(lambda: publish(desk, None))
+    controls, others = control_cells(config), other_free_cells(config)
+    guess = {cell.name: 54.8 * (cell.p / 59) ** 0.4 for cell in controls}   # for the dry run's list only; the real W_c comes from the control
+    console.announce(config, [*controls, *others, *held_cells(config, guess)], given)
     if config.dry_run:
         return None
     desk.open()
     result = desk.train("control", controls)
-    w_c = stats.critical_norms(result.runs) if config.model == "mlp" else transformer.critical_norms(result.runs)
+    w_c = stats.critical_norms(result.runs)
     for cell in controls:
-        if cell.name not in w_c:
-            print(f"{cell.name}: no member grokked within {cell.budget_steps} steps: no W_c, so the cells held relative to it are not run")
-        else:
-            print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}" if config.model == "mlp" else
-                  f"{cell.name}: norms at own T_grok " + ", ".join(f"{group or 'total'} {norm:.2f}" for group, norm in w_c[cell.name].items()))
-    result += desk.train("cells", [*others, *held(config, w_c)], deal=True)
-    write(desk, result, trained=True)
+        print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}" if cell.name in w_c else
+              f"{cell.name}: no member grokked within {cell.budget_steps} steps: no W_c, so the cells held relative to it are not run")
+    result += desk.train("cells", [*others, *held_cells(config, w_c)], deal=True)
+    publish(desk, result)
     desk.finish()
     return None
 

@@ -45,9 +45,7 @@ STAGES = {      # name -> command; {out} and {released} are filled in
     **{f"{name}_paper": [PYTHON, f"exp_{name}.py", "--preset", "paper", "--out", "{out}/" + f"{name}_paper"]
        for name in ("delay_law", "fork", "logit_scale")},
     **{f"{model}_paper": [PYTHON, "exp_transformer.py", "--model", model, "--preset", "paper", "--out", "{out}/" + f"{model}_paper"]
-       for model in ("transformer", "transformer_ln")},
-    "transformer_b_paper": [PYTHON, "exp_logit_scale.py", "--model", "transformer_b", "--w-c", "32.49", "--preset", "paper", "--parts",
-                            "mediation", "--out", "{out}/transformer_b_paper"],
+       for model in ("transformer", "transformer_ln", "transformer_b")},
 }
 COLUMNS = ("stage", "outcome", "seconds", "commit", "device", "command")
 GRACE = 20                          # seconds between asking a stage to stop and ending it

@@ -50,7 +50,10 @@ class Table:
     def __init__(self, runs: list[dict], log: Iterable[dict] = (), networks: str = "fresh"):
         """`log`: rows with `cell, member, step` and logged columns. `networks`: "published" takes the papers' medians, over runs that grok."""
         self.runs, self.networks, self.claims, self.findings, self.law, self.medians = runs, networks, {}, [], [], {}
-        self.first = {run["cell"]: {"task": "add", **run, "group": group_held(run)} for run in reversed(runs)}
+        self.first: dict[str, dict] = {}
+        for run in runs:
+            if run["cell"] not in self.first:
+                self.first[run["cell"]] = {"task": "add", **run, "group": group_held(run)}
         self.grok = {cell: np.array([*stats.times(runs, cell).values()]) for cell in self.first}
         self.mem = {cell: np.array([*stats.times(runs, cell, "t_mem_step").values()]) for cell in self.first}
         self.log: dict[str, dict] = {cell: {} for cell in self.first}
@@ -65,12 +68,14 @@ class Table:
         found = [cell for cell, run in self.first.items() if all(run.get(k) == v for k, v in conditions.items())]
         return sorted(found, key=lambda cell: (self.first[cell]["p"] or 0, self.first[cell]["rho"] or 0))
 
+    def like(self, row: dict, **more: object) -> list[str]:
+        """Cells under all conditions that a published row states, and `more`, such as those that only its note has."""
+        stated = {column: row[key] for key, column in CONDITIONS.items() if row.get(key) is not None}
+        return self.pick(**{**UNLESS_STATED, **stated, **more})
+
     def match(self, row: dict, **more: object) -> str | None:
-        """The cell that a published row is about, if it ran; `more`: conditions that only its note has. Where the row has no dtype float32, the
-        papers' precision, goes first."""
-        conditions = {column: row.get(key) if row.get(key) is not None else UNLESS_STATED.get(key) for key, column in CONDITIONS.items()
-                      if row.get(key) is not None or key in UNLESS_STATED}
-        return min(self.pick(**{**conditions, **more}), key=lambda cell: self.first[cell].get("dtype") == "float64", default=None)
+        """The cell that a published row is about, if it ran. Where the row has no dtype float32, the papers' precision, goes first."""
+        return min(self.like(row, **more), key=lambda cell: self.first[cell].get("dtype") == "float64", default=None)
 
     def control(self, cell: str) -> str | None:
         """The free cell of the same network, block, rate and seeds."""
@@ -139,6 +144,19 @@ class Table:
             return np.take_along_axis(values[nearest], picks, 1).mean(1)
         return mean
 
+    def recovery(self, cells: Iterable[str], step: int | None = None, log: bool = False, joint: bool = False) -> Statistic:
+        """Paper B's recovery fraction `(T1 - T2) / (T1 - T0)` (sec 4; `stats.recovery`): T0 of the baseline, first of `cells`, T1 at the raised
+        norm, second, T2 at the temperature that gives it the baseline's logit scale. The scale at `step`, else at grokking; `joint`: of the same
+        resampled members, else of all."""
+        cells = tuple(cells)
+
+        def fraction(picks: np.ndarray) -> np.ndarray:
+            who = picks if joint else np.arange(picks.shape[1])[None].repeat(len(picks), 0)
+            T = np.stack([self.T(cell)(picks) for cell in cells], 1)                                             # (B, cells)
+            L = np.stack([self.at(cell, step=step)(who) for cell in cells], 1)
+            return stats.recovery(T[:, 0], T[:, 1], T[:, 1:], L[:, 1:], L[:, 0], log)
+        return fraction
+
     # -- answers
 
     def count(self, cells: tuple[str, ...]) -> tuple[int, int, float]:
@@ -161,13 +179,17 @@ class Table:
         else:
             self.claims[row["id"]] = stats.replicated(row, ours, n, censored, missing, 1.0 if missing else worst)
 
-    def finding(self, key: str, quantity: str, cells: Iterable[str], statistic: Statistic | float, **where: object) -> None:
-        """A number that the papers do not publish: a statistic of chosen members, or a plain value. `where`: its conditions, for figures."""
+    def finding(self, key: str, quantity: str, cells: Iterable[str], statistic: Statistic | float, law: str = "", paper: str = "",
+                **where: object) -> None:
+        """A number that the papers do not publish: a statistic of chosen members, or a plain value. `where`: its conditions, for figures.
+        `law`: what to call it among the last lines, beside the published number `paper` where that was answered."""
         cells = tuple(cells)
         if self.have(*cells):
             n, censored, _ = self.count(cells)
             ours = stats.resampled(n, statistic) if callable(statistic) else (statistic, math.nan, math.nan)
             self.findings.append(stats.finding(key, quantity, ours, n, censored, **where))
+            if law:
+                self.say(law, ours, n, censored, paper)
 
     def say(self, label: str, ours: tuple[float, float, float], n: int, censored: int, key: str = "") -> None:
         """A sentence of the command's last lines: an estimate with its interval, beside the published number `key` where it answers one."""

@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 
-from delay_law_claims import log_median
 from lab import stats
 
 INF = math.inf
@@ -29,14 +28,14 @@ def test_alpha_comes_back_inside_its_interval_at_the_nominal_rate() -> None:
     inside = 0
     for seed in range(200):
         rho, table = planted(7.6, 12, 0.08, seed)
-        _, lo, hi = stats.bootstrap(table, lambda t, rho=rho: stats.line(rho, log_median(t))[0], seed)
+        _, lo, hi = stats.bootstrap(table, lambda t, rho=rho: stats.line(rho, np.log(stats.median(t)))[0], seed)
         inside += lo <= 7.6 <= hi
     assert 0.88 <= inside / 200 <= 0.99   # binomial 95 +- 3 x 1.5%, and a percentile bootstrap of 12 is a little narrow
 
 
 def test_bootstrap_is_paired_seeded_and_survives_censored_cells() -> None:
     rho, table = planted(7.6, 8, 0.3, 1)
-    statistic = lambda t: stats.line(rho, log_median(t))[0]  # noqa: E731
+    statistic = lambda t: stats.line(rho, np.log(stats.median(t)))[0]  # noqa: E731
     assert stats.bootstrap(table, statistic) == stats.bootstrap(table, statistic)
     shifted = table * np.exp(np.random.default_rng(3).normal(0, 2, 8))   # a factor per member, the same in every arm
     one = stats.bootstrap(shifted[:1].repeat(2, 0), lambda t: stats.median(t)[..., 1] / stats.median(t)[..., 0])
@@ -66,22 +65,38 @@ def test_lack_of_fit_tells_a_bend_from_noise() -> None:
     assert stats.lack_of_fit(rho, straight - 8 * (rho[:, None] - 1.05) ** 2) < 1e-6
 
 
-ROW = {"id": "x", "quantity": "q", "value": 100.0, "lo": None, "hi": None, "n_seeds": 16}
+ROW = {"id": "x", "quantity": "q", "value": 100.0, "printed": "100", "lo": None, "hi": None, "n_seeds": 16}
+BEYOND = {**ROW, "value": None, "printed": "not within 20000"}
+INFINITE = (INF, INF, INF)
 
 
 @pytest.mark.parametrize("row, ours, n, worst, verdict", [
-    (ROW, (104, 102, 106), 16, 0.0, "REPRODUCED"),           # meets 97..103
-    (ROW, (110, 104, 116), 16, 0.0, "NOT REPRODUCED"),
+    (ROW, (104, 102, 106), 16, 0.0, "REPLICATED"),           # meets 97..103
+    (ROW, (110, 104, 116), 16, 0.0, "NOT REPLICATED"),
     (ROW, (110, 104, 116), 7, 0.0, "INCONCLUSIVE"),          # fewer than half the published members
     (ROW, (100, 99, 101), 8, 0.5, "INCONCLUSIVE"),           # half are censored
-    (ROW, (100, 99, 101), 8, 0.49, "REPRODUCED"),
+    (ROW, (100, 99, 101), 8, 0.49, "REPLICATED"),
     (ROW, (math.nan,) * 3, 16, 0.0, "INCONCLUSIVE"),
-    (ROW, None, 0, 0.0, "NOT RUN"),
-    ({**ROW, "lo": 90.0, "hi": 95.0}, (96, 94, 98), 16, 0.0, "REPRODUCED"),
-    ({**ROW, "lo": 90.0, "hi": 93.0}, (96, 94, 98), 16, 0.0, "NOT REPRODUCED"),
+    ({**ROW, "lo": 90.0, "hi": 95.0}, (96, 94, 98), 16, 0.0, "REPLICATED"),
+    ({**ROW, "lo": 90.0, "hi": 93.0}, (96, 94, 98), 16, 0.0, "NOT REPLICATED"),
+    (BEYOND, INFINITE, 8, 1.0, "REPLICATED"),
+    (BEYOND, (15_000, 14_000, 16_000), 8, 0.0, "NOT REPLICATED"),
 ])
-def test_verdict_rule(row: dict, ours: tuple | None, n: int, worst: float, verdict: str) -> None:
-    assert stats.claim(row, ours, n, 0, "", worst)["verdict"] == verdict
+def test_verdict_on_fresh_networks(row: dict, ours: tuple, n: int, worst: float, verdict: str) -> None:
+    assert stats.replicated(row, ours, n, 0, "", worst)["verdict"] == verdict
+
+
+@pytest.mark.parametrize("row, ours, n, missing, verdict", [
+    (ROW, (100.4, 90, 110), 16, "", "REPRODUCED"),           # its printed digits
+    (ROW, (100.9, 90, 110), 16, "", "REPRODUCED"),           # within 1%
+    (ROW, (101.1, 90, 110), 16, "", "NOT REPRODUCED"),
+    (ROW, (100, 90, 110), 15, "", "PARTLY RUN"),
+    (ROW, (100, 90, 110), 16, "two doses", "PARTLY RUN"),
+    (BEYOND, INFINITE, 16, "", "REPRODUCED"),
+    (BEYOND, (15_000, 14_000, 16_000), 16, "", "NOT REPRODUCED"),
+])
+def test_verdict_on_the_papers_networks(row: dict, ours: tuple, n: int, missing: str, verdict: str) -> None:
+    assert stats.reproduced(row, ours, n, 0, missing)["verdict"] == verdict
 
 
 def test_cells_table_uses_the_logged_step_nearest_the_median() -> None:
