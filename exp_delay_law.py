@@ -15,6 +15,10 @@ W_c is the median, over the members that grok, of the norm at their own T_grok i
     python exp_delay_law.py --model transformer   section 7, parts dense, groups, concentration: see delay_law_transformer.py
     python exp_delay_law.py --parts dense --rhos 0.9 1.1 --members 0 1 2 --out results/mine
 """
+if __name__ == "__main__":
+    import early
+    early.guard()
+
 import dataclasses
 import math
 from dataclasses import dataclass

@@ -20,6 +20,10 @@ arms lie inside that of float32), and the float64 twin of any arm.
     python exp_fork.py --fork-steps 400 800 1600 --rho 1.05 1.15
     python exp_fork.py --dtype float64 --parts raised --members 0 --twin-of results/fork/laptop
 """
+if __name__ == "__main__":
+    import early
+    early.guard()
+
 import dataclasses
 import math
 from dataclasses import dataclass

@@ -17,6 +17,10 @@ L of a cell: mean over members of the effective logit scale at the logged step n
     python exp_logit_scale.py --model transformer_b --w-c 32.49      mediation as in the paper's transformer table, p=59
     python exp_logit_scale.py --parts audit --audit-cells 1.15 1.20 1.15:1.7 --members 0 1
 """
+if __name__ == "__main__":
+    import early
+    early.guard()
+
 import dataclasses
 import itertools
 import math

@@ -10,6 +10,10 @@ member. A file that is no such run is refused.
 
 replay.csv compares step by step; a run censored on one side only counts as grokked at the budget there. The last line sums it up.
 """
+if __name__ == "__main__":
+    import early
+    early.guard()
+
 import dataclasses
 import fnmatch
 import functools

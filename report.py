@@ -7,6 +7,10 @@ Where several folders answer a number: a verdict goes before none, float32 befor
 MLPs held at multiples of a given norm (--w-c) answer none: they stand beside the others under Sensitivity.
 Equivalence of replayed runs: two one-sided t tests of ln(T_grok ours / released) against a margin of 5%, fixed before the runs.
 """
+if __name__ == "__main__":
+    import early
+    early.guard()
+
 import base64
 import html
 import json
@@ -18,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import ttest_1samp
 
+import endings
 import files
 import plots
 import stats
@@ -404,8 +409,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    endings.end(lambda: sys.exit(main(sys.argv[1:])))
