@@ -330,6 +330,12 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     cells, answered = files.read_csv(out / "cells.csv"), claims(runs, config)
     found = findings(runs, cells, config)
     files.write_summary(out, answered, found)
+    print(stats.table(answered))
+    for row in found:
+        if not row["id"].startswith(COLLAPSE):
+            ours = "no value, half or more is censored" if row["ours"] is None else f"{row['ours']:.3g}"
+            interval = f", 95% interval {row['lo']:.3g} to {row['hi']:.3g}" if row["lo"] is not None and row["hi"] is not None else ""
+            print(f"{row['id']}: {ours}{interval}, n = {row['n']}, {row['n_censored']} censored")
     for p in config.p:
         for step in config.fork_steps:
             for rho in config.rho:
@@ -344,12 +350,6 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     for axis, other in (("fork_step", "rho"), ("rho", "fork_step")):
         if len({row[axis] for row in ratios}) > 1:
             plots.fork_ratio(ratios, axis, other, out / "figures", f"ratio_over_{axis}")
-    print(stats.table(answered))
-    for row in found:
-        if not row["id"].startswith(COLLAPSE):
-            ours = "no value, half or more is censored" if row["ours"] is None else f"{row['ours']:.3g}"
-            interval = f", 95% interval {row['lo']:.3g} to {row['hi']:.3g}" if row["lo"] is not None and row["hi"] is not None else ""
-            print(f"{row['id']}: {ours}{interval}, n = {row['n']}, {row['n_censored']} censored")
     print(f"results in {out}")
 
 

@@ -286,12 +286,12 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     m = claims.measure(runs, files.read_csv(out / "around_grok.csv"), Plan(config))      # a run of record may come without its long trajectories
     answered = [m.claims.get(key) or stats.claim(row, None) for key, row in claims.published(config).items()]
     files.write_summary(out, answered, m.findings)
-    draw(m, config, desk)
     print(stats.table(answered))
     for row in m.findings:
         ends = f" [{row['lo']:.3g}, {row['hi']:.3g}]" if row["lo"] is not None and row["hi"] is not None else ""
         ours = "no value" if row["ours"] is None else f"{row['ours']:.3g}"
         print(f"{row['id']}: {ours}{ends}, n {row['n']}, {row['n_censored']} censored: {row['quantity']}")
+    draw(m, config, desk)
     print(f"results in {out}")
 
 

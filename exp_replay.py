@@ -271,11 +271,11 @@ def run(argv: list[str]) -> None:
     files.write_csv(out / "trajectories.csv", result.trajectories)
     files.write_csv(out / "runs.csv", [{"experiment": "replay", **r} for r in result.runs], files.RUN_COLUMNS)
     files.write_json(out / "provenance.json", lab.provenance(desk, result))
-    plots.replay(rows, out / "figures")
     for s in scales:
         L = f"{100 * (s['logit_scale'] / s['logit_scale_released'] - 1):+.2f}%" if s["logit_scale"] else "-"
         print(f"{s['cell']}: {s['exact']}/{s['n']} exact, T_mem equal {s['t_mem_equal']}/{s['n']}, "
               f"largest {100 * s['largest_relative']:.2f}%, L {L}" + ("" if s["n"] == s["block"] else " (not all members ran)"))
+    plots.replay(rows, out / "figures")
     desk.finish()
     differences = [abs(row["difference_steps"]) for row in rows]
     print(f"results in {out}")
