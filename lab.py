@@ -34,17 +34,26 @@ LOCK_TRIES = 100   # of 50 ms each, while another rank writes the settings of a 
 
 # ---------------------------------------------------------------- provenance
 
-def git(*words: str) -> str:
+def git(*words: str) -> str | None:
+    """What git says of this project's own repository; None if it fails, or if the project is no repository but a folder inside another one."""
+    own = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")}   # a hook's are of its repository
+
+    def said(*line: str) -> str:
+        return subprocess.run(["git", *line], cwd=ROOT, env=own, capture_output=True, text=True, errors="surrogateescape", timeout=10,
+                              check=True).stdout.rstrip("\n")
     try:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+        return said(*words) if os.path.samefile(said("rev-parse", "--show-toplevel"), ROOT) else None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def origin() -> dict:
-    """The code and command that this process is."""
+    """The code and command that this process is. The commit is unknown, and `dirty` null, where git cannot say or does not have the script."""
+    commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    if not commit or changed is None or git("ls-files", "--error-unmatch", "--", os.path.realpath(sys.argv[0])) is None:
+        commit, changed = "unknown", None
     return {
-        "commit": git("rev-parse", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit, "dirty": None if changed is None else bool(changed),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *map(_without_machine, sys.argv[1:])]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
     }

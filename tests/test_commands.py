@@ -86,6 +86,41 @@ def test_provenance_names_no_folder_outside(tmp_path: Path) -> None:
     assert [lab._without_machine(word) for word in words] == ["--out", "results/fork/p97", "runs", "metrics", "0.9"]
 
 
+def test_provenance_names_the_commit_of_this_very_code_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone; the script not tracked; an archive unpacked inside another repository, which has a file of that name too; git that fails."""
+    outer, script = tmp_path / "outer", "exp_fork.py"
+    inner = outer / "lab"
+    inner.mkdir(parents=True)
+    for name in (script, "lab/exp_fork.py", "lab/mine.py"):
+        (outer / name).write_text("1\n")
+
+    def origin(root: Path, script: str) -> tuple[str, bool | None]:
+        monkeypatch.setattr(lab, "ROOT", root)
+        monkeypatch.setattr(sys, "argv", [str(root / script)])
+        found = lab.origin()
+        return found["commit"], found["dirty"]
+
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        return subprocess.run(["git", *identity, *words], cwd=outer, check=True, capture_output=True, text=True).stdout.strip()
+    git("init", "-q")
+    git("add", script, "lab/exp_fork.py")
+    assert origin(outer, script) == ("unknown", None)   # no commit yet
+    git("commit", "-qm", "one")
+    commit = git("rev-parse", "HEAD")
+    assert origin(outer, script) == (commit, False) and origin(inner, script) == ("unknown", None)
+    assert origin(outer, "lab/mine.py") == ("unknown", None) and origin(outer, "-c") == ("unknown", None)
+    (outer / script).write_text("2\n")
+    assert origin(outer, script) == (commit, True)
+    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))   # inside a hook of the other repository
+    assert origin(inner, script) == ("unknown", None)
+    monkeypatch.delenv("GIT_DIR")
+    (outer / ".git" / "HEAD").write_text("")
+    assert origin(outer, script) == ("unknown", None)
+    monkeypatch.setenv("PATH", "")
+    assert origin(outer, script) == ("unknown", None)
+
+
 def test_exit_code_and_stderr_of_a_bad_command(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "exp_delay_law.py", "--rhos", "0"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == "" and done.stderr == "error: --rhos must be > 0, got 0\n"
@@ -194,6 +229,19 @@ def test_smoke_preset_end_to_end_interrupted_and_not(tmp_path: Path) -> None:
     os.remove(tmp_path / "a" / "figures" / "dense.png")
     exp_delay_law.run(["--preset", "smoke", "--out", str(tmp_path / "a"), "--figures-only"])
     assert (tmp_path / "a" / "figures" / "dense.png").exists() and tables(tmp_path / "a") == tables(tmp_path / "b")
+
+
+def test_columns_have_types(tmp_path: Path) -> None:
+    """Cells named after released files `1.npz` and `nan.npz`; a table saved by a spreadsheet; text where a number belongs."""
+    rows = [{"cell": "1", "member": 0, "t_grok": 25}, {"cell": "1.50", "member": 1, "t_grok": None}, {"cell": "nan", "member": 2, "t_grok": 2.5}]
+    files.write_csv(tmp_path / "t.csv", rows)
+    assert files.read_csv(tmp_path / "t.csv") == rows
+    text = (tmp_path / "t.csv").read_text()
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert files.read_csv(tmp_path / "t.csv") == rows
+    (tmp_path / "t.csv").write_text(text.replace("25", "soon"))
+    with pytest.raises(UsageError, match=r"t\.csv: 'soon' in column t_grok is no number"):
+        files.read_csv(tmp_path / "t.csv")
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n3", "a,b\n1,2,3\n", "a,b\n1\n"])
