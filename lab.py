@@ -230,11 +230,11 @@ class Lab:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
-            self._clear(self.folder / "checkpoint.spent")
+            self._clear_spent()
             if not (found := self._snapshots()) and (Lab.merging or self._complete()):
                 self._unlock()
                 raise Dealt(f"the results are in {self.folder}; remove its runs.csv to train again, --figures-only draws them again", complete=False)
-            self.checkpoint.mkdir(exist_ok=True)
+            os.makedirs(os.path.realpath(self.checkpoint), exist_ok=True)   # it may be a link to another disk
             if self.shard and not files.lock(self.checkpoint / f"lock{self.shard}"):
                 raise UsageError(f"rank {self.rank.number} of {self.rank.size} already works in {self.folder}; wait for it or choose another --out")
         except OSError as error:
@@ -288,21 +288,26 @@ class Lab:
     def finish(self) -> None:
         """All results are written: the checkpoint has served. It goes at once, by its name, so that a kill leaves it whole or gone."""
         files.check_held(self.checkpoint)
-        spent = self.folder / "checkpoint.spent"
         with contextlib.suppress(OSError):   # it is in the way of itself after a kill: then file by file
-            self.checkpoint.rename(spent)
-        for folder in (spent, self.checkpoint):
-            self._clear(folder)
-        with contextlib.suppress(OSError):   # files of others go back to where they were put
-            spent.rename(self.checkpoint)
+            self.checkpoint.rename(self.folder / "checkpoint.spent")
+        self._clear(self.checkpoint)
+        self._clear_spent()
         self._unlock()
 
+    def _clear_spent(self) -> None:
+        """The end of a checkpoint that has served. Files of others, and a link to another disk, go back to where they were put."""
+        spent = self.folder / "checkpoint.spent"
+        self._clear(spent)
+        if not os.path.lexists(self.checkpoint):
+            with contextlib.suppress(OSError):
+                spent.rename(self.checkpoint)
+
     def _clear(self, folder: Path) -> None:
-        """Remove the checkpoints in `folder`, and `folder` if nothing else is in it."""
+        """Remove the checkpoints in `folder`, and `folder` if nothing else is in it and it is no link."""
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.is_file() and (path.suffix in (".pt", ".part") or path.name.startswith(("done.", "lock."))):
                 path.unlink()
-        if folder.is_dir() and not any(folder.iterdir()):
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
 
     # -- training

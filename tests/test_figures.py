@@ -31,7 +31,7 @@ def test_a_figure_that_fails_costs_a_line_after_all_else_is_written_and_said(tmp
         lines = text.splitlines()
         first = next(i for i, line in enumerate(lines) if "is not drawn" in line)
         assert lines[first] == "a figure, fork arms, is not drawn (RuntimeError: latex could not be found); the tables are whole"
-        assert (code, errors) == (0, "") and "B.fork.p59.ratio" in "".join(lines[:first]) and lines[-1] == f"results in {tmp_path / 'out'}"
+        assert (code, errors) == (0, "") and "same_over_free.p11" in "".join(lines[:first]) and lines[-1] == f"results in {tmp_path / 'out'}"
         assert not any("not drawn" not in line for line in lines[first:-1]) and not (tmp_path / "out" / "checkpoint").exists()
         said.append(lines[first:])
         written.append(tables(tmp_path / "out"))
