@@ -69,7 +69,7 @@ def provenance(desk: "Lab", result: Result) -> dict:
     config = desk.config
     return {
         **desk.origin, "device": device_name(config.device),
-        "backend": desk.backend, "dtype": config.dtype, "arithmetic": config.arithmetic if config.device == "cuda" else "ieee",
+        "backend": ", ".join(desk.backends) or "none", "dtype": config.dtype, "arithmetic": config.arithmetic if config.device == "cuda" else "ieee",
         "training_seconds": round(result.seconds, 1), "run_steps": result.executed, "run_steps_needed": result.needed,
         "executed_over_needed": round(result.executed / max(result.needed, 1), 4),
         "run_steps_per_second": round(result.executed / max(result.seconds, 1e-9), 1),
@@ -123,7 +123,7 @@ class Lab:
         folder = re.sub(r"[^A-Za-z0-9.+_-]+", "-", "_".join([preset, *changed]))[:120]
         self.folder = Path(config.out) if config.out else ROOT / "results" / experiment / folder
         self.checkpoint, self.config_file = self.folder / "checkpoint", self.folder / "config.json"
-        self.backend, self.said = "none", set()
+        self.backends, self.said = [], set()   # backends that trained the runs, in their order
         self.origin = origin()
         self.created: list[Path] = []     # folders that `open` had to make, innermost first
         self.opened, self.shares = False, 1
@@ -243,17 +243,19 @@ class Lab:
         if self.shard:
             (self.checkpoint / f"done{self.shard}").unlink(missing_ok=True)
         else:
-            self._find_shards(found)
+            self._find_shards({*found, *(path.name for path in self.checkpoint.glob("done.*of*"))})
         if found:
             print(f"continuing from {self.checkpoint}", flush=True)
 
     def _find_shards(self, names: set[str]) -> None:
-        """Sets `shares` to the number of ranks whose shards are all there. Raises UsageError if some are missing."""
-        sizes = sorted({int(found[1]) for name in names if (found := re.search(r"\.\d+of(\d+)\.", name))})
+        """Sets `shares` to the number of ranks whose shards are all there. Raises UsageError if some are missing.
+
+        A rank leaves no snapshot of its own where there was nothing to train, so its mark of having ended counts as well."""
+        sizes = sorted({int(found[1]) for name in names if (found := re.search(r"\.\d+of(\d+)(\.|$)", name))})
         if complete := [size for size in sizes if not self._missing(size)]:
             self.shares = complete[0]
         elif Lab.merging:
-            raise Dealt("another process has merged the shards", complete=False)
+            raise Dealt(missing_text(self._missing(sizes[0]), sizes[0]) if sizes else "another process has merged the shards", complete=False)
         elif sizes:
             raise UsageError(f"{self.checkpoint} holds shards, {missing_text(self._missing(sizes[0]), sizes[0])}; "
                              "or remove it to train everything in one process")
@@ -350,8 +352,10 @@ class Lab:
             self.say("the step is compiled on first use, up to a minute per modulus" if has_compiler() else
                      "no C++ compiler on the PATH: the step runs eagerly, about 3 times slower")
         ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, cells[0].dtype or c.dtype), c.arithmetic, start, self.checkpoint)
-        self.backend = ensemble.backend
         self._take_up(ensemble, stage + shard, [done, latest, previous], anybody)
+        if len(ensemble.live()) and (trained := [*self.backends, *ensemble.backends]) and trained[-1] != ensemble.backend:
+            self.say(f"what {self.checkpoint} holds was trained by the {trained[-1]} step, the rest is by this machine's {ensemble.backend} one: "
+                     "their rounding differs, and provenance.json names both")
         runs, before, started = len(ensemble.step), ensemble.executed, ensemble.seconds
         if len(ensemble.live()):
             if self.shares > 1 and dealt:
@@ -374,6 +378,7 @@ class Lab:
                 progress.close()
             if Signals.caught is not None:   # it came after the last tick
                 Signals.leave(Signals.caught)
+        self.backends = list(dict.fromkeys([*self.backends, *ensemble.backends]))
         rows = ensemble.result().runs
         steps, seconds = ensemble.executed - before, ensemble.seconds - started   # of this command; the rows count all
         n_censored, rest = sum(run["censored"] for run in rows), "not yet" if cells[0].stop_step else "censored"
