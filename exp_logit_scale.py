@@ -97,8 +97,9 @@ def audited(config: Config) -> list[tuple[float, float]]:
             rho, tau = (float(x) for x in (text if ":" in text else text + ":1").split(":"))
         except ValueError:
             raise UsageError(f"--audit-cells are RHO or RHO:TAU, such as 1.15 or 1.15:1.7, got {text!r}") from None
-        if not (0 < rho <= settings.LARGEST["rhos"] and 0 < tau <= settings.LARGEST["taus"]):
-            raise UsageError(f"--audit-cells: rho must be in (0, {settings.LARGEST['rhos']:g}] and tau in (0, {settings.LARGEST['taus']:g}], "
+        if not all(settings.SMALLEST[key] <= value <= settings.LARGEST[key] for key, value in (("rhos", rho), ("taus", tau))):
+            raise UsageError(f"--audit-cells: rho must be in [{settings.SMALLEST['rhos']:g}, {settings.LARGEST['rhos']:g}] and tau in "
+                             f"[{settings.SMALLEST['taus']:g}, {settings.LARGEST['taus']:g}], "
                              f"got {text!r}")
         cells.append((rho, tau))
     if len(set(cells)) < len(cells):
