@@ -16,7 +16,7 @@ import exp_delay_law
 import files
 import lab
 import stats
-from common import UsageError
+from common import Cell, UsageError, unique
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +42,8 @@ ROOT = Path(__file__).parents[1]
     ("--parts moduli --p 41 --moduli 41", "--p and --moduli both name"),
     ("--moduli-seeds 0", "--moduli-seeds must be between 1"),
     ("--rhos 1e300", "--rhos must be at most 100"),
+    ("--rhos 1e-50", "--rhos must be at least 0.001, got 1e-50"),       # times W_c it is 0 in float32, and holds nothing
+    ("--lrs 1e-50", "--lrs must be at least 1e-20, got 1e-50"),
     ("--seeds 0", "--seeds must be between 1"),
     ("--parts nothing", "--parts must be among dense"),
     ("--preset huge", "--preset must be one of smoke, laptop, paper"),
@@ -67,6 +69,17 @@ def test_conditions_that_differ_never_share_a_name_and_p_narrows_every_part(tmp_
     exp_delay_law.run(["--dry-run", "--p", "59", "--parts", "moduli", "concentration", "--weight-decays", "0", "--out", str(tmp_path / "out")])
     text = capsys.readouterr().out
     assert "p59_b12" in text and "wd0_" in text and not any(f"p{p}_" in text for p in (29, 31, 41, 97))
+
+
+def test_doses_that_round_to_one_another_are_cells_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    exp_delay_law.run(["--dry-run", "--rhos", "1.15", "1.154", "1.1500000000000001", "1.1500000000000004", "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert all(text.count(f"_rho{rho}: ") == 1 for rho in ("1.15", "1.154", "1.1500000000000004"))
+    one = Cell("x", p=7, members=(0,), block=1, budget_steps=50, rho=1.15)
+    longer = dataclasses.replace(one, budget_steps=75)
+    assert unique([one, longer, one]) == [longer]
+    with pytest.raises(ValueError, match="two conditions share the name x"):
+        unique([one, dataclasses.replace(one, rho=1.154)])
 
 
 def test_a_flag_that_no_part_reads_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
