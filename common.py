@@ -7,6 +7,7 @@
 Networks are trained by fused kernels (`kernels/`) from starts that are the same bits on every machine (`lab/draws.py`). The modules below say
 what is computed; tests differentiate them in float64. Source: arXiv 2606.13753 and 2606.18465, methods sections.
 """
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -185,10 +186,14 @@ def exactly(x: float, short: str) -> str:
 
 
 def unique(cells: Iterable[Cell]) -> list[Cell]:
-    """One cell per name; where parts of an experiment ask for it with different budgets, the larger one."""
+    """One cell per name; where parts of an experiment ask for it with different budgets, the larger one. Raises ValueError if two conditions
+    share a name."""
     best: dict[str, Cell] = {}
     for cell in cells:
-        if cell.name not in best or cell.budget_steps > best[cell.name].budget_steps:
+        kept = best.setdefault(cell.name, cell)
+        if dataclasses.replace(cell, budget_steps=kept.budget_steps, expected_steps=kept.expected_steps) != kept:
+            raise ValueError(f"two conditions share the name {cell.name}")
+        if cell.budget_steps > kept.budget_steps:
             best[cell.name] = cell
     return list(best.values())
 

@@ -15,6 +15,10 @@ W_c is the median, over the members that grok, of the norm at their own T_grok i
     python exp_delay_law.py --preset paper     all tables of the paper, 6 h on a GPU
     python exp_delay_law.py --parts dense --rhos 0.9 1.1 --members 0 1 2 --out results/mine
 """
+if __name__ == "__main__":
+    from lab import early
+    early.guard()
+
 import dataclasses
 import math
 from collections.abc import Callable
@@ -283,6 +287,7 @@ def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], r
         figures.trajectories(trajectories, folder)
 
 
+@figures.drawn
 def draw_matrix(table: Table, cells: list[str], folder: Path, file: str) -> None:
     """T_grok against learning rate, a colour, marker and line style per held norm that was run at several; published medians as squares."""
     found, rates = figures.points(table, published("A.matrix.").values()), sorted({table.first[cell]["lr"] for cell in cells})

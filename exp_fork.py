@@ -21,6 +21,10 @@ arms lie inside that of float32), and the float64 twin of any arm.
     python exp_fork.py --fork-steps 400 800 1600 --rho 1.05 1.15
     python exp_fork.py --dtype float64 --parts raised --members 0 --twin-of results/fork/laptop
 """
+if __name__ == "__main__":
+    from lab import early
+    early.guard()
+
 import dataclasses
 import itertools
 import math
@@ -312,6 +316,7 @@ def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], r
             draw_ratio(ratios, over, other, folder)
 
 
+@figures.drawn
 def draw_arms(table: Table, where: dict, arms: dict[str, str], folder: Path, file: str) -> None:
     """Delay from the fork, log axis, one column per arm; a line joins each member's arms, so that order shows member by member."""
     figure, axis = plt.subplots(figsize=(5.5, 4.2))
@@ -336,6 +341,7 @@ def draw_arms(table: Table, where: dict, arms: dict[str, str], folder: Path, fil
     plt.close(figure)
 
 
+@figures.drawn
 def draw_trajectories(logged: dict[str, dict[int, list[dict]]], fork_step: int, cells: dict[str, str], folder: Path, file: str) -> None:
     """Norm and test accuracy of every member: the common free run in black up to the fork, then the arms."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
@@ -352,6 +358,7 @@ def draw_trajectories(logged: dict[str, dict[int, list[dict]]], fork_step: int, 
     plt.close(figure)
 
 
+@figures.drawn
 def draw_ratio(ratios: list[dict], over: str, other: str, folder: Path) -> None:
     """Median delay of the raised over the same arm with its interval, against `over`; a line per modulus and value of `other`."""
     figure, axis = plt.subplots(figsize=(5.5, 4.2))

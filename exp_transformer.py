@@ -17,6 +17,10 @@ CV: standard deviation over mean of the norms at own T_grok, all members of all 
     python exp_transformer.py --model transformer_ln --preset paper     all of section 7 with LayerNorm, 3 h on a GPU
     python exp_transformer.py --parts temperature --w-c 32.49242        multiples of paper B's own norm, and its network
 """
+if __name__ == "__main__":
+    from lab import early
+    early.guard()
+
 import dataclasses
 import itertools
 import math
@@ -338,6 +342,7 @@ def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], r
         figures.trajectories(trajectories, folder)
 
 
+@figures.drawn
 def draw_groups(table: Table, cells: list[str], folder: Path, file: str) -> None:
     """T_grok with one group held alone, side by side: a colour and a marker per group, medians joined at three doses or more."""
     found, control = figures.points(table, published("A.ln.").values()), table.control(cells[0])

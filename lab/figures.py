@@ -1,4 +1,5 @@
 """Figures that several experiments share: every member visible, censored runs as open triangles at their budget, published points beside ours."""
+import functools
 import io
 import math
 from collections.abc import Callable, Iterable
@@ -8,6 +9,7 @@ import matplotlib
 import numpy as np
 from scipy.stats import CensoredData, ecdf
 
+from common import UsageError
 from lab import files, stats
 from lab.answers import Table
 from lab.delay import line
@@ -16,7 +18,25 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+matplotlib.rcdefaults()   # a matplotlibrc of this machine would change the figures of record, or ask for a TeX that is not there
+FORGIVEN: type[Exception] | tuple = Exception   # what a figure may fail by; the tests forgive nothing
 LINES, MARKERS = ("-", "--", ":", "-."), "osD^vPX*"   # series differ in print without colour, too
+
+
+def drawn(figure: Callable[..., None]) -> Callable[..., None]:
+    """`figure`, whose failure costs a line and not the command: tables and verdicts are written and printed before. Of a folder that was taken
+    away all the same UsageError is raised."""
+    @functools.wraps(figure)
+    def attempt(*args: object, **named: object) -> None:
+        try:
+            figure(*args, **named)
+        except UsageError:
+            raise
+        except FORGIVEN as error:
+            plt.close("all")
+            print(f"a figure, {figure.__name__.replace('_', ' ')}, is not drawn ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+                  "the tables are whole", flush=True)
+    return attempt
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
@@ -98,6 +118,7 @@ def values(axis: plt.Axes, points: list[dict], x: str, what: str, known: str, st
     squares(axis, [(point[x], y / theirs) for point in points if theirs and (y := point["published"].get(known)) is not None], "published", published)
 
 
+@drawn
 def mediation(folder: Path, name: str, memorisation: str, tables: list[list[dict]]) -> None:
     """Paper B, norm up and temperature back, two figures with a panel per table (baseline, then the raised norm over temperature): T_grok and logit
     scale over the baseline's, and T_mem beside T_grok: temperature moves the delay, not memorisation."""
@@ -122,6 +143,7 @@ def mediation(folder: Path, name: str, memorisation: str, tables: list[list[dict
     sheet(folder, memorisation, tables, both_times)
 
 
+@drawn
 def dose(table: Table, cells: list[str], fitted: Iterable[str], published: Iterable[dict], title: str, folder: Path, file: str) -> None:
     """T_grok against rho, a colour, marker and line style per modulus: the line through the `fitted` cells, of three doses or more, `published`
     medians as squares, the free control as a dotted line."""
@@ -146,6 +168,7 @@ def dose(table: Table, cells: list[str], fitted: Iterable[str], published: Itera
     sheet(folder, file, [cells], draw)
 
 
+@drawn
 def critical_norm(table: Table, published: Iterable[dict], folder: Path, group: str = "") -> None:
     """Total norm at own T_grok of free runs, or that of a group: cell by cell, and against p where there are several; `published` as squares."""
     statistic, found = f"W_c_{group}" if group else "W_c", points(table, published)
@@ -171,6 +194,7 @@ def critical_norm(table: Table, published: Iterable[dict], folder: Path, group: 
         sheet(folder, f"critical_norm_{group}" if group else "critical_norm", panels, draw)
 
 
+@drawn
 def contraction(rows: list[dict], folder: Path) -> None:
     """Delay of free runs against the logarithm that the squared norm V fell through, from T_mem and from its peak. `rows` of contraction.csv."""
     def draw(axis: plt.Axes, rows: list[dict]) -> None:
@@ -186,6 +210,7 @@ def contraction(rows: list[dict], folder: Path) -> None:
         sheet(folder, "contraction", [rows], draw)
 
 
+@drawn
 def trajectories(trajectories: list[dict], folder: Path) -> None:
     """Median over members of test accuracy, norm (of transformers also the unembedding's) and effective logit scale against step, a line a cell."""
     columns = [key for key in ("test_accuracy", "norm", "norm_unembed", "logit_scale") if key in trajectories[0]]
@@ -203,6 +228,7 @@ def trajectories(trajectories: list[dict], folder: Path) -> None:
     plt.close(figure)
 
 
+@drawn
 def replay(rows: list[dict], folder: Path) -> None:
     """Released T_grok against ours, a marker per folder of released files: on the line they are equal."""
     picture, axis = plt.subplots(figsize=(5.5, 5))
@@ -224,6 +250,7 @@ def replay(rows: list[dict], folder: Path) -> None:
     plt.close(picture)
 
 
+@drawn
 def survival(runs: list[dict], name: str, folder: Path) -> None:
     """Kaplan-Meier curves of T_grok at p=59, tau 1, one line per held norm; censored runs leave at their budget."""
     figure, axis = plt.subplots(figsize=(6.5, 4.2))

@@ -7,8 +7,12 @@ Where several folders answer a number: a verdict goes before none, float32 befor
 MLPs held at multiples of a given norm (--w-c) answer none: they stand beside the others under Sensitivity.
 Equivalence of replayed runs: two one-sided t tests of ln(T_grok ours / released) against a margin of 5%, fixed before the runs.
 """
-import json
+if __name__ == "__main__":
+    from lab import early
+    early.guard()
+
 import math
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +22,7 @@ import numpy as np
 from scipy.stats import ttest_1samp
 
 from common import UsageError
-from lab import answers, figures, files, stats
+from lab import answers, console, figures, files, stats
 from lab.stats import short
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,14 +75,14 @@ def collect(root: Path) -> list[Folder]:
     found = []
     for path in sorted(root.glob("*/*/summary.json")):
         try:
-            summary = json.loads(path.read_text())
+            summary = files.read_json(path)
             for claim in summary["claims"]:
                 for kind in STRENGTH.keys() & claim.keys():
                     claim[kind] |= {"source": str(path.parent.relative_to(root)), "dtype": summary["provenance"]["dtype"]}
-            config = json.loads((path.parent / "config.json").read_text())
-            if missing := PROVENANCE - set(json.loads((path.parent / "provenance.json").read_text())):
+            config = files.read_json(path.parent / "config.json")
+            if missing := PROVENANCE - set(files.read_json(path.parent / "provenance.json")):
                 raise ValueError(f"provenance.json has no {' '.join(sorted(missing))}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (UsageError, ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
             raise UsageError(f"{path.parent} is not what an experiment leaves ({what}); remove it or make it again") from None
         given = config.get("w_c", 0.0) if config.get("model", "mlp") == "mlp" else 0.0
@@ -349,33 +353,39 @@ def stale(root: Path) -> list[str]:
     nothing about them."""
     out = []
     for path in sorted(root.glob("*/*/summary.json")):
-        then = {"runs.csv": None, **(json.loads(path.read_text()).get("data") or {})}
+        then = {"runs.csv": None, **files.made_from(path.parent)}
         out += [str((path.parent / name).relative_to(root)) for name, now in files.digests(path.parent).items() if then.get(name, now) != now]
     return out
+
+
+def check_writable(root: Path) -> None:
+    """Before minutes of work: the pages and the figures have a place, or UsageError."""
+    for folder in (ROOT, root / "report" if (root / "report").exists() else root):
+        if not os.access(folder, os.W_OK):
+            raise UsageError(f"{folder} cannot be written to; make the report in a copy, or use --check, which writes nothing")
 
 
 def main(argv: list[str]) -> int:
     if argv not in ([], ["--check"]):
         raise UsageError(f"lab.report takes no flag but --check, got {' '.join(argv)}")
     readme, root = ROOT / "README.md", ROOT / "results"
-    before, _, rest = readme.read_text().partition(BEGIN)
+    if not argv:
+        check_writable(root)
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     block, text = build(root, draw=not argv)
     pages = {readme: f"{before}{BEGIN}\n{block}\n{END}{after}", root / "REPORT.md": text}
+    pages = {path: text.encode("utf-8", "backslashreplace") for path, text in pages.items()}   # names of folders may not be UTF-8
     if argv:
-        wrong = [f"{path.name} differs from the results" for path, text in pages.items() if not path.exists() or path.read_text() != text]
+        wrong = [f"{path.name} differs from the results" for path, page in pages.items() if not path.exists() or path.read_bytes() != page]
         wrong += [f"results/{table}: summary and figures beside it are of another one; draw them again with --figures-only" for table in stale(root)]
         print("\n".join([*wrong, "run python -m lab.report"] if wrong else []), end="\n" if wrong else "", file=sys.stderr)
         return int(bool(wrong))
-    for path, text in pages.items():
-        files.write_atomic(path, text.encode())
+    for path, page in pages.items():
+        files.write_atomic(path, page)
     print(f"README.md and results/REPORT.md: {len(text.splitlines())} lines")
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    console.end(lambda: sys.exit(main(sys.argv[1:])))

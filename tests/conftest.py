@@ -38,6 +38,12 @@ class Beside:
             self.running.kill()
 
 
+@pytest.fixture(autouse=True)
+def figures_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What costs a user a line is a fault here."""
+    monkeypatch.setattr("figures.FORGIVEN", ())
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.beside = Beside()
     config.addinivalue_line("markers", "bits: of a kernel suite, what no arithmetic changes: equal bits and bookkeeping; run once")
