@@ -69,6 +69,7 @@ class Table:
         """The cell that a published row is about, if it ran. Where the row has no dtype float32, the papers' precision, goes first."""
         conditions = {column: row.get(key) if row.get(key) is not None else UNLESS_STATED.get(key) for key, column in CONDITIONS.items()
                       if row.get(key) is not None or key in UNLESS_STATED}
+        conditions = {column: stats.finite(value) if isinstance(value, float) else value for column, value in conditions.items()}   # as in runs.csv
         return min(self.pick(**conditions), key=lambda cell: self.first[cell].get("dtype") == "float64", default=None)
 
     def control(self, cell: str) -> str | None:
@@ -138,6 +139,19 @@ class Table:
             return np.take_along_axis(values[nearest], picks, 1).mean(1)
         return mean
 
+    def recovery(self, cells: Iterable[str], step: int | None = None, log: bool = False, joint: bool = False) -> Statistic:
+        """Paper B's recovery fraction `(T1 - T2) / (T1 - T0)` (sec 4; `stats.recovery`): T0 of the baseline, first of `cells`, T1 at the raised
+        norm, second, T2 at the temperature that gives it the baseline's logit scale. The scale at `step`, else at grokking; `joint`: of the same
+        resampled members, else of all."""
+        cells = tuple(cells)
+
+        def fraction(picks: np.ndarray) -> np.ndarray:
+            who = picks if joint else np.arange(picks.shape[1])[None].repeat(len(picks), 0)
+            T = np.stack([self.T(cell)(picks) for cell in cells], 1)                                             # (B, cells)
+            L = np.stack([self.at(cell, step=step)(who) for cell in cells], 1)
+            return stats.recovery(T[:, 0], T[:, 1], T[:, 1:], L[:, 1:], L[:, 0], log)
+        return fraction
+
     # -- answers
 
     def count(self, cells: tuple[str, ...]) -> tuple[int, int, float]:
@@ -160,13 +174,17 @@ class Table:
         else:
             self.claims[row["id"]] = stats.replicated(row, ours, n, censored, missing, 1.0 if missing else worst)
 
-    def finding(self, key: str, quantity: str, cells: Iterable[str], statistic: Statistic | float, **where: object) -> None:
-        """A number that the papers do not publish: a statistic of chosen members, or a plain value. `where`: its conditions, for figures."""
+    def finding(self, key: str, quantity: str, cells: Iterable[str], statistic: Statistic | float, law: str = "", paper: str = "",
+                **where: object) -> None:
+        """A number that the papers do not publish: a statistic of chosen members, or a plain value. `where`: its conditions, for figures.
+        `law`: what to call it among the last lines, beside the published number `paper` where that was answered."""
         cells = tuple(cells)
         if self.have(*cells):
             n, censored, _ = self.count(cells)
             ours = stats.resampled(n, statistic) if callable(statistic) else (statistic, math.nan, math.nan)
             self.findings.append(stats.finding(key, quantity, ours, n, censored, **where))
+            if law:
+                self.say(law, ours, n, censored, paper)
 
     def say(self, label: str, ours: tuple[float, float, float], n: int, censored: int, key: str = "") -> None:
         """A sentence of the command's last lines: an estimate with its interval, beside the published number `key` where it answers one."""

@@ -398,7 +398,7 @@ class Lab:
                 save(ensemble.snapshot(), done)
             finally:
                 Signals.waiting = False
-                console.close()
+                progress.close()
             if Signals.caught is not None:   # it came after the last tick
                 Signals.leave(Signals.caught)
         rows = ensemble.result().runs

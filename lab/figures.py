@@ -1,6 +1,7 @@
 """Figures that several experiments share: every member visible, censored runs as open triangles at their budget, published points beside ours."""
 import io
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +9,7 @@ import numpy as np
 from scipy.stats import CensoredData, ecdf
 
 from lab import desk, files, stats
+from lab.answers import Table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -31,6 +33,91 @@ def steps(axis: matplotlib.axis.Axis) -> None:
     axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+
+def sheet(folder: Path, name: str, panels: list, draw: Callable[..., None], **more: object) -> None:
+    """A figure: `draw(axis, panel, **more)` for each of `panels`, side by side, with a legend each."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        draw(axis, panel, **more)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
+    save_figure(figure, folder, name)
+    plt.close(figure)
+
+
+def points(table: Table, published: list[dict]) -> dict[str, dict]:
+    """Cell -> `Table.point`, its median T_grok with 95% interval, and the published numbers about it by statistic."""
+    found = {}
+    for cell in table.first:
+        median, lo, hi = stats.resampled(len(table.grok[cell]), table.T(cell))
+        found[cell] = {**table.point(cell), "median": median, "lo": lo, "hi": hi, "published": {}}
+    for row in published:
+        if row["arm"] and row["value"] is not None and (cell := table.match(row)):
+            found[cell]["published"].setdefault(row["statistic"], row["value"])
+    return found
+
+
+def squares(axis: plt.Axes, pairs: Iterable[tuple[float | None, float | None]], label: str = "published medians", marker: str = "s") -> None:
+    """Published points: of `pairs` those that have both numbers."""
+    pairs = [pair for pair in pairs if None not in pair]
+    if pairs:
+        seen = label in axis.get_legend_handles_labels()[1]
+        axis.plot(*zip(*pairs, strict=True), marker, mfc="none", color="black", mew=1.3, ms=9 if marker == "s" else 6, label=None if seen else label)
+
+
+def members(axis: plt.Axes, points: list[dict], x: str, color: str = "C0", marker: str = "o", what: str = "T",
+            label: str = "every member; bar: median", over: dict | None = None) -> None:
+    """Every member of each cell at its `x`, markers where it grokked and open triangles at the budget where it did not; a bar at the median;
+    published medians. `what`: T, T_grok, or T_mem. `over`: the cell whose median is 1."""
+    known, one = "T_grok" if what == "T" else what, float(stats.median(over[what])) if over else 1.0
+    width = 0.012 * (max(point[x] for point in points) - min(point[x] for point in points)) or 0.03
+    for point in points:
+        for offset, t in zip(np.linspace(-width, width, len(point[what])) if len(point[what]) > 1 else [0], point[what], strict=True):
+            axis.plot(point[x] + offset, (t if math.isfinite(t) else point["budget_steps"]) / one, marker if math.isfinite(t) else "^", color=color,
+                      mfc=color if math.isfinite(t) else "none", ms=3.5, alpha=0.6)
+        if math.isfinite(middle := float(stats.median(point[what]))):
+            axis.plot([point[x] - 2.5 * width, point[x] + 2.5 * width], [middle / one] * 2, color=color, lw=2)
+    axis.plot([], [], marker, color=color, label=label)
+    if any(not np.isfinite(point[what]).all() for point in points):
+        axis.plot([], [], "^", mfc="none", color=color, label="censored, at its budget")
+    theirs = over["published"].get(known) if over else 1.0
+    squares(axis, [(point[x], y / theirs) for point in points if theirs and (y := point["published"].get(known))])
+    axis.set(yscale="log", ylabel=f"{known} (steps)")
+    steps(axis.yaxis)
+
+
+def values(axis: plt.Axes, points: list[dict], x: str, what: str, known: str, style: str = "D--", color: str = "C0", label: str = "",
+           over: dict | None = None, published: str = "s") -> None:
+    """`what` of each cell at its `x`, and the published statistic `known` by the marker `published`. `over`: the cell whose value is 1."""
+    one = over[what] if over else 1
+    axis.plot([point[x] for point in points], [point[what] / one for point in points], style, color=color, mfc="none", label=label)
+    theirs = over["published"].get(known) if over else 1.0
+    squares(axis, [(point[x], y / theirs) for point in points if theirs and (y := point["published"].get(known)) is not None], "published", published)
+
+
+def mediation(folder: Path, name: str, memorisation: str, tables: list[list[dict]]) -> None:
+    """Paper B, norm up and temperature back, two figures with a panel per table (baseline, then the raised norm over temperature): T_grok and logit
+    scale over the baseline's, and T_mem beside T_grok: temperature moves the delay, not memorisation."""
+    def title(base: dict, up: dict) -> str:
+        return f"{base['model']}, {base['loss']}, p={base['p']}, rho {up['rho']:g}, {len(base['T'])} members"
+
+    def over_baseline(axis: plt.Axes, cells: list[dict]) -> None:
+        base, *sweep = cells
+        axis.set(xlabel="temperature tau", title=title(base, sweep[0]))
+        if not math.isfinite(base["median"]):
+            return axis.set(title=f"{base['loss']}: half of the baseline is censored")
+        members(axis, sweep, "tau", "C3", label="T_grok / baseline, every member; bar: median", over=base)
+        values(axis, sweep, "tau", "logit_scale", "L", label="logit scale / baseline", over=base, published="x")
+        axis.axhline(1, color="gray", lw=0.8, ls=":")
+        return axis.set(ylabel="over the baseline (rho 1, tau 1)")
+
+    def both_times(axis: plt.Axes, cells: list[dict]) -> None:
+        members(axis, cells[1:], "tau", "C3", label="T_grok")
+        members(axis, cells[1:], "tau", "C2", "D", "T_mem", label="T_mem")
+        axis.set(xlabel="temperature tau", ylabel="steps", title=title(*cells[:2]))
+    sheet(folder, name, tables, over_baseline)
+    sheet(folder, memorisation, tables, both_times)
 
 
 def middle(runs: list[dict]) -> float:

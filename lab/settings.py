@@ -50,10 +50,10 @@ class Config(Machine):
 
 NOT_SCIENCE = ("out", "resume", "dry_run", "figures_only", "metrics_dir", "twin_of")   # settings that change no number
 CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "eager", "triton"), "dtype": ("float32", "float64"),
-           "arithmetic": ("ieee", "tf32x3"), "model": tuple(MODELS)}
+           "arithmetic": ("ieee", "tf32x3"), "model": tuple(MODELS), "audit_dtypes": ("float32", "float64")}
 POSITIVE = ("rhos", "lrs", "lr", "taus", "rho", "fork_steps", "budget", "train_fracs")
 
-LARGEST = {"rhos": 100, "rho": 100, "taus": 1e6, "weight_decays": 1e6, "w_c": 1e6}   # far past anything that trains
+LARGEST = {"rhos": 100, "rho": 100, "taus": 1e6, "weight_decays": 1e6, "w_c": 1e6, "gammas": 100}   # far past anything that trains
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,8 +76,9 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
             parser.add_argument(flag, type=kind, nargs="+" if many else None, default=None, help=f.metadata["help"])
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     for name, allowed in {**CHOICES, "preset": tuple(presets)}.items():
-        if name in given and given[name] not in allowed:
-            raise UsageError(f"--{name} must be one of {', '.join(allowed)}, got {given[name]!r}")
+        for value in (given[name] if isinstance(given.get(name), tuple) else (given[name],)) if name in given else ():
+            if value not in allowed:
+                raise UsageError(f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}, got {value!r}")
     device = given.get("device", "auto")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
@@ -100,6 +101,18 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
     if presets:
         check_grid(config, parts)
     return config, given
+
+
+def doses(flag: str, texts: tuple[str, ...]) -> list[tuple[float, float]]:
+    """`(rho, tau)` of each of `texts`, RHO or RHO:TAU. Raises UsageError."""
+    try:
+        found = [(float(rho), float(tau or 1)) for rho, _, tau in (text.partition(":") for text in texts)]
+    except ValueError:
+        found = [(math.nan, 1.0)]
+    if len(set(found)) < len(found) or not all(0 < rho <= LARGEST["rhos"] and 0 < tau <= LARGEST["taus"] for rho, tau in found):
+        raise UsageError(f"{flag} are RHO or RHO:TAU, such as 1.15 or 1.15:1.7, none twice, rho in (0, {LARGEST['rhos']:g}], "
+                         f"tau in (0, {LARGEST['taus']:g}]; got {' '.join(texts)}")
+    return found
 
 
 def unread(config: Config, given: dict) -> list[str]:
@@ -135,7 +148,7 @@ def check(config: Machine) -> None:
                 raise UsageError(f"--{f.name.replace('_', '-')} must be finite, got {v}")
             if f.name == "members" and v < 0:
                 raise UsageError(f"--members are numbered from 0, got {v}")
-            if f.name in LARGEST and v > LARGEST[f.name]:
+            if f.name in LARGEST and abs(v) > LARGEST[f.name]:
                 raise UsageError(f"--{f.name.replace('_', '-')} must be at most {LARGEST[f.name]:g}, got {v:g}")
             if f.name in POSITIVE and v <= 0:
                 raise UsageError(f"--{f.name.replace('_', '-')} must be > 0, got {v:g}")
@@ -159,6 +172,10 @@ def check_grid(config: Config, parts: tuple[str, ...]) -> None:
     for name in ("seeds", "moduli_seeds", "free_seeds", "audit_seeds"):
         if not 1 <= getattr(config, name, 1) <= 10_000:
             raise UsageError(f"--{name.replace('_', '-')} must be between 1 and 10000, got {getattr(config, name)}")
+    if not 0 <= getattr(config, "dose_seeds", 0) <= 10_000:
+        raise UsageError(f"--dose-seeds must be between 1 and 10000, or 0 for the paper's, got {config.dose_seeds}")
+    if getattr(config, "budget", EVAL_EVERY) < EVAL_EVERY:
+        raise UsageError(f"--budget must be at least {EVAL_EVERY} steps, where runs are first evaluated; got {config.budget}")
     if not 0 <= config.seed0 < 2**31:
         raise UsageError(f"--seed0 must be between 0 and 2147483647, got {config.seed0}")
     for part in config.parts:

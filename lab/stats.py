@@ -63,6 +63,15 @@ def critical_norms(runs: list[dict]) -> dict[str, float]:
     return {cell: float(np.median(values)) for cell, values in norms.items()}
 
 
+def power_shares(runs: list[dict], groups: tuple[str, ...] = ("E", "W1", "W2")) -> dict[str, tuple[float, ...]]:
+    """Shares of `groups` in the squared norm, mean over the members that grok, each at its own T_grok, of every free cell that has one."""
+    shares: dict[str, list[list[float]]] = {}
+    for run in runs:
+        if run["arm"] == "free" and not run["censored"]:
+            shares.setdefault(run["cell"], []).append([(run[f"norm_{group}_at_grok"] / run["norm_at_grok"]) ** 2 for group in groups])
+    return {cell: tuple(np.mean(values, 0).tolist()) for cell, values in shares.items()}
+
+
 def line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Least squares `y = intercept + slope x` over the last axis, ignoring points whose y is not finite: slope, intercept, R^2.
 
@@ -78,6 +87,14 @@ def line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
         sxx, sxy, syy = (dx * dx).sum(-1), (dx * dy).sum(-1), (dy * dy).sum(-1)
         slope = np.where(sxx > 0, sxy / sxx, np.nan)
         return slope, mean_y - slope * mean_x, np.where(syy > 0, sxy**2 / (sxx * syy), np.nan)
+
+
+def slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return line(x, y)[0]
+
+
+def r2(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return line(x, y)[2]
 
 
 def shared_slope(x: list[np.ndarray], y: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -150,6 +167,14 @@ def dose_forms(W: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     with np.errstate(invalid="ignore", divide="ignore"):
         return {name: np.where(whole & (m > k), m * np.log(np.maximum(rss, 1e-300) / m) + 2 * k, np.nan)
                 for name, (rss, k) in forms.items()}
+
+
+def favours(*others: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """AIC of the best of the `others` among the dose forms minus that of the exponential, as a statistic of norms and ln T_grok."""
+    def difference(W: np.ndarray, y: np.ndarray) -> np.ndarray:
+        scores = dose_forms(W, y)
+        return np.min([scores[form] for form in others], axis=0) - scores["exponential"]
+    return difference
 
 
 def recovery(T0: np.ndarray, T1: np.ndarray, T: np.ndarray, L: np.ndarray, L0: np.ndarray, log: bool = False) -> np.ndarray:
@@ -268,6 +293,20 @@ def cell_rows(runs: list[dict], trajectories: list[dict]) -> list[dict]:
         own = [run["logit_scale_at_grok"] for run in mine if run["logit_scale_at_grok"] is not None]
         row["logit_scale_at_own_grok"] = finite(np.mean(own)) if own else None
         rows.append(row)
+    return rows
+
+
+def around_grok(runs: list[dict], trajectories: list[dict]) -> list[dict]:
+    """around_grok.csv, what L of a cell needs of the trajectories: logit scale and collapse at step 600, right after the clamp engages, and from
+    the first to the last T_grok of a cell."""
+    rows = []
+    for cell in dict.fromkeys(run["cell"] for run in runs):
+        grok = [run["t_grok_step"] for run in runs if run["cell"] == cell and run["t_grok_step"] is not None]
+        mine = [t for t in trajectories if t["cell"] == cell]
+        last = max((t["step"] for t in mine), default=0)
+        first, end = (min(grok) - LOG_EVERY, max(grok) + LOG_EVERY) if grok else (last, last)
+        rows += [{k: t[k] for k in ("cell", "member", "step", "logit_scale", "collapse32", "collapse64")} for t in mine
+                 if min(first, last) <= t["step"] <= end or t["step"] == 600]
     return rows
 
 
