@@ -89,10 +89,7 @@ class Table:
 
     def median(self, values: np.ndarray) -> np.ndarray:
         """Over the last axis: censored runs later than the budget; of the papers' networks, as they have it, over those that grok."""
-        if self.networks == "published":
-            with np.errstate(all="ignore"):
-                return np.nanmedian(np.where(np.isfinite(values), values, np.nan), -1) if values.shape[-1] else np.full(values.shape[:-1], np.nan)
-        return stats.median(values)
+        return stats.finite_median(values) if self.networks == "published" else stats.median(values)
 
     def T(self, cell: str) -> Statistic:
         """Median T_grok."""
@@ -121,7 +118,7 @@ class Table:
     def median_of(self, cell: str, column: str) -> Statistic:
         """Median of a column over the members that have it, such as the norm at own T_grok."""
         values = self.values((cell,), column)[0]
-        return lambda picks: np.nanmedian(values[picks], -1)
+        return lambda picks: stats.finite_median(values[picks])
 
     def at(self, cell: str, column: str = "logit_scale", step: int | None = None) -> Statistic:
         """Mean over members of a logged column: at `step`, or at the logged step nearest the median T_grok of the members that grok

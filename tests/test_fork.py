@@ -12,7 +12,8 @@ import exp_fork
 import exp_replay
 from common import Cell, UsageError
 from kernels.layout import mlp_layout
-from lab import desk, files, stats
+from lab import desk, files
+from lab.answers import Table
 from lab.ensemble import Ensemble, State
 
 # p=13 at this learning rate memorises by step 50 and groks none of these members within 250 steps
@@ -135,8 +136,7 @@ def test_two_fork_steps_end_to_end_and_a_float64_twin(tmp_path: Path, trunk: Sta
     for r in train([cell], trunk.fork([cell])).result().trajectories:
         assert r["member"] == 2 or logged[cell.name, r["member"], r["step"]] == pytest.approx(r["test_loss"], rel=1e-8)
     summary = json.loads((out / "summary.json").read_text())
-    assert [c["id"] for c in summary["claims"]] == list(stats.published(desk.ROOT / "published.csv", "B.fork."))
-    assert {c["verdict"] for c in summary["claims"]} == {"NOT RUN"} and not (out / "checkpoint").exists()
+    assert not summary["claims"] and not (out / "checkpoint").exists()
     assert summary["provenance"]["run_steps"] == 2 * 150 + 2 * 6 * (100 + 150)   # the free phase once, then six arms from each fork
     assert {p.name for p in (out / "figures").glob("*.png")} == {
         "ratio_over_fork_step.png", "ratio_over_rho.png",
@@ -188,40 +188,63 @@ def test_smoke_preset_groks_in_every_arm_later_at_a_higher_norm(tmp_path: Path) 
     assert len(delays) == 8 and all(delays["lowered", m] < delays["same", m] < delays["raised", m] for m in (0, 1))
 
 
-def planted(arm: str, delays: list[float], step: int = 800, rho: float | None = None) -> list[dict]:
-    rho = rho or (1.15 if arm in ("raised", "lowered") else None)
-    return [{"cell": f"{arm}{step}{rho}", "member": m, "arm": arm, "p": 59, "fork_step": step, "rho": rho,
-             "delay_steps": None if math.isinf(d) else int(d)} for m, d in enumerate(delays)]
+RUN = {"model": "mlp", "loss": "ce", "p": 59, "train_frac": 0.4, "block": 12, "tau": 1, "gamma": None, "lr": 1e-3, "weight_decay": 1,
+       "budget_steps": 60_000, "t_mem_step": 175, "norm_at_grok": None}   # whole numbers are read back from runs.csv as such
+PUBLISHED = {"lowered": 1525, "free": 4225, "same": 7200, "raised": 24162}
 
 
-def published(arm: str) -> float:
-    return {"lowered": 1525, "free": 4225, "same": 7200, "raised": 24162}[arm]
+def planted(arm: str, delays: list[float], step: int = 800, rho: float = 1.15) -> list[dict]:
+    return [{**RUN, "cell": f"{arm}{step}{rho}", "member": m, "arm": arm, "fork_step": step, "rho": rho if arm in exp_fork.SCALED else None,
+             "delay_steps": None if math.isinf(d) else d, "t_grok_step": None if math.isinf(d) else step + d} for m, d in enumerate(delays)]
+
+
+def measured(runs: list[dict], **config: object) -> Table:
+    table = Table(runs)
+    exp_fork.measure(table, exp_fork.Config(parts=exp_fork.ARMS, **config), {"cells.csv": []})
+    return table
+
+
+def found(table: Table) -> dict[str, dict]:
+    return {finding["id"]: finding for finding in table.findings}
 
 
 def test_claims_and_findings_of_planted_rows() -> None:
     seeds = np.linspace(0.99, 1.01, 12)   # a factor per member, shared by its arms
-    runs = [run for arm in exp_fork.ARMS for run in planted(arm, [*(published(arm) * seeds)])]
-    config = exp_fork.Config(parts=exp_fork.ARMS)
-    answered = {c["id"]: c for c in exp_fork.claims(runs, config)}
-    assert {k for k, c in answered.items() if c["verdict"] == "REPRODUCED"} == {f"B.fork.p59.{x}" for x in (*exp_fork.ARMS, "ratio")}
-    ratio = answered["B.fork.p59.ratio"]
+    runs = [run for arm in exp_fork.ARMS for run in planted(arm, [*(PUBLISHED[arm] * seeds)])]
+    table = measured(runs)
+    assert {key: claim["verdict"] for key, claim in table.claims.items()} == {f"B.fork.p59.{x}": "REPLICATED" for x in (*exp_fork.ARMS, "ratio")}
+    ratio = table.claims["B.fork.p59.ratio"]
     assert ratio["ours"] == pytest.approx(24162 / 7200, rel=1e-3) and ratio["hi"] / ratio["lo"] < 1.001   # paired: the members' factor cancels
-    found = {f["id"]: f for f in exp_fork.findings(runs, [], config)}
-    assert found["ordering.p59.fork800.rho1.15"]["ours"] == 1
-    assert found["same_over_free.p59.fork800.rho1.15"]["ours"] == pytest.approx(7200 / 4225, rel=1e-3)
-    for other in (dataclasses.replace(config, lr=2e-3), config):   # another learning rate, then another fork step, answer nothing
-        assert {c["verdict"] for c in exp_fork.claims(runs, other)} == {"NOT RUN"}
-        runs = [{**run, "fork_step": 400} for run in runs]
+    assert found(table)["ordering.p59.fork800.rho1.15"]["ours"] == 1
+    assert found(table)["same_over_free.p59.fork800.rho1.15"]["ours"] == pytest.approx(7200 / 4225, rel=1e-3)
+    assert table.law == ["delay raised / same, p59.fork800.rho1.15 = 3.356 [3.356, 3.356], paper 3.36: REPLICATED, 12 networks, 0 censored"]
+
+
+@pytest.mark.parametrize("changed", [{"lr": 2e-3}, {"fork_step": 400}, {"block": 8}, {"weight_decay": 2}, {"model": "transformer"}])
+def test_arms_of_another_condition_answer_no_published_number(changed: dict) -> None:
+    runs = [run | changed for arm in exp_fork.ARMS for run in planted(arm, [PUBLISHED[arm]] * 12)]
+    assert not measured(runs).claims
+
+
+def test_arms_at_nearly_the_published_rho_are_kept_and_answer_nothing() -> None:
+    near, exact = ([run for arm in exp_fork.SCALED for run in planted(arm, [PUBLISHED[arm]] * 12, rho=rho)] for rho in (1.154, 1.15))
+    same = planted("same", [PUBLISHED["same"]] * 12)
+    assert set(measured([*near, *same]).claims) == {"B.fork.p59.same"}
+    table = measured([*near, *exact, *same], rho=(1.15, 1.154))
+    assert set(table.claims) == {"B.fork.p59.lowered", "B.fork.p59.raised", "B.fork.p59.same", "B.fork.p59.ratio"}
+    assert {"raised_over_same.p59.fork800.rho1.15", "raised_over_same.p59.fork800.rho1.154"} <= set(found(table))
+    assert table.law[1] == "delay raised / same, p59.fork800.rho1.154 = 3.356 [3.356, 3.356], 12 networks, 0 censored"
 
 
 def test_a_censored_member_counts_as_late_and_not_as_in_order() -> None:
     late = math.inf
-    runs = [*planted("lowered", [10, 10, 30]), *planted("free", [20, 20, 20]), *planted("same", [30, late, 40]), *planted("raised", [late] * 3)]
-    found = {f["id"]: f for f in exp_fork.findings(runs, [], exp_fork.Config(parts=exp_fork.ARMS))}
-    order = found["ordering.p59.fork800.rho1.15"]
+    table = measured([*planted("lowered", [10, 10, 30]), *planted("free", [20, 20, 20]), *planted("same", [30, late, 40]),
+                      *planted("raised", [late] * 3)])
+    order = found(table)["ordering.p59.fork800.rho1.15"]
     assert order["ours"] == pytest.approx(1 / 3, abs=1e-6) and order["n_censored"] == 4   # member 1: same and raised both open
-    assert found["raised_over_same.p59.fork800.rho1.15"]["ours"] is None and found["lowered_over_same.p59.fork800.rho1.15"]["ours"] == 0.25
-    raised = next(c for c in exp_fork.claims(runs, exp_fork.Config(parts=exp_fork.ARMS)) if c["id"] == "B.fork.p59.raised")
+    assert found(table)["raised_over_same.p59.fork800.rho1.15"]["ours"] is None
+    assert found(table)["lowered_over_same.p59.fork800.rho1.15"]["ours"] == 0.25
+    raised = table.claims["B.fork.p59.raised"]
     assert raised["verdict"] == "INCONCLUSIVE" and raised["n"] == raised["n_censored"] == 3
 
 

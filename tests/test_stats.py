@@ -1,4 +1,4 @@
-"""Statistics on planted data: what was put in comes out, censored runs pull the right way, the verdict rule is the written one."""
+"""Statistics on planted data: what was put in comes out, censored runs pull the right way."""
 import math
 
 import numpy as np
@@ -9,12 +9,24 @@ from lab import stats
 INF = math.inf
 
 
+def log_median(times: np.ndarray) -> np.ndarray:
+    return np.log(stats.median(times))
+
+
 def test_censored_runs_count_as_late() -> None:
     assert stats.median(np.array([1.0, 2.0, INF])) == 2.0
     assert stats.median(np.array([1.0, 2.0, 3.0, INF])) == 2.5
     assert stats.median(np.array([1.0, INF, INF])) == INF
     assert stats.median(np.array([1.0, 2.0, INF, INF])) == INF   # half censored: the middle is not reached
     assert (stats.median(np.array([[3.0, 1, 2], [5, 4, INF]])) == [2, 5]).all()
+
+
+def test_the_median_of_those_that_grok() -> None:
+    values = np.array([[3.0, INF, 1.0], [INF, INF, INF], [math.nan, 5.0, 2.0]])
+    assert np.array_equal(stats.finite_median(values), [2.0, math.nan, 3.5], equal_nan=True)
+    drawn = np.random.default_rng(0).choice([1.0, 2.5, 7.0, math.nan, INF], (200, 7))
+    drawn[:, 0] = 4.0   # where there is one, numpy's
+    assert np.array_equal(stats.finite_median(drawn), np.nanmedian(np.where(np.isinf(drawn), np.nan, drawn), -1))
 
 
 def planted(alpha: float, members: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
