@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +33,13 @@ from matplotlib.axes import Axes
 
 from common import Cell, Result, UsageError, exactly, unique
 from lab import console, figures, settings, stats
-from lab.answers import Statistic, Table, answer, lacking, published
+from lab.answers import Statistic, Table, answer, at_doses, lacking, published
 from lab.desk import Lab, main
 
 PARTS = ("mediation", "mse", "grid", "dose", "audit", "allocation")
 UP, TAUS = 1.15, (1.0, 1.15, 1.3, 1.5, 1.7)                       # Table 2
 GRID_RHOS, GRID_TAUS = (1.00, 1.05, 1.10, 1.15), (1.0, 1.3, 1.7)  # Table 3
+GRID = [*itertools.product(GRID_RHOS, GRID_TAUS)]
 DOSE_RHOS = (0.85, 0.90, 0.95, 1.00, 1.05, 1.10, 1.15, 1.20, 1.25)   # Table 1 fits those up to 1.15, at p=43 from 0.90 on
 COLLAPSE_FREE, JUMP = 1.15, 2.5       # Table 1 fits rho up to the first, and stops before the first jump of L by more than the second
 CONFOUNDED, APART = 0.05, 1.3         # Table 8: a float32 cell is an artefact above this collapse rate, or this far from float64
@@ -51,10 +52,8 @@ class Config(settings.Config):
     p: tuple[int, ...] = settings.option((59, 97), "moduli; of the audit the first one only; with --parts dose see --moduli")
     seeds: int = settings.option(12, "block size of mediation, mse, grid and allocation", parts=("mediation", "mse", "grid", "allocation"))
     parts: tuple[str, ...] = settings.option((), f"parts to run: {' '.join(PARTS)}")
-    rhos: tuple[float, ...] = settings.option((), "held norms over W_c of grid and dose; mediation and mse raise to the largest", float,
-                                              ("mediation", "mse", "grid", "dose"))
-    taus: tuple[float, ...] = settings.option((), "temperatures at the raised norm, and of the grid; 1 is always among them", float,
-                                              ("mediation", "mse", "grid"))
+    rhos: tuple[float, ...] = settings.option((), "held norms over W_c of grid and dose; mediation and mse raise to the largest", float, PARTS[:4])
+    taus: tuple[float, ...] = settings.option((), "temperatures at the raised norm, and of the grid; 1 is always among them", float, PARTS[:3])
     gammas: tuple[float, ...] = settings.option((-0.6, -0.3, 0.0, 0.3, 0.6), "power moved from embedding to unembedding", parts=("allocation",))
     weight_decays: tuple[float, ...] = settings.option((0.5, 1.0, 2.0, 3.0, 4.0), "weight decays of the free runs of the dose part", parts=("dose",))
     lr: float = settings.option(1e-3, "learning rate; published numbers are answered at 1e-3 only")
@@ -69,13 +68,11 @@ class Config(settings.Config):
     def offered(self) -> tuple[str, ...]:
         return tuple(part for part in PARTS if part != "allocation" or self.model == "mlp")
 
-    def dose_block(self, p: int) -> int:
-        return self.dose_seeds or (16 if p in (59, 97) else 8)
-
     def tables(self) -> list[tuple[str, int, str, int]]:
         """`(part, p, loss, block)` of every table that the command makes."""
         tables = [(part, p, "mse" if part == "mse" else "ce", self.seeds) for p in self.p for part in ("mediation", "grid", "allocation", "mse")]
-        tables += [("dose", p, "ce", self.dose_block(p)) for p in self.moduli] + [("audit", self.p[0], "ce", self.audit_seeds)]
+        tables += [("dose", p, "ce", self.dose_seeds or (16 if p in (59, 97) else 8)) for p in self.moduli]
+        tables += [("audit", self.p[0], "ce", self.audit_seeds)]
         return [table for table in tables if table[0] in self.parts]
 
     def doses(self, part: str) -> list[dict]:
@@ -87,7 +84,8 @@ class Config(settings.Config):
         if part == "allocation":
             return [{"arm": "alloc", "rho": 1.0, "gamma": gamma} for gamma in self.gammas]
         if part == "audit":
-            return [{"rho": rho, "tau": tau, "dtype": dtype} for rho, tau in settings.doses("--audit-cells", self.audit_cells) for dtype in self.audit_dtypes]
+            doses = settings.doses("--audit-cells", self.audit_cells)
+            return [{"rho": rho, "tau": tau, "dtype": dtype} for rho, tau in doses for dtype in self.audit_dtypes]
         return [{"rho": 1.0}, *({"rho": max(self.rhos, default=UP), "tau": tau} for tau in (1.0, *sorted({*(self.taus or TAUS)} - {1.0})))]
 
 
@@ -107,7 +105,7 @@ def checked(config: Config, given: dict) -> Config:
     if ("w_c" in given and config.w_c <= 0) or (config.w_c and (len(config.p) > 1 or not set(config.parts) <= {"mediation", "grid", "audit"})):
         raise UsageError("--w-c is one positive norm: it goes with one --p and with --parts mediation, grid and audit")
     config.doses("audit")
-    settings.check_members(config, {"dose": min(map(config.dose_block, config.moduli)), "audit": config.audit_seeds})
+    settings.check_members(config, {part: block for part, _, _, block in sorted(config.tables(), key=lambda table: -table[-1])})   # the smallest
     return config
 
 
@@ -123,15 +121,10 @@ def cell(config: Config, p: int, loss: str, block: int, budget: int, arm: str = 
     steps = T * (59 / p) ** (1.5 if p >= 59 else 3) * math.exp(alpha * (min(rho or 1.04, 3) - 1)) * max(tau, 0.05) ** power
     steps *= (1e-3 / max(config.lr, 1e-9)) ** 0.4 / max(weight_decay, 0.3) ** 0.7
     members = config.members or tuple(range(block))
-    return Cell("_".join(name + [dtype] * bool(dtype)), p=p, members=members, block=block, budget_steps=min(config.budget, budget), arm=arm, loss=loss,
-                model=config.model, seed0=config.seed0, rho=rho, tau=tau, gamma=gamma, lr=config.lr, weight_decay=weight_decay, w_c=w_c, dtype=dtype,
-                held=(allocated(w_c, gamma, shares),) * len(members) if shares else (), expected_steps=max(int(steps), 1000),
-                after_grok=config.after_grok)
-
-
-def controls(config: Config) -> list[Cell]:
-    """The free runs that give the W_c of held ones."""
-    return unique(cell(config, *network, BUDGET["free"], "free") for _, *network in config.tables())
+    return Cell("_".join(name + [dtype] * bool(dtype)), p=p, members=members, block=block, budget_steps=min(config.budget, budget), arm=arm,
+                loss=loss, model=config.model, seed0=config.seed0, rho=rho, tau=tau, gamma=gamma, lr=config.lr, weight_decay=weight_decay,
+                w_c=w_c, held=(allocated(w_c, gamma, shares),) * len(members) if shares else (), expected_steps=max(int(steps), 1000),
+                after_grok=config.after_grok, dtype=dtype)
 
 
 def held(config: Config, w_c: dict[str, float], shares: dict[str, tuple[float, ...]]) -> list[Cell]:
@@ -188,29 +181,15 @@ def collapse_free(table: Table, cells: list[str]) -> list[str]:
     return fitted
 
 
-def over_norm(table: Table, cells: list[str], statistic: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Statistic:
-    """`statistic` of the held norms `(cells,)` and ln T_grok `(B, cells)`."""
-    W = np.array([table.first[name]["held_norm"] for name in cells])
-    return lambda picks: statistic(W, table.log_T(cells)(picks))
-
-
 def table1(statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], least: int) -> Callable[[Table, dict], tuple | None]:
     def found(table: Table, row: dict) -> tuple | None:
         cells = collapse_free(table, [name for rho in DOSE_RHOS if (name := table.match({**row, "arm": "clamp", "rho": rho}))])
         theirs = [rho for rho in DOSE_RHOS if (0.90 if row["p"] == 43 else 0.85) <= rho <= COLLAPSE_FREE]
         missing = lacking((table.first[name]["rho"] for name in cells), theirs) if len(cells) >= least else ""
-        return (cells, over_norm(table, cells, statistic), missing) if len(cells) >= least else None
+        return (cells, table.over("held_norm", cells, statistic), missing) if len(cells) >= least else None
     return found
 
 
-def at_doses(doses: Iterable[tuple[float, float]], statistic: Callable[[Table, list[str]], Statistic]) -> Callable[[Table, dict], tuple | None]:
-    def found(table: Table, row: dict) -> tuple | None:
-        cells = [table.match({**row, "arm": "clamp", "rho": rho, "tau": tau}) for rho, tau in doses]
-        return (cells, statistic(table, cells), "") if table.have(*cells) else None
-    return found
-
-
-GRID = [*itertools.product(GRID_RHOS, GRID_TAUS)]
 STATISTICS = {
     "ratio": at_doses([(UP, 1.0), (1.0, 1.0)], lambda table, cells: table.ratio(*cells)),
     "recovery": at_doses([(1.0, 1.0), *((UP, tau) for tau in TAUS)], Table.recovery),
@@ -238,9 +217,10 @@ def mediation(table: Table, p: int, cells: list[str]) -> None:
                   law=f"p={p}, {loss}: T_grok at rho {rho:g} over rho 1", paper=f"B.med.{where}.ratio")
     for step, log, joint in itertools.product((None, EARLY) if loss == "ce" else (None,), (False, True), (False, True)):
         table.finding(".".join(["recovery", where, *["early"] * bool(step), *["log"] * log, *["joint"] * joint]),
-                      f"recovery fraction on {'log time' if log else 'time'}, L at {f'step {step}' if step else 'grokking'}; interval with the logit "
-                      f"{'axis resampled' if joint else 'curve held fixed'}", cells, table.recovery(cells, step, log, joint), paper=f"B.recovery.p{p}",
-                      law="" if step or log or joint else f"p={p}, {loss}: share of that delay recovered at the logit scale of rho 1")
+                      f"recovery fraction on {'log time' if log else 'time'}, L at {f'step {step}' if step else 'grokking'}; interval with the "
+                      f"logit {'axis resampled' if joint else 'curve held fixed'}", cells, table.recovery(cells, step, log, joint),
+                      law="" if step or log or joint else f"p={p}, {loss}: share of that delay recovered at the logit scale of rho 1",
+                      paper=f"B.recovery.p{p}" if loss == "ce" else "")
     if loss == "ce":
         table.finding(f"collapse.{dtype}.{where}.rho{rho:.2f}", f"share of training pairs in collapse in working precision, {model}, trained in "
                       f"{dtype}, tau 1", (up,), table.at(up, dtype.replace("float", "collapse")))
@@ -266,34 +246,37 @@ def dose(table: Table, p: int, cells: list[str]) -> None:
     fitted, W = collapse_free(table, cells), {name: table.first[name]["held_norm"] for name in cells}
     w_c, block = table.first[cells[0]]["w_c"], table.first[cells[0]]["block"]
     if len(fitted) >= 2:
-        slope = over_norm(table, fitted, stats.slope)
+        slope = table.over("held_norm", fitted, stats.slope)
         table.finding(f"alpha.p{p}", "slope of ln T_grok on the held norm", fitted, slope, law=f"p={p}, {len(fitted)} cells: slope of ln T_grok on "
                       "the held norm", paper=f"B.dose.alpha.p{p}")
         table.finding(f"alpha_wc.p{p}", "slope of ln T_grok on the held norm times W_c", fitted, lambda picks: slope(picks) * w_c)
     if len(fitted) >= 4:
         for form, text in (("power", "the power law, offset between 0 and the least norm"), ("saddle_node", "the saddle node"),
                            ("power_above", "a power law that diverges at an offset above the norms, which the paper does not try")):
-            table.finding(f"daic.{form}.p{p}", f"AIC of {text}, minus that of the exponential", fitted, over_norm(table, fitted, stats.favours(form)))
+            table.finding(f"daic.{form}.p{p}", f"AIC of {text}, minus that of the exponential", fitted, table.over("held_norm", fitted, stats.favours(form)))
         times = np.array([table.grok[name] for name in fitted])
         if np.isfinite(times).all() and times.shape[1] >= 2:
             table.finding(f"lack_of_fit.p{p}", "p-value: ln T_grok is a straight line in the held norm, against seed noise", fitted,
                           stats.lack_of_fit(np.array([W[name] for name in fitted]), np.log(times)))
     for low, high in itertools.pairwise(fitted):
-        table.finding(f"local_slope.{high}", "slope of ln T_grok between rho {:g} and {:g}".format(*(table.first[name]["rho"] for name in (low, high))),
-                      (low, high), lambda picks, low=low, high=high: np.log(table.ratio(high, low)(picks)) / (W[high] - W[low]))
-    free = {name: np.fmax.reduce(table.values((name,), "norm_at_grok")[0]) for name in table.pick(arm="free", p=p, loss="ce", block=block)}
-    free = {name: float(norm) for name, norm in free.items() if math.isfinite(norm)}   # not a number: none of its runs grokked
+        between = f"{table.first[low]['rho']:g} and {table.first[high]['rho']:g}"
+        table.finding(f"local_slope.{high}", f"slope of ln T_grok between rho {between}", (low, high),
+                      lambda picks, low=low, high=high: np.log(table.ratio(high, low)(picks)) / (W[high] - W[low]))
+    norms = {name: table.values((name,), "norm_at_grok") for name in table.pick(arm="free", p=p, loss="ce", block=block)}
+    free = {name: float(np.nanmax(own)) for name, own in norms.items() if np.isfinite(own).any()}
     for name, norm in free.items():
         table.finding(f"free_norm.p{p}.wd{exactly(float(table.first[name]['weight_decay']), 'g')}",
                       "largest norm at own T_grok of a free run, over W_c", (name,), norm / w_c)
     if free:
-        table.finding(f"frontier.p{p}", "largest norm at own T_grok of any free run, over the highest held norm", free, max(free.values()) / W[cells[-1]])
+        table.finding(f"frontier.p{p}", "largest norm at own T_grok of any free run, over the highest held norm", free,
+                      max(free.values()) / W[cells[-1]])
 
 
 def audit(table: Table, p: int, cells: list[str]) -> None:
     """Table 8: the same held norm trained in float32 and in float64; is the float32 cell one of softmax collapse?"""
     for (rho, tau), group in itertools.groupby(cells, key=lambda name: (table.first[name]["rho"], table.first[name]["tau"])):
-        pair, where = sorted(group, key=lambda name: table.first[name]["dtype"]), f"p{p}.rho{exactly(float(rho), '.2f')}.tau{exactly(float(tau), '.2f')}"
+        pair = sorted(group, key=lambda name: table.first[name]["dtype"])
+        where = f"p{p}.rho{exactly(float(rho), '.2f')}.tau{exactly(float(tau), '.2f')}"
         for name in pair:
             dtype = table.first[name]["dtype"]
             table.finding(f"collapse.{dtype}.{where}", f"share of training pairs in collapse in working precision, trained in {dtype}", (name,),
@@ -322,27 +305,18 @@ MEASURED = {"mediation": mediation, "mse": mediation, "grid": grid, "dose": dose
 # ---------------------------------------------------------------- figures
 
 def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], read: dict[str, list[dict]]) -> None:
-    points, panels = figures.points(table, PUBLISHED), {}
+    points, tables = figures.points(table, PUBLISHED), {}
     for part, p, cells in ran(table, config):
-        mine = [points[name] for name in cells]
         if part in ("mediation", "mse"):
-            panels.setdefault(p, []).append(mine)
-        elif part == "grid":
-            figures.sheet(folder, f"collapse_p{p}", [mine], over_logit_scale)
-        elif part == "dose":
-            free = [run for run in table.runs if (run["arm"], run["p"], run["block"]) == ("free", p, mine[0]["block"]) and run["t_grok_step"]]
-            fitted = [points[name] for name in collapse_free(table, cells)]
-            slope = table.claims.get(f"B.dose.alpha.p{p}", {}).get("published")
-            figures.sheet(folder, f"dose_p{p}", ["T", "collapse"], over_held_norm, points=mine, fitted=fitted, free=free, published=slope)
-        elif part == "audit":
-            figures.sheet(folder, "audit", ["T", "collapse"], precisions, points=mine)
+            tables.setdefault(p, []).append([points[name] for name in cells])
         else:
-            figures.sheet(folder, f"allocation_p{p}", ["T", "logit_scale"], over_split, points=mine)
-    for p, tables in panels.items():
-        figures.mediation(folder, f"mediation_p{p}", f"memorisation_p{p}", tables)
+            name, panels, panel = FIGURES[part]
+            figures.sheet(folder, name.format(p=p), panels, panel, table=table, points=[points[name] for name in cells])
+    for p, panels in tables.items():
+        figures.mediation(folder, f"mediation_p{p}", f"memorisation_p{p}", panels)
 
 
-def over_logit_scale(axis: Axes, points: list[dict]) -> None:
+def over_logit_scale(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
     """Median T_grok over the logit scale, one colour and marker per rho: one curve if the logit scale is all that counts."""
     for i, rho in enumerate(dict.fromkeys(point["rho"] for point in points)):
         mine = [point for point in points if point["rho"] == rho]
@@ -350,53 +324,64 @@ def over_logit_scale(axis: Axes, points: list[dict]) -> None:
         axis.plot(L, [point["median"] for point in mine], figures.MARKERS[i % 8], color=f"C{i}", ms=7, label=f"rho {rho:g}")
         axis.vlines(L, [point["lo"] for point in mine], [point["hi"] for point in mine], color=f"C{i}", lw=1)
     figures.squares(axis, [(point["published"].get("L"), point["published"].get("T_grok")) for point in points])
-    axis.set(yscale="log", xlabel="effective logit scale L at grokking", ylabel="median T_grok (steps), 95% interval", title=f"Collapse, p={points[0]['p']}")
+    axis.set(yscale="log", xlabel="effective logit scale L at grokking", ylabel=f"median {what} (steps), 95% interval",
+             title=f"Collapse, p={points[0]['p']}")
+    figures.steps(axis.yaxis)
 
 
-def over_held_norm(axis: Axes, what: str, points: list[dict], fitted: list[dict], free: list[dict], published: float | None) -> None:
-    """T_grok over the held norm with the exponential fit, ours and published, and the free runs' frontier; or the collapse rate."""
+def over_held_norm(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
+    """T_grok over the held norm with the exponential fit, ours and published, and the free runs; or the collapse rate."""
     axis.set(xlabel="held norm ||W|| (free runs: norm at T_grok)", title=f"Dose, p={points[0]['p']}")
     if what == "collapse":
-        axis.plot([point["held_norm"] for point in points], [point["collapse32"] for point in points], "o-", color="C3", ms=4)
-        axis.axhline(CONFOUNDED, color="gray", ls=":", lw=1, label="confounded in float32 from here")
-        return axis.set(ylabel="collapse, float32")
+        figures.values(axis, points, "held_norm", "collapse32", "", "o-", "C3", "in float32")
+        return collapse_axis(axis)
     figures.members(axis, points, "held_norm")
+    fitted = collapse_free(table, [point["cell"] for point in points])
     if len(fitted) >= 2:
-        W, T = (np.array([point[key] for point in fitted]) for key in ("held_norm", "median"))
+        W, T = (np.array([point[key] for point in points if point["cell"] in fitted]) for key in ("held_norm", "median"))
         slope, intercept, r2 = map(float, stats.line(W, np.log(T)))
         axis.plot(W, np.exp(intercept + slope * W), color="C0", lw=1, label=f"ours: slope {slope:.3f}, R2 {r2:.3f}, {len(W)} cells")
-        if published is not None:
-            axis.plot(W, np.exp(intercept + slope * W.mean() + published * (W - W.mean())), "--", color="black", lw=1, label=f"published slope {published:g}")
-    for i, decay in enumerate(dict.fromkeys(run["weight_decay"] for run in free)):
-        mine = [run for run in free if run["weight_decay"] == decay]
-        axis.plot([run["norm_at_grok"] for run in mine], [run["t_grok_step"] for run in mine], figures.MARKERS[i % 8], mfc="none", color="C1", ms=5,
-                  label=f"free, weight decay {decay:g}")
+        if claim := table.claims.get(f"B.dose.alpha.p{points[0]['p']}"):
+            axis.plot(W, np.exp(intercept + slope * W.mean() + claim["published"] * (W - W.mean())), "--", color="black", lw=1,
+                      label=f"published slope {claim['published']:g}")
+    for i, name in enumerate(table.pick(arm="free", loss="ce", p=points[0]["p"], block=points[0]["block"])):
+        axis.plot(table.values((name,), "norm_at_grok")[0], table.grok[name], figures.MARKERS[i % 8], mfc="none", color="C1", ms=5,
+                  label=f"free, weight decay {table.first[name]['weight_decay']:g}")
+    return None
 
 
-def precisions(axis: Axes, what: str, points: list[dict]) -> None:
+def collapse_axis(axis: Axes) -> None:
+    axis.axhline(CONFOUNDED, color="gray", ls=":", lw=1, label="float32-confounded from here")
+    axis.set(ylabel="share of training pairs in softmax collapse", ylim=(-0.03, 1))
+
+
+def precisions(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
     """T_grok, or the collapse rate in working precision, trained in float32 and in float64, dose by dose."""
     doses = list(dict.fromkeys((point["rho"], point["tau"]) for point in points))
     for bits, color, marker, offset in ((32, "C0", "o", -0.12), (64, "C1", "D", 0.12)):
         mine = [{**point, "x": doses.index((point["rho"], point["tau"])) + offset} for point in points if point["dtype"] == f"float{bits}"]
-        if mine and what == "T":
+        if mine and what == "T_grok":
             figures.members(axis, mine, "x", color, marker, label=f"trained in float{bits}")
         elif mine:
             figures.values(axis, mine, "x", f"collapse{bits}", f"collapse{bits}_max", marker, color, f"trained in float{bits}")
     axis.set_xticks(range(len(doses)), [f"rho {rho:g}" + (f", tau {tau:g}" if tau != 1 else "") for rho, tau in doses])
     axis.set(xlim=(-0.5, len(doses) - 0.5), title=f"Audit, p={points[0]['p']}")
     if what == "collapse":
-        axis.axhline(CONFOUNDED, color="gray", ls=":", lw=1, label="float32-confounded from here")
-        axis.set(ylabel="share of training pairs in softmax collapse", ylim=(-0.03, 1))
+        collapse_axis(axis)
 
 
-def over_split(axis: Axes, what: str, points: list[dict]) -> None:
+def over_split(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
     """T_grok, or the logit scale, over gamma at fixed total norm."""
     axis.set(xlabel="gamma: power moved from E to W2", title=f"Allocation at fixed total norm, p={points[0]['p']}")
-    if what == "T":
+    if what == "T_grok":
         figures.members(axis, points, "gamma")
     else:
         figures.values(axis, points, "gamma", "logit_scale", "L", label="effective logit scale")
         axis.set(ylabel="effective logit scale L at grokking", ylim=(0, 1.1 * axis.get_ylim()[1]))
+
+
+FIGURES = {"grid": ("collapse_p{p}", ["T_grok"], over_logit_scale), "dose": ("dose_p{p}", ["T_grok", "collapse"], over_held_norm),
+           "audit": ("audit", ["T_grok", "collapse"], precisions), "allocation": ("allocation_p{p}", ["T_grok", "L"], over_split)}
 
 
 # ---------------------------------------------------------------- run
@@ -404,14 +389,15 @@ def over_split(axis: Axes, what: str, points: list[dict]) -> None:
 def publish(desk: Lab, result: Result | None) -> None:
     """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
     part, p, *_ = desk.config.tables()[0]
-    figure = {"mse": "mediation", "grid": "collapse"}.get(part, part) + (f"_p{p}.png" if part != "audit" else ".png")
+    figure = FIGURES.get(part, ("mediation_p{p}",))[0].format(p=p) + ".png"
     desk.publish(measure, draw, result, {"around_grok.csv": stats.around_grok}, main_figure=figure)
 
 
 def run(argv: list[str]) -> None:
     config, given = settings.parse(Config, PRESETS, PARTS, argv)
     config = checked(config, given)
-    desk, free = Lab("logit_scale", config, given, PRESETS), controls(config)
+    desk = Lab("logit_scale", config, given, PRESETS)
+    free = unique(cell(config, *network, BUDGET["free"], "free") for _, *network in config.tables())
     if config.figures_only:
         return desk.redraw(lambda: publish(desk, None))
     names = [control.name for control in free]

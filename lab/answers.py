@@ -141,6 +141,11 @@ class Table:
             return np.take_along_axis(values[nearest], picks, 1).mean(1)
         return mean
 
+    def over(self, column: str, cells: Iterable[str], statistic: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Statistic:
+        """`statistic` of a condition `(cells,)` and of ln T_grok `(B, cells)`, such as `stats.slope` over held_norm."""
+        x, log_T = np.array([self.first[cell][column] for cell in cells], dtype=float), self.log_T(cells)
+        return lambda picks: statistic(x, log_T(picks))
+
     def recovery(self, cells: Iterable[str], step: int | None = None, log: bool = False, joint: bool = False) -> Statistic:
         """Paper B's recovery fraction `(T1 - T2) / (T1 - T0)` (sec 4; `stats.recovery`): T0 of the baseline, first of `cells`, T1 at the raised
         norm, second, T2 at the temperature that gives it the baseline's logit scale. The scale at `step`, else at grokking; `joint`: of the same
@@ -185,8 +190,8 @@ class Table:
             n, censored, _ = self.count(cells)
             ours = stats.resampled(n, statistic) if callable(statistic) else (statistic, math.nan, math.nan)
             self.findings.append(stats.finding(key, quantity, ours, n, censored, **where))
-            if law:
-                self.say(law, ours, n, censored, paper)
+            if law:   # the paper's doses may not be the command's: then the published number was answered by another one
+                self.say(law, ours, n, censored, paper if self.claims.get(paper, {}).get("ours") == stats.finite(ours[0]) else "")
 
     def say(self, label: str, ours: tuple[float, float, float], n: int, censored: int, key: str = "") -> None:
         """A sentence of the command's last lines: an estimate with its interval, beside the published number `key` where it answers one."""
@@ -213,6 +218,16 @@ READOUTS: dict[str, Callable[[Table, str], Statistic]] = {
     "collapse32_max": lambda table, cell: table.at(cell, "collapse32"),
     "collapse64_max": lambda table, cell: table.at(cell, "collapse64"),
 }
+
+
+def at_doses(doses: Iterable[tuple[float, float]], statistic: Callable[[Table, list[str]], Statistic]) -> Callable[[Table, dict], tuple | None]:
+    """For `answer`: `statistic` of the cells held at exactly these `(rho, tau)`, if all of them ran."""
+    doses = tuple(doses)
+
+    def found(table: Table, row: dict) -> tuple | None:
+        cells = [table.match({**row, "arm": "clamp", "rho": rho, "tau": tau}) for rho, tau in doses]
+        return (cells, statistic(table, cells), "") if table.have(*cells) else None
+    return found
 
 
 def answer(table: Table, rows: Iterable[dict], statistics: dict[str, Callable[[Table, dict], tuple | None]]) -> None:
