@@ -8,30 +8,38 @@ Claims (section or table of the paper)
   Table 8   the raised cells are not artefacts of float32: rho 1.15 groks alike in float64; rho 1.25 lies in softmax collapse
   appendix  at equal total norm the split between embedding and unembedding moves T_grok
 
-Verdicts: `stats.claim`. A run that does not grok within its budget is censored there and counts as later; none is dropped. W_c is the median,
-over the members that grok, of the norm at their own T_grok in the free control of the same p, loss and block.
-L of a cell: mean over members of the effective logit scale at the logged step nearest the cell's median T_grok, as the paper has it.
+Verdicts: REPLICATED if our 95% interval over members meets the published one (or value +- 3%). A run that does not grok within its budget is
+censored there and counts as later; none is dropped. W_c is the median, over the members that grok, of the norm at their own T_grok in the free
+control of the same p, loss and block. L of a cell: mean over members of the effective logit scale at the logged step nearest the cell's
+median T_grok, as the paper has it.
 
     python exp_logit_scale.py                     laptop preset: mediation under cross-entropy and MSE at p=59, 3 members, about 6 minutes
     python exp_logit_scale.py --preset paper      all tables; meant for a GPU
-    python exp_logit_scale.py --model transformer_b --w-c 32.49      mediation as in the paper's transformer table, p=59
     python exp_logit_scale.py --parts audit --audit-cells 1.15 1.20 1.15:1.7 --members 0 1
 """
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 
-import logit_scale_claims as claims
-import logit_scale_plots as plots
-from common import EVAL_EVERY, Cell, Result, UsageError, clamp_start, exactly, unique
-from lab import console, files, settings, stats
-from lab.answers import Measured, flag_unlearned
-from lab.desk import Lab, main, provenance
+from common import Cell, Result, UsageError, exactly, unique
+from lab import console, figures, settings, stats
+from lab.answers import Statistic, Table, answer, lacking, published
+from lab.desk import Lab, main
 
 PARTS = ("mediation", "mse", "grid", "dose", "audit", "allocation")
+UP, TAUS = 1.15, (1.0, 1.15, 1.3, 1.5, 1.7)                       # Table 2
+GRID_RHOS, GRID_TAUS = (1.00, 1.05, 1.10, 1.15), (1.0, 1.3, 1.7)  # Table 3
+DOSE_RHOS = (0.85, 0.90, 0.95, 1.00, 1.05, 1.10, 1.15, 1.20, 1.25)   # Table 1 fits those up to 1.15, at p=43 from 0.90 on
+COLLAPSE_FREE, JUMP = 1.15, 2.5       # Table 1 fits rho up to the first, and stops before the first jump of L by more than the second
+CONFOUNDED, APART = 0.05, 1.3         # Table 8: a float32 cell is an artefact above this collapse rate, or this far from float64
+EARLY = 600                           # step right after the clamp engages, where L is not yet an outcome
+BUDGET = {"free": 60_000, "base": 40_000, "mediation": 120_000, "mse": 120_000, "grid": 120_000, "allocation": 50_000, "audit": 60_000}   # steps
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,7 @@ class Config(settings.Config):
                                               ("mediation", "mse", "grid", "dose"))
     taus: tuple[float, ...] = settings.option((), "temperatures at the raised norm, and of the grid; 1 is always among them", float,
                                               ("mediation", "mse", "grid"))
-    gammas: tuple[float, ...] = settings.option((-0.6, -0.3, 0.0, 0.3, 0.6), "allocations: power moved from the embedding to the unembedding",
-                                       parts=("allocation",))
+    gammas: tuple[float, ...] = settings.option((-0.6, -0.3, 0.0, 0.3, 0.6), "power moved from embedding to unembedding", parts=("allocation",))
     weight_decays: tuple[float, ...] = settings.option((0.5, 1.0, 2.0, 3.0, 4.0), "weight decays of the free runs of the dose part", parts=("dose",))
     lr: float = settings.option(1e-3, "learning rate; published numbers are answered at 1e-3 only")
     moduli: tuple[int, ...] = settings.option((43, 59, 67, 97, 113), "moduli of the dose part; --p replaces them", parts=("dose",))
@@ -52,12 +59,32 @@ class Config(settings.Config):
     audit_cells: tuple[str, ...] = settings.option(("1.15", "1.20", "1.25"), "cells of the audit, each RHO or RHO:TAU", parts=("audit",))
     audit_dtypes: tuple[str, ...] = settings.option(("float32", "float64"), "precisions that the audit trains in", parts=("audit",))
     audit_seeds: int = settings.option(8, "block size of the audit", parts=("audit",))
-    w_c: float = settings.option(0.0, "hold multiples of this norm and train no control (paper B's transformers: 32.49, from the end "
-                                 "of theirs); 0 = the control's")
+    w_c: float = settings.option(0.0, "hold multiples of this norm and train no control; 0 = the control's")
     budget: int = settings.option(120_000, "largest step at which a run that has not grokked is censored; parts with a smaller one keep it")
 
     def offered(self) -> tuple[str, ...]:
-        return PARTS if self.model == "mlp" else tuple(part for part in PARTS if part != "allocation")
+        return tuple(part for part in PARTS if part != "allocation" or self.model == "mlp")
+
+    def dose_block(self, p: int) -> int:
+        return self.dose_seeds or (16 if p in (59, 97) else 8)
+
+    def tables(self) -> list[tuple[str, int, str, int]]:
+        """`(part, p, loss, block)` of every table that the command makes."""
+        tables = [(part, p, "mse" if part == "mse" else "ce", self.seeds) for p in self.p for part in ("mediation", "grid", "allocation", "mse")]
+        tables += [("dose", p, "ce", self.dose_block(p)) for p in self.moduli] + [("audit", self.p[0], "ce", self.audit_seeds)]
+        return [table for table in tables if table[0] in self.parts]
+
+    def doses(self, part: str) -> list[dict]:
+        """Conditions of the held cells of a part; of mediation the baseline, then the raised norm, at tau 1 first. Raises UsageError."""
+        if part == "grid":
+            return [{"rho": rho, "tau": tau} for rho in self.rhos or GRID_RHOS for tau in sorted({1.0, *(self.taus or GRID_TAUS)})]
+        if part == "dose":
+            return [{"rho": rho} for rho in sorted(self.rhos or DOSE_RHOS)]
+        if part == "allocation":
+            return [{"arm": "alloc", "rho": 1.0, "gamma": gamma} for gamma in self.gammas]
+        if part == "audit":
+            return [{"rho": rho, "tau": tau, "dtype": dtype} for rho, tau in settings.doses("--audit-cells", self.audit_cells) for dtype in self.audit_dtypes]
+        return [{"rho": 1.0}, *({"rho": max(self.rhos, default=UP), "tau": tau} for tau in (1.0, *sorted({*(self.taus or TAUS)} - {1.0})))]
 
 
 PRESETS = {
@@ -65,254 +92,338 @@ PRESETS = {
     "laptop": {"parts": ("mediation", "mse"), "p": (59,), "members": (0, 1, 2)},
     "paper": {"parts": PARTS},
 }
-UP, TAUS = 1.15, (1.0, 1.15, 1.3, 1.5, 1.7)                       # Table 2
-GRID_RHOS, GRID_TAUS = (1.00, 1.05, 1.10, 1.15), (1.0, 1.3, 1.7)  # Table 3
-DOSE_RHOS = (0.85, 0.90, 0.95, 1.00, 1.05, 1.10, 1.15, 1.20, 1.25)   # Table 1 fits those up to 1.15
-BUDGET = {"free": 60_000, "base": 40_000, "up": 120_000, "grid": 120_000, "alloc": 50_000, "audit": 60_000}   # steps
-
-
-# ---------------------------------------------------------------- cells
-
-def expected(p: int, rho: float, tau: float, lr: float, loss: str) -> int:
-    """Steps to grok by the paper's tables: for the estimate of time, never for a result."""
-    rho, tau, lr = min(rho, 3), max(tau, 0.05), max(lr, 1e-9)   # far from any grid the law says nothing
-    at_p = (59 / p) ** (1.5 if p >= 59 else 3)
-    if loss == "mse":
-        return int(1175 * at_p**0.5 * math.exp(4.3 * (rho - 1)) * tau**-0.7 * (1e-3 / lr) ** 0.4)
-    return max(int(3700 * at_p * math.exp(8 * (rho - 1)) * tau**-2 * (1e-3 / lr) ** 0.4), 1000)
-
-
-def audited(config: Config) -> list[tuple[float, float]]:
-    """`(rho, tau)` of each of --audit-cells. Raises UsageError."""
-    cells = []
-    for text in config.audit_cells:
-        try:
-            rho, tau = (float(x) for x in (text if ":" in text else text + ":1").split(":"))
-        except ValueError:
-            raise UsageError(f"--audit-cells are RHO or RHO:TAU, such as 1.15 or 1.15:1.7, got {text!r}") from None
-        if not (0 < rho <= settings.LARGEST["rhos"] and 0 < tau <= settings.LARGEST["taus"]):
-            raise UsageError(f"--audit-cells: rho must be in (0, {settings.LARGEST['rhos']:g}] and tau in (0, {settings.LARGEST['taus']:g}], "
-                             f"got {text!r}")
-        cells.append((rho, tau))
-    if len(set(cells)) < len(cells):
-        raise UsageError(f"--audit-cells lists a cell twice: {' '.join(config.audit_cells)}")
-    return cells
 
 
 def checked(config: Config, given: dict) -> Config:
     """`--p` narrows every part. Raises UsageError for values that do not fit each other."""
     if "p" in given:
         config = dataclasses.replace(config, moduli=given.get("moduli", config.p))
-    if config.model != "mlp":
-        config = dataclasses.replace(config, **{k: v for k, v in (("p", (59,)), ("parts", ("mediation",))) if k not in given})
-        if "allocation" in config.parts:
-            raise UsageError(f"--parts allocation splits the norm between E and W2 of the MLP; leave it out with --model {config.model}")
+    if not set(config.parts) <= set(config.offered()):
+        raise UsageError(f"--parts allocation splits the norm between E and W2 of the MLP; leave it out with --model {config.model}")
     if ("w_c" in given and config.w_c <= 0) or (config.w_c and (len(config.p) > 1 or not set(config.parts) <= {"mediation", "grid", "audit"})):
         raise UsageError("--w-c is one positive norm: it goes with one --p and with --parts mediation, grid and audit")
-    audited(config)
-    if not config.audit_dtypes or set(config.audit_dtypes) - {"float32", "float64"}:
-        raise UsageError(f"--audit-dtypes are float32 and float64, got {' '.join(config.audit_dtypes)}")
-    if not 0 <= config.dose_seeds <= 10_000:
-        raise UsageError(f"--dose-seeds must be between 1 and 10000, or 0 for the paper's, got {config.dose_seeds}")
-    if config.budget < EVAL_EVERY:
-        raise UsageError(f"--budget must be at least {EVAL_EVERY} steps, where runs are first evaluated; got {config.budget}")
-    for gamma in config.gammas:
-        if abs(gamma) > 100:
-            raise UsageError(f"--gammas must lie between -100 and 100, got {gamma:g}; beyond -1 and 1 the split no longer changes")
-    settings.check_members(config, {"dose": min(Plan(config).dose_block(p) for p in config.moduli), "audit": config.audit_seeds})
+    config.doses("audit")
+    settings.check_members(config, {"dose": min(map(config.dose_block, config.moduli)), "audit": config.audit_seeds})
     return config
 
 
-def name(arm: str, p: int, block: int, loss: str, rho: float | None = None, tau: float = 1.0, gamma: float | None = None,
-         wd: float = 1.0, dtype: str = "") -> str:
-    parts = [arm, f"p{p}", f"b{block}", loss]
-    parts += [f"rho{exactly(rho, '.2f')}", f"tau{exactly(tau, '.2f')}"] if rho is not None else []
-    parts += [f"gamma{exactly(gamma, '+.2f')}"] if gamma is not None else []
-    parts += [f"wd{exactly(wd, 'g')}"] if wd != 1 else []
-    return "_".join([*parts, dtype] if dtype else parts)
+# ---------------------------------------------------------------- cells
+
+def cell(config: Config, p: int, loss: str, block: int, budget: int, arm: str = "clamp", rho: float | None = None, tau: float = 1.0,
+         gamma: float | None = None, weight_decay: float = 1.0, dtype: str = "", w_c: float | None = None, shares: tuple[float, ...] = ()) -> Cell:
+    """`shares` of E, W1 and W2 in the squared norm of the control, for an allocation."""
+    conditions = [("rho", ".2f", rho), ("tau", ".2f", tau)] if arm == "clamp" else []
+    conditions += [("gamma", "+.2f", gamma), ("wd", "g", None if weight_decay == 1 else weight_decay)]
+    name = [arm, f"p{p}", f"b{block}", loss, *(short + exactly(value, text) for short, text, value in conditions if value is not None)]
+    T, alpha, power = (3700, 8, -2) if loss == "ce" else (1175, 4.3, -0.7)   # by the paper's tables: for the estimate of time, never for a result
+    steps = T * (59 / p) ** (1.5 if p >= 59 else 3) * math.exp(alpha * (min(rho or 1.04, 3) - 1)) * max(tau, 0.05) ** power
+    steps *= (1e-3 / max(config.lr, 1e-9)) ** 0.4 / max(weight_decay, 0.3) ** 0.7
+    members = config.members or tuple(range(block))
+    return Cell("_".join(name + [dtype] * bool(dtype)), p=p, members=members, block=block, budget_steps=min(config.budget, budget), arm=arm, loss=loss,
+                model=config.model, seed0=config.seed0, rho=rho, tau=tau, gamma=gamma, lr=config.lr, weight_decay=weight_decay, w_c=w_c, dtype=dtype,
+                held=(allocated(w_c, gamma, shares),) * len(members) if shares else (), expected_steps=max(int(steps), 1000),
+                after_grok=config.after_grok)
 
 
-class Plan:
-    """The cells of a command, part by part, and whether they are the paper's."""
-    name = staticmethod(name)
-
-    def __init__(self, config: Config):
-        self.config, self.audited, self.dose_rhos = config, audited(config), sorted(config.rhos or DOSE_RHOS)
-        self.up = max(config.rhos, default=UP)
-        self.taus = tuple(sorted({1.0, *(config.taus or TAUS)}))
-        self.grid = [(rho, tau) for rho in config.rhos or GRID_RHOS for tau in sorted({1.0, *(config.taus or GRID_TAUS)})]
-        self.paper_up, self.paper_taus, self.paper_grid = self.up == UP, self.taus == TAUS, self.grid == [*itertools.product(GRID_RHOS, GRID_TAUS)]
-        self.losses = [loss for loss, part in (("ce", "mediation"), ("mse", "mse")) if part in config.parts]
-
-    def dose_block(self, p: int) -> int:
-        return self.config.dose_seeds or (16 if p in (59, 97) else 8)
-
-    def cell(self, arm: str, p: int, block: int, loss: str, budget: int, rho: float | None = None, tau: float = 1.0, gamma: float | None = None,
-             wd: float = 1.0, dtype: str = "", w_c: float | None = None, held: tuple[float, float, float, float] | None = None) -> Cell:
-        c = self.config
-        members = c.members or tuple(range(block))
-        if arm == "clamp":
-            held = (rho * w_c, 0.0, 0.0, 0.0)
-        steps = expected(p, rho if arm == "clamp" else 1.04, tau, c.lr, loss)
-        return Cell(name(arm, p, block, loss, None if arm == "alloc" else rho, tau, gamma, wd, dtype if arm == "clamp" else ""), p=p,
-                    members=members, block=block, budget_steps=min(c.budget, budget), arm=arm, loss=loss, model=c.model, seed0=c.seed0, rho=rho,
-                    tau=tau, gamma=gamma, lr=c.lr, weight_decay=wd, clamp_start=clamp_start(c.model, loss), w_c=w_c, dtype=dtype,
-                    held=(held,) * len(members) if held else (), expected_steps=int(steps / max(wd, 0.3) ** 0.7), after_grok=c.after_grok)
-
-    def controls(self) -> list[Cell]:
-        """The free runs that give the W_c of held ones: one for every p, loss and block."""
-        c, cells = self.config, []
-        if {"mediation", "grid", "allocation"} & set(c.parts):
-            cells += [self.cell("free", p, c.seeds, "ce", BUDGET["free"]) for p in c.p]
-        if "mse" in c.parts:
-            cells += [self.cell("free", p, c.seeds, "mse", BUDGET["free"]) for p in c.p]
-        if "dose" in c.parts:
-            cells += [self.cell("free", p, self.dose_block(p), "ce", BUDGET["free"]) for p in c.moduli]
-        if "audit" in c.parts:
-            cells += [self.cell("free", c.p[0], c.audit_seeds, "ce", BUDGET["free"])]
-        return unique(cells)
-
-    def frontier(self) -> list[Cell]:
-        """The free runs of the dose part at other weight decays."""
-        c = self.config
-        return [self.cell("free", p, self.dose_block(p), "ce", BUDGET["free"], wd=wd)
-                for p in c.moduli for wd in c.weight_decays if wd != 1] if "dose" in c.parts else []
-
-    def held(self, w_c: dict[str, float], shares: dict[str, tuple[float, float, float]]) -> list[Cell]:
-        """Cells relative to the W_c of their control; those whose control has none are left out (said by `run`)."""
-        c, cells = self.config, []
-        for p in c.p:
-            for loss in ("ce", "mse"):
-                control = name("free", p, c.seeds, loss)
-                if (wc := w_c.get(control)) is None:
-                    continue
-                if loss in self.losses:
-                    cells += [self.cell("clamp", p, c.seeds, loss, BUDGET["base"], 1.0, w_c=wc)]
-                    cells += [self.cell("clamp", p, c.seeds, loss, BUDGET["up"], self.up, tau, w_c=wc) for tau in self.taus]
-                if loss == "ce" and "grid" in c.parts:
-                    cells += [self.cell("clamp", p, c.seeds, loss, BUDGET["grid"], rho, tau, w_c=wc) for rho, tau in self.grid]
-                if loss == "ce" and "allocation" in c.parts:
-                    cells += [self.cell("alloc", p, c.seeds, loss, BUDGET["alloc"], 1.0, gamma=g, w_c=wc, held=allocated(wc, g, shares[control]))
-                              for g in c.gammas]
-        for p in c.moduli if "dose" in c.parts else ():
-            block = self.dose_block(p)
-            if (wc := w_c.get(name("free", p, block, "ce"))) is not None:
-                cells += [self.cell("clamp", p, block, "ce", dose_budget(rho), rho, w_c=wc) for rho in self.dose_rhos]
-        if "audit" in c.parts and (wc := w_c.get(name("free", c.p[0], c.audit_seeds, "ce"))) is not None:
-            cells += [self.cell("clamp", c.p[0], c.audit_seeds, "ce", BUDGET["audit"], rho, tau, dtype=dtype, w_c=wc)
-                      for rho, tau in self.audited for dtype in c.audit_dtypes]
-        return unique(cells)
+def controls(config: Config) -> list[Cell]:
+    """The free runs that give the W_c of held ones."""
+    return unique(cell(config, *network, BUDGET["free"], "free") for _, *network in config.tables())
 
 
-def dose_budget(rho: float) -> int:
-    """15000 steps at rho 1, 1.9 times as many with every 0.05, at most 60000: the released runs' budgets, capped as in the paper."""
-    return int(min(15_000 * 1.9 ** min((rho - 1) / 0.05, 10), 60_000))
+def held(config: Config, w_c: dict[str, float], shares: dict[str, tuple[float, ...]]) -> list[Cell]:
+    """Cells relative to the W_c of their control, by its name; those whose control has none are left out (said by `run`). With the doses go free
+    runs at other weight decays."""
+    cells = []
+    for part, *network in config.tables():
+        if part == "dose":
+            cells += [cell(config, *network, BUDGET["free"], "free", weight_decay=decay) for decay in config.weight_decays if decay != 1]
+        control = cell(config, *network, BUDGET["free"], "free").name
+        for i, dose in enumerate(config.doses(part) if control in w_c else ()):
+            budget = 15_000 * 1.9 ** min((dose["rho"] - 1) / 0.05, 10)   # of the doses: as released, capped as in the paper
+            budget = BUDGET.get("base" if part in ("mediation", "mse") and i == 0 else part, int(min(budget, 60_000)))
+            cells.append(cell(config, *network, budget, **dose, w_c=w_c[control], shares=shares[control] if part == "allocation" else ()))
+    return unique(cells)
 
 
-def power_shares(runs: list[dict]) -> dict[str, tuple[float, float, float]]:
-    """Shares of E, W1, W2 in the squared norm, mean over the members that grok, each at its own T_grok, of every free cell."""
-    shares: dict[str, list[list[float]]] = {}
-    for run in runs:
-        if run["arm"] == "free" and not run["censored"]:
-            shares.setdefault(run["cell"], []).append([(run[f"norm_{g}_at_grok"] / run["norm_at_grok"]) ** 2 for g in ("E", "W1", "W2")])
-    return {cell: tuple(np.mean(values, 0).tolist()) for cell, values in shares.items()}
-
-
-def allocated(w_c: float, gamma: float, shares: tuple[float, float, float]) -> tuple[float, float, float, float]:
-    """Held group norms: W1 keeps its share of W_c; of the squared norm left, W2 gets `theta0 (1 + gamma)`, clipped (paper B, allocation)."""
+def allocated(w_c: float, gamma: float, shares: tuple[float, ...]) -> tuple[float, ...]:
+    """Held norms, total and of E, W1, W2: W1 keeps its share of W_c; of the squared norm left W2 gets `theta0 (1 + gamma)`, clipped (appendix)."""
     E, W1, W2 = shares
     theta = min(max(W2 / (E + W2) * (1 + gamma), 0.02), 0.98)
-    left = 1 - W1
-    return (0.0, *(w_c * math.sqrt(share) for share in ((1 - theta) * left, W1, theta * left)))
+    return (0.0, *(w_c * math.sqrt(share) for share in ((1 - theta) * (1 - W1), W1, theta * (1 - W1))))
 
 
-# ---------------------------------------------------------------- figures and files
+# ---------------------------------------------------------------- what is measured
 
-def draw(m: Measured, config: Config, desk: Lab) -> None:
-    plan, folder, points = Plan(config), desk.out / "figures", {cell: m.point(cell) for cell in m.first}
-    for p in config.p:
-        panels = {}
-        for loss in plan.losses:
-            cells = (name("clamp", p, config.seeds, loss, 1.0), *claims.ups(plan, p, loss))
-            if m.have(*cells):
-                panels[loss] = [points[cell] for cell in cells]
-        if panels:
-            plots.mediation(panels, m.known, folder, f"mediation_p{p}")
-            plots.memorisation(panels, m.known, folder, f"memorisation_p{p}")
-        grid = [points[c] for rho, tau in plan.grid if m.have(c := name("clamp", p, config.seeds, "ce", rho, tau))] if "grid" in config.parts else []
-        if grid:
-            plots.collapse(grid, m.known, folder, f"collapse_p{p}")
-        split = [points[c] for gamma in sorted(config.gammas) if m.have(c := name("alloc", p, config.seeds, "ce", gamma=gamma))]
-        if split:
-            plots.allocation(split, m.known, folder, f"allocation_p{p}")
-    for p in config.moduli if "dose" in config.parts else ():
-        everyone, fitted = claims.dose_cells(m, plan, p)
-        if everyone:
-            free = [r for r in m.runs if r["arm"] == "free" and (r["p"], r["block"]) == (p, plan.dose_block(p))]
-            plots.dose([points[c] for c in everyone], [points[c] for c in fitted], free, m.known, folder, f"dose_p{p}")
-    if "audit" in config.parts:
-        pairs = [[points[c] for dtype in ("float32", "float64")
-                  if m.have(c := name("clamp", config.p[0], config.audit_seeds, "ce", rho, tau, dtype=dtype))] for rho, tau in plan.audited]
-        if any(pairs):
-            plots.audit([pair for pair in pairs if pair], m.known, folder, "audit")
+def ran(table: Table, config: Config) -> Iterator[tuple[str, int, list[str]]]:
+    """`(part, p, cells)` of every table of the command that has all its cells; of dose, audit and allocation those that ran."""
+    for part, p, loss, block in config.tables():
+        row = {"arm": "clamp", "model": config.model, "p": p, "loss": loss, "block": block, "lr": config.lr, "wd": 1.0, "dtype": config.dtype}
+        cells = [table.match({**row, **dose}) for dose in config.doses(part)]
+        if any(cells) and (None not in cells or part in ("dose", "audit", "allocation")):
+            yield part, p, sorted(filter(None, cells), key=lambda name: table.first[name]["gamma"] or 0)
 
 
-def write(desk: Lab, result: Result, trained: bool) -> None:
+def explained(table: Table, cells: list[str], by: str, score: int = 0) -> Statistic:
+    """R^2 (with `score` 1 the corrected AIC) of ln T_grok over `cells` on "L", "L600" (the same at step 600), "rho", "ln_tau" or a sum of them."""
+    def column(what: str, picks: np.ndarray) -> np.ndarray:
+        if what in ("rho", "ln_tau"):
+            return np.array([table.first[name]["rho"] if what == "rho" else math.log(table.first[name]["tau"]) for name in cells])
+        return np.stack([table.at(name, step=EARLY if what == f"L{EARLY}" else None)(picks) for name in cells], 1)
+    return lambda picks: stats.least_squares(table.log_T(cells)(picks), *(column(what, picks) for what in by.split("+")))[score]
+
+
+def collapse_free(table: Table, cells: list[str]) -> list[str]:
+    """Of cells by norm those that Table 1 fits: a majority grokked, rho <= 1.15, before the first jump of L."""
+    fitted, before = [], math.nan
+    for point in map(table.point, cells):
+        if point["rho"] > COLLAPSE_FREE or point["logit_scale"] > JUMP * before:
+            break
+        if np.isfinite(point["T"]).mean() > 0.5:
+            fitted.append(point["cell"])
+            before = point["logit_scale"]
+    return fitted
+
+
+def over_norm(table: Table, cells: list[str], statistic: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Statistic:
+    """`statistic` of the held norms `(cells,)` and ln T_grok `(B, cells)`."""
+    W = np.array([table.first[name]["held_norm"] for name in cells])
+    return lambda picks: statistic(W, table.log_T(cells)(picks))
+
+
+def table1(statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], least: int) -> Callable[[Table, dict], tuple | None]:
+    def found(table: Table, row: dict) -> tuple | None:
+        cells = collapse_free(table, [name for rho in DOSE_RHOS if (name := table.match({**row, "arm": "clamp", "rho": rho}))])
+        theirs = [rho for rho in DOSE_RHOS if (0.90 if row["p"] == 43 else 0.85) <= rho <= COLLAPSE_FREE]
+        missing = lacking((table.first[name]["rho"] for name in cells), theirs) if len(cells) >= least else ""
+        return (cells, over_norm(table, cells, statistic), missing) if len(cells) >= least else None
+    return found
+
+
+def at_doses(doses: Iterable[tuple[float, float]], statistic: Callable[[Table, list[str]], Statistic]) -> Callable[[Table, dict], tuple | None]:
+    def found(table: Table, row: dict) -> tuple | None:
+        cells = [table.match({**row, "arm": "clamp", "rho": rho, "tau": tau}) for rho, tau in doses]
+        return (cells, statistic(table, cells), "") if table.have(*cells) else None
+    return found
+
+
+GRID = [*itertools.product(GRID_RHOS, GRID_TAUS)]
+STATISTICS = {
+    "ratio": at_doses([(UP, 1.0), (1.0, 1.0)], lambda table, cells: table.ratio(*cells)),
+    "recovery": at_doses([(1.0, 1.0), *((UP, tau) for tau in TAUS)], Table.recovery),
+    "r2_logit": at_doses(GRID, lambda table, cells: explained(table, cells, "L")),
+    "r2_rho": at_doses(GRID, lambda table, cells: explained(table, cells, "rho")),
+    "r2_both": at_doses(GRID, lambda table, cells: explained(table, cells, "L+rho")),
+    "dr2": at_doses(GRID, lambda *cells: lambda picks: explained(*cells, "L+rho")(picks) - explained(*cells, "L")(picks)),
+    "alpha_norm": table1(stats.slope, 2), "r2_norm": table1(stats.r2, 2), "daic": table1(stats.favours("power", "saddle_node"), 4),
+}
+PUBLISHED = [row for row in published("B.").values() if row["experiment"] in ("mediation", "collapse", "dose", "audit", "alloc")]
+
+
+def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
+    answer(table, PUBLISHED, STATISTICS)
+    for part, p, cells in ran(table, config):
+        MEASURED[part](table, p, cells)
+
+
+def mediation(table: Table, p: int, cells: list[str]) -> None:
+    """Table 2: norm up, temperature back, what part of the delay the logit scale recovers."""
+    base, up, last = cells[0], cells[1], cells[-1]
+    loss, rho, dtype, model = (table.first[up][key] for key in ("loss", "rho", "dtype", "model"))
+    where, tau, over = f"{loss}.p{p}", table.first[last]["tau"], lambda a, b: lambda picks: a(picks) / b(picks)
+    table.finding(f"norm_up.{where}", f"median T_grok, rho {rho:g} over 1, tau 1", (up, base), table.ratio(up, base),
+                  law=f"p={p}, {loss}: T_grok at rho {rho:g} over rho 1", paper=f"B.med.{where}.ratio")
+    for step, log, joint in itertools.product((None, EARLY) if loss == "ce" else (None,), (False, True), (False, True)):
+        table.finding(".".join(["recovery", where, *["early"] * bool(step), *["log"] * log, *["joint"] * joint]),
+                      f"recovery fraction on {'log time' if log else 'time'}, L at {f'step {step}' if step else 'grokking'}; interval with the logit "
+                      f"{'axis resampled' if joint else 'curve held fixed'}", cells, table.recovery(cells, step, log, joint), paper=f"B.recovery.p{p}",
+                      law="" if step or log or joint else f"p={p}, {loss}: share of that delay recovered at the logit scale of rho 1")
+    if loss == "ce":
+        table.finding(f"collapse.{dtype}.{where}.rho{rho:.2f}", f"share of training pairs in collapse in working precision, {model}, trained in "
+                      f"{dtype}, tau 1", (up,), table.at(up, dtype.replace("float", "collapse")))
+    cool, delays = (up, last), {name: table.grok[name] - table.mem[name] for name in (up, last)}
+    table.finding(f"tau_effect.{where}", f"median T_grok at rho {rho:g}, tau 1 over {tau:g}", cool, table.ratio(up, last))
+    table.finding(f"logit_movement.{where}", f"logit scale at rho {rho:g}, tau 1 over {tau:g}", cool, over(table.at(up), table.at(last)))
+    table.finding(f"memorisation.{where}", f"median T_mem at rho {rho:g}, tau {tau:g} over 1", cool, over(table.T_mem(last), table.T_mem(up)))
+    table.finding(f"delay_share.{where}", "share of the tau effect on T_grok that is in the delay T_grok - T_mem", cool, over(
+        lambda picks: table.median(delays[up][picks]) - table.median(delays[last][picks]), lambda picks: table.T(up)(picks) - table.T(last)(picks)))
+
+
+def grid(table: Table, p: int, cells: list[str]) -> None:
+    """Table 3: what explains ln T_grok over the grid of norm and temperature."""
+    for by in ("L", "rho", "L+rho", f"L{EARLY}", f"L{EARLY}+rho", "rho+ln_tau"):
+        text = f"ln T_grok on {by.replace('+', ' and ')}"
+        table.finding(f"r2.{by}.p{p}", f"R^2 of {text}, {len(cells)} cells", cells, explained(table, cells, by), paper=f"B.collapse.r2_logit.p{p}",
+                      law=f"p={p}, {len(cells)} cells: R^2 of {text}" if by == "L" else "")
+        table.finding(f"aicc.{by}.p{p}", f"AICc of {text}", cells, explained(table, cells, by, score=1))
+
+
+def dose(table: Table, p: int, cells: list[str]) -> None:
+    """Table 1: ln T_grok over the held norm, the forms by AIC, lack of fit, local slopes; how high a norm weight decay alone leaves."""
+    fitted, W = collapse_free(table, cells), {name: table.first[name]["held_norm"] for name in cells}
+    w_c, block = table.first[cells[0]]["w_c"], table.first[cells[0]]["block"]
+    if len(fitted) >= 2:
+        slope = over_norm(table, fitted, stats.slope)
+        table.finding(f"alpha.p{p}", "slope of ln T_grok on the held norm", fitted, slope, law=f"p={p}, {len(fitted)} cells: slope of ln T_grok on "
+                      "the held norm", paper=f"B.dose.alpha.p{p}")
+        table.finding(f"alpha_wc.p{p}", "slope of ln T_grok on the held norm times W_c", fitted, lambda picks: slope(picks) * w_c)
+    if len(fitted) >= 4:
+        for form, text in (("power", "the power law, offset between 0 and the least norm"), ("saddle_node", "the saddle node"),
+                           ("power_above", "a power law that diverges at an offset above the norms, which the paper does not try")):
+            table.finding(f"daic.{form}.p{p}", f"AIC of {text}, minus that of the exponential", fitted, over_norm(table, fitted, stats.favours(form)))
+        times = np.array([table.grok[name] for name in fitted])
+        if np.isfinite(times).all() and times.shape[1] >= 2:
+            table.finding(f"lack_of_fit.p{p}", "p-value: ln T_grok is a straight line in the held norm, against seed noise", fitted,
+                          stats.lack_of_fit(np.array([W[name] for name in fitted]), np.log(times)))
+    for low, high in itertools.pairwise(fitted):
+        table.finding(f"local_slope.{high}", "slope of ln T_grok between rho {:g} and {:g}".format(*(table.first[name]["rho"] for name in (low, high))),
+                      (low, high), lambda picks, low=low, high=high: np.log(table.ratio(high, low)(picks)) / (W[high] - W[low]))
+    free = {name: np.fmax.reduce(table.values((name,), "norm_at_grok")[0]) for name in table.pick(arm="free", p=p, loss="ce", block=block)}
+    free = {name: float(norm) for name, norm in free.items() if math.isfinite(norm)}   # not a number: none of its runs grokked
+    for name, norm in free.items():
+        table.finding(f"free_norm.p{p}.wd{exactly(float(table.first[name]['weight_decay']), 'g')}",
+                      "largest norm at own T_grok of a free run, over W_c", (name,), norm / w_c)
+    if free:
+        table.finding(f"frontier.p{p}", "largest norm at own T_grok of any free run, over the highest held norm", free, max(free.values()) / W[cells[-1]])
+
+
+def audit(table: Table, p: int, cells: list[str]) -> None:
+    """Table 8: the same held norm trained in float32 and in float64; is the float32 cell one of softmax collapse?"""
+    for (rho, tau), group in itertools.groupby(cells, key=lambda name: (table.first[name]["rho"], table.first[name]["tau"])):
+        pair, where = sorted(group, key=lambda name: table.first[name]["dtype"]), f"p{p}.rho{exactly(float(rho), '.2f')}.tau{exactly(float(tau), '.2f')}"
+        for name in pair:
+            dtype = table.first[name]["dtype"]
+            table.finding(f"collapse.{dtype}.{where}", f"share of training pairs in collapse in working precision, trained in {dtype}", (name,),
+                          table.at(name, dtype.replace("float", "collapse")))
+        if len(pair) == 2:
+            table.finding(f"float32_over_float64.{where}", "median T_grok, float32 over float64, same members", pair, table.ratio(*pair),
+                          law=f"p={p}, rho {rho:g}, tau {tau:g}: T_grok in float32 over float64")
+            times = [float(table.median(table.grok[name])) for name in pair]
+            apart = max(times) / min(times) if math.isfinite(min(times)) else math.nan      # infinite: only one of them groks
+            table.finding(f"float32_confounded.{where}", "1 if the collapse rate is 0.05 or more, or the medians differ by more than 1.3", pair,
+                          float(table.point(pair[0])["collapse32"] >= CONFOUNDED or apart > APART))
+
+
+def allocation(table: Table, p: int, cells: list[str]) -> None:
+    """Appendix: T_grok and logit scale over the split of the squared norm at fixed total."""
+    for key, of, text in (("allocation_T", table.T, "median T_grok"), ("allocation_L", table.at, "logit scale")) if len(cells) >= 2 else ():
+        def spread(picks: np.ndarray, of: Callable[[str], Statistic] = of) -> np.ndarray:
+            values = np.stack([of(name)(picks) for name in cells])
+            return values.max(0) / values.min(0)
+        table.finding(f"{key}.p{p}", text := f"largest over smallest {text} over the allocations", cells, spread, law=f"p={p}, one norm: {text}")
+
+
+MEASURED = {"mediation": mediation, "mse": mediation, "grid": grid, "dose": dose, "audit": audit, "allocation": allocation}
+
+
+# ---------------------------------------------------------------- figures
+
+def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], read: dict[str, list[dict]]) -> None:
+    points, panels = figures.points(table, PUBLISHED), {}
+    for part, p, cells in ran(table, config):
+        mine = [points[name] for name in cells]
+        if part in ("mediation", "mse"):
+            panels.setdefault(p, []).append(mine)
+        elif part == "grid":
+            figures.sheet(folder, f"collapse_p{p}", [mine], over_logit_scale)
+        elif part == "dose":
+            free = [run for run in table.runs if (run["arm"], run["p"], run["block"]) == ("free", p, mine[0]["block"]) and run["t_grok_step"]]
+            fitted = [points[name] for name in collapse_free(table, cells)]
+            slope = table.claims.get(f"B.dose.alpha.p{p}", {}).get("published")
+            figures.sheet(folder, f"dose_p{p}", ["T", "collapse"], over_held_norm, points=mine, fitted=fitted, free=free, published=slope)
+        elif part == "audit":
+            figures.sheet(folder, "audit", ["T", "collapse"], precisions, points=mine)
+        else:
+            figures.sheet(folder, f"allocation_p{p}", ["T", "logit_scale"], over_split, points=mine)
+    for p, tables in panels.items():
+        figures.mediation(folder, f"mediation_p{p}", f"memorisation_p{p}", tables)
+
+
+def over_logit_scale(axis: Axes, points: list[dict]) -> None:
+    """Median T_grok over the logit scale, one colour and marker per rho: one curve if the logit scale is all that counts."""
+    for i, rho in enumerate(dict.fromkeys(point["rho"] for point in points)):
+        mine = [point for point in points if point["rho"] == rho]
+        L = [point["logit_scale"] for point in mine]
+        axis.plot(L, [point["median"] for point in mine], figures.MARKERS[i % 8], color=f"C{i}", ms=7, label=f"rho {rho:g}")
+        axis.vlines(L, [point["lo"] for point in mine], [point["hi"] for point in mine], color=f"C{i}", lw=1)
+    figures.squares(axis, [(point["published"].get("L"), point["published"].get("T_grok")) for point in points])
+    axis.set(yscale="log", xlabel="effective logit scale L at grokking", ylabel="median T_grok (steps), 95% interval", title=f"Collapse, p={points[0]['p']}")
+
+
+def over_held_norm(axis: Axes, what: str, points: list[dict], fitted: list[dict], free: list[dict], published: float | None) -> None:
+    """T_grok over the held norm with the exponential fit, ours and published, and the free runs' frontier; or the collapse rate."""
+    axis.set(xlabel="held norm ||W|| (free runs: norm at T_grok)", title=f"Dose, p={points[0]['p']}")
+    if what == "collapse":
+        axis.plot([point["held_norm"] for point in points], [point["collapse32"] for point in points], "o-", color="C3", ms=4)
+        axis.axhline(CONFOUNDED, color="gray", ls=":", lw=1, label="confounded in float32 from here")
+        return axis.set(ylabel="collapse, float32")
+    figures.members(axis, points, "held_norm")
+    if len(fitted) >= 2:
+        W, T = (np.array([point[key] for point in fitted]) for key in ("held_norm", "median"))
+        slope, intercept, r2 = map(float, stats.line(W, np.log(T)))
+        axis.plot(W, np.exp(intercept + slope * W), color="C0", lw=1, label=f"ours: slope {slope:.3f}, R2 {r2:.3f}, {len(W)} cells")
+        if published is not None:
+            axis.plot(W, np.exp(intercept + slope * W.mean() + published * (W - W.mean())), "--", color="black", lw=1, label=f"published slope {published:g}")
+    for i, decay in enumerate(dict.fromkeys(run["weight_decay"] for run in free)):
+        mine = [run for run in free if run["weight_decay"] == decay]
+        axis.plot([run["norm_at_grok"] for run in mine], [run["t_grok_step"] for run in mine], figures.MARKERS[i % 8], mfc="none", color="C1", ms=5,
+                  label=f"free, weight decay {decay:g}")
+
+
+def precisions(axis: Axes, what: str, points: list[dict]) -> None:
+    """T_grok, or the collapse rate in working precision, trained in float32 and in float64, dose by dose."""
+    doses = list(dict.fromkeys((point["rho"], point["tau"]) for point in points))
+    for bits, color, marker, offset in ((32, "C0", "o", -0.12), (64, "C1", "D", 0.12)):
+        mine = [{**point, "x": doses.index((point["rho"], point["tau"])) + offset} for point in points if point["dtype"] == f"float{bits}"]
+        if mine and what == "T":
+            figures.members(axis, mine, "x", color, marker, label=f"trained in float{bits}")
+        elif mine:
+            figures.values(axis, mine, "x", f"collapse{bits}", f"collapse{bits}_max", marker, color, f"trained in float{bits}")
+    axis.set_xticks(range(len(doses)), [f"rho {rho:g}" + (f", tau {tau:g}" if tau != 1 else "") for rho, tau in doses])
+    axis.set(xlim=(-0.5, len(doses) - 0.5), title=f"Audit, p={points[0]['p']}")
+    if what == "collapse":
+        axis.axhline(CONFOUNDED, color="gray", ls=":", lw=1, label="float32-confounded from here")
+        axis.set(ylabel="share of training pairs in softmax collapse", ylim=(-0.03, 1))
+
+
+def over_split(axis: Axes, what: str, points: list[dict]) -> None:
+    """T_grok, or the logit scale, over gamma at fixed total norm."""
+    axis.set(xlabel="gamma: power moved from E to W2", title=f"Allocation at fixed total norm, p={points[0]['p']}")
+    if what == "T":
+        figures.members(axis, points, "gamma")
+    else:
+        figures.values(axis, points, "gamma", "logit_scale", "L", label="effective logit scale")
+        axis.set(ylabel="effective logit scale L at grokking", ylim=(0, 1.1 * axis.get_ylim()[1]))
+
+
+# ---------------------------------------------------------------- run
+
+def publish(desk: Lab, result: Result | None) -> None:
     """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
-    out, config = desk.out, desk.config
-    if trained:
-        runs = [{"experiment": "logit_scale", **run} for run in result.runs]
-        if config.model != "mlp":
-            flag_unlearned(runs, result.trajectories)
-        files.write_csv(out / "runs.csv", runs, files.RUN_COLUMNS)
-        files.write_csv(out / "trajectories.csv", result.trajectories)
-        files.write_json(out / "provenance.json", provenance(desk, result))
-    runs = files.read_runs(out / "runs.csv")                                # read back, so that both ways see the same digits
-    if (out / "trajectories.csv").exists():
-        trajectories = files.read_csv(out / "trajectories.csv")
-        files.write_csv(out / "cells.csv", stats.cell_rows(runs, trajectories))
-        files.write_csv(out / "around_grok.csv", claims.around_grok(runs, trajectories))
-    for cell in dict.fromkeys(run["cell"] for run in runs if run["arm"] != "free"):
-        mine = [run for run in runs if run["cell"] == cell]
-        if all(run["censored"] for run in mine):
-            print(f"{cell}: no member grokked within {mine[0]['budget_steps']} steps; its median is later than that")
-    m = claims.measure(runs, files.read_csv(out / "around_grok.csv"), Plan(config))      # a run of record may come without its long trajectories
-    answered = [m.claims.get(key) or stats.claim(row, None) for key, row in claims.published(config).items()]
-    files.write_summary(out, answered, m.findings)
-    draw(m, config, desk)
-    print(stats.table(answered))
-    for row in m.findings:
-        ends = f" [{row['lo']:.3g}, {row['hi']:.3g}]" if row["lo"] is not None and row["hi"] is not None else ""
-        ours = "no value" if row["ours"] is None else f"{row['ours']:.3g}"
-        print(f"{row['id']}: {ours}{ends}, n {row['n']}, {row['n_censored']} censored: {row['quantity']}")
-    print(f"results in {out}")
+    part, p, *_ = desk.config.tables()[0]
+    figure = {"mse": "mediation", "grid": "collapse"}.get(part, part) + (f"_p{p}.png" if part != "audit" else ".png")
+    desk.publish(measure, draw, result, {"around_grok.csv": stats.around_grok}, main_figure=figure)
 
 
 def run(argv: list[str]) -> None:
     config, given = settings.parse(Config, PRESETS, PARTS, argv)
     config = checked(config, given)
-    desk, plan = Lab("logit_scale", config, given, PRESETS), Plan(config)
+    desk, free = Lab("logit_scale", config, given, PRESETS), controls(config)
     if config.figures_only:
-        return desk.redraw(lambda: write(desk, Result(), trained=False))
-    controls = [] if config.w_c else plan.controls()
-    given_norms = {c.name: config.w_c for c in plan.controls()} if config.w_c else {}
-    guess = {c.name: (54.5 if c.loss == "ce" else 36.5) * (c.p / 59) ** 0.4 for c in controls}   # for the list and estimate only
-    console.announce(config, [*controls, *plan.frontier(), *plan.held(given_norms or guess, dict.fromkeys(guess, (0.15, 0.64, 0.21)))], given)
+        return desk.redraw(lambda: publish(desk, None))
+    names = [control.name for control in free]
+    free, w_c = ([], dict.fromkeys(names, config.w_c)) if config.w_c else (free, {})
+    console.announce(config, [*free, *held(config, dict.fromkeys(names, 1.0), dict.fromkeys(names, (0.15, 0.64, 0.21)))], given)
     if config.dry_run:
         return None
     desk.open()
-    result = desk.train("control", controls)
-    w_c = given_norms or stats.critical_norms(result.runs)
-    for cell in controls:
-        if cell.name not in w_c:
-            print(f"{cell.name}: no member grokked within {cell.budget_steps} steps: no W_c, so the cells held relative to it are not run")
-        else:
-            print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}")
-    shares = power_shares(result.runs) if "allocation" in config.parts else {}
-    result += desk.train("cells", [*plan.frontier(), *plan.held(w_c, shares)], deal=True)
-    write(desk, result, trained=True)
-    desk.finish()
-    return None
+    result = desk.train("control", free)
+    w_c = w_c or stats.critical_norms(result.runs)
+    for control in free:
+        print(f"{control.name}: " + (f"W_c = {w_c[control.name]:.2f}" if control.name in w_c else f"no member grokked within {control.budget_steps} "
+                                     "steps: no W_c, so the cells held relative to it are not run"))
+    result += desk.train("cells", held(config, w_c, stats.power_shares(result.runs)), deal=True)
+    publish(desk, result)
+    return desk.finish()
 
 
 if __name__ == "__main__":
