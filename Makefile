@@ -2,13 +2,13 @@
 # ARGS="--p 59 --members 0 1" passes flags on.
 VENV := .venv
 PY   ?= $(VENV)/bin/python
-RELEASED ?= ../shared/released/logit-scale/metrics
+RELEASED ?= ../shared/released
 ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: delay_law logit_scale fork transformer paper replay report bench test test-gpu gpu-evidence lint clean
+.PHONY: delay_law logit_scale fork transformer paper replay report bench test test-gpu compile-all gpu-evidence lint clean
 
 delay_law: $(READY)
 	$(PY) exp_delay_law.py $(ARGS)
@@ -40,8 +40,11 @@ test: $(READY)
 test-gpu: $(READY)        # the kernels' tests natively; fails without a GPU
 	GROKKING_TEST_GPU=1 $(PY) -m pytest -q -rs tests/test_triton.py $(ARGS)
 
+compile-all: $(READY)     # every kernel that experiments, tests and bench launch, for sm_90, without a GPU; results/bench/kernels_sm90.csv
+	$(PY) tests/sm90.py --out results/bench $(ARGS)
+
 gpu-evidence: $(READY)    # all that only a GPU can show, in stages of at most ten minutes: call again until it says complete
-	$(PY) bench/gpu_evidence.py --released $(RELEASED) $(ARGS)
+	$(PY) bench/gpu_evidence.py --released "$(RELEASED)" $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

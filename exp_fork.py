@@ -11,7 +11,8 @@ A run trains freely to the fork step, after it has memorised and before it groks
   lowered   held at N0 / rho        / and the norm is held after every later step
 so what differs between arms is the value of the held norm, and between `free` and `same` the act of holding it.
 
-Verdicts: `stats.claim`. Delay = T_grok - fork step. A run that has not grokked at the budget is censored there and counts as later.
+Verdict: REPLICATED if our 95% interval over members meets the published one, or the published value +- 3% where it has none (`lab/stats.py`).
+Delay = T_grok - fork step. A run that has not grokked at the budget is censored there and counts as later.
 Beyond the paper: transformers (--model), several fork steps and rhos in one command, collapse of the softmax along every arm (the raised
 arms lie inside that of float32), and the float64 twin of any arm.
 
@@ -21,45 +22,44 @@ arms lie inside that of float32), and the float64 twin of any arm.
     python exp_fork.py --dtype float64 --parts raised --members 0 --twin-of results/fork/laptop
 """
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 from common import EVAL_EVERY, Cell, Result, UsageError, exactly
 from kernels.layout import model_layout
 from lab import console, figures, files, settings, stats
-from lab.answers import flag_unlearned
-from lab.desk import ROOT, Lab, main, provenance
+from lab.answers import Statistic, Table, answer, published
+from lab.desk import Lab, main
 from lab.ensemble import State, inherit
 
 ARMS = ("lowered", "free", "same", "raised")   # by the delay that the paper finds
+SCALED = ("lowered", "raised")                 # those that have a rho
+FORK_STEP, RHO = 800, 1.15                     # of the published numbers
 
 
 @dataclass(frozen=True)
 class Config(settings.Config):
     seeds: int = settings.option(12, "block size: members drawn from one generator; the paper's is 12")
     parts: tuple[str, ...] = settings.option((), "arms to continue as: lowered free same raised")
-    rho: tuple[float, ...] = settings.option((1.15,), "held norm of the raised arm over N0, and N0 over that of the lowered one; above 1")
-    fork_steps: tuple[int, ...] = settings.option((800,), f"steps to fork at, multiples of {EVAL_EVERY}")
+    rho: tuple[float, ...] = settings.option((RHO,), "held norm of the raised arm over N0, and N0 over that of the lowered one; above 1")
+    fork_steps: tuple[int, ...] = settings.option((FORK_STEP,), f"steps to fork at, multiples of {EVAL_EVERY}")
     lr: float = settings.option(1e-3, "learning rate; published numbers are answered at 1e-3 only")
     budget: int = settings.option(60_000, "step at which a run that has not grokked is censored")
     twin_of: str = settings.option("", "results folder of the same arms at another --dtype, to compare delays with, member by member")
 
 
-PRESETS = {
-    "smoke": {"rho": (1.04,), "fork_steps": (300,), "lr": 1.6e-2, "budget": 20_000},
-    "laptop": {},
-    "paper": {"p": (59, 97, 113)},
-}
-PAPER = {"fork_step": 800, "rho": 1.15, "lr": 1e-3}   # the condition of the published numbers, of the MLP
+PRESETS = {"smoke": {"rho": (1.04,), "fork_steps": (300,), "lr": 1.6e-2, "budget": 20_000},
+           "laptop": {},
+           "paper": {"p": (59, 97, 113)}}
 # Without LayerNorm the norm at step 800 is 1.28 W_c, and held there none groks in 100,000 steps: the fork is later, its arms closer.
 LATER = {"fork_steps": (4800,), "rho": (1.05,), "budget": 150_000}
-MODELS = {"transformer": LATER, "transformer_b": LATER}   # defaults that differ from the MLP's
-COLUMNS = (*files.RUN_COLUMNS, "fork_step", "delay_steps", "norm_at_fork")
-PAIRS = (("raised", "same"), ("lowered", "same"), ("same", "free"))
-COLLAPSE = ("collapse32", "collapse64")
+OF_MODEL = {"transformer": LATER, "transformer_b": LATER}   # defaults that differ from the MLP's
 
 
 def check(config: Config) -> None:
@@ -69,9 +69,8 @@ def check(config: Config) -> None:
             raise UsageError(f"--fork-steps must be multiples of {EVAL_EVERY}, where runs are evaluated; got {step}")
         if step + EVAL_EVERY > config.budget:
             raise UsageError(f"--fork-steps {step} leaves no step to train before the budget; it must be below --budget {config.budget}")
-    for rho in config.rho:
-        if rho <= 1:
-            raise UsageError(f"--rho must be above 1, got {rho:g}: the arms are raised to rho N0 and lowered to N0 / rho")
+    if min(config.rho) <= 1:
+        raise UsageError(f"--rho must be above 1, got {min(config.rho):g}: the arms are raised to rho N0 and lowered to N0 / rho")
     settings.check_members(config, {})
     if config.twin_of:
         check_twin(config)
@@ -79,19 +78,17 @@ def check(config: Config) -> None:
 
 def check_twin(config: Config) -> None:
     """--twin-of must hold arms of the same network, block, seeds and learning rate at another precision, or UsageError."""
-    folder = Path(config.twin_of)
-    rows = files.read_runs(folder / "runs.csv")
-    theirs = rows[0]
-    if "delay_steps" not in theirs:
+    folder, theirs = Path(config.twin_of), files.read_runs(Path(config.twin_of) / "runs.csv")
+    if "delay_steps" not in theirs[0]:
         raise UsageError(f"--twin-of {folder} holds no arms of this experiment; name a folder of exp_fork.py")
     for key, ours in (("model", config.model), ("block", config.seeds), ("seed0", config.seed0), ("lr", config.lr)):
-        if theirs[key] != ours:
-            raise UsageError(f"--twin-of {folder} has {key} {theirs[key]}, this command {ours}; a twin differs in --dtype alone")
-    dtype = files.read_json(folder / "config.json").get("dtype")
-    if dtype == config.dtype:
-        raise UsageError(f"--twin-of {folder} was trained in {dtype} as well; a twin differs in --dtype")
-    if not {(cell.name, member) for cell in planned(config) for member in cell.members} & {(row["cell"], row["member"]) for row in rows}:
-        raise UsageError(f"--twin-of {folder} has none of these arms and members; it has " + ", ".join(dict.fromkeys(row["cell"] for row in rows)))
+        if theirs[0][key] != ours:
+            raise UsageError(f"--twin-of {folder} has {key} {theirs[0][key]}, this command {ours}; a twin differs in --dtype alone")
+    if files.read_json(folder / "config.json").get("dtype") == config.dtype:
+        raise UsageError(f"--twin-of {folder} was trained in {config.dtype} as well; a twin differs in --dtype")
+    mine = {(cell.name, member) for cell in planned(config) for member in cell.members}
+    if not mine & {(run["cell"], run["member"]) for run in theirs}:
+        raise UsageError(f"--twin-of {folder} has none of these arms and members; it has " + ", ".join(dict.fromkeys(run["cell"] for run in theirs)))
 
 
 # ---------------------------------------------------------------- cells
@@ -99,35 +96,31 @@ def check_twin(config: Config) -> None:
 def expected(model: str, arm: str, p: int, rho: float, lr: float) -> int:
     """Steps from the fork to grokking by the paper's table: for the estimate of time, never for a result."""
     if model != "mlp":   # a guess: no paper has forked transformers
-        return {"lowered": 10_000, "free": 3000, "same": 20_000, "raised": 60_000}[arm] if model in MODELS else 2000
+        return {"lowered": 10_000, "free": 3000, "same": 20_000, "raised": 60_000}[arm] if model in OF_MODEL else 2000
     rho, lr = min(rho, 3), max(lr, 1e-9)   # far from any grid the law says nothing
     same = 7200 * (59 / p) ** 0.17 * (1e-3 / lr) ** 0.6
-    return int({"free": 4225 / 7200 * same * (59 / p) ** 1.4, "same": same}.get(arm) or
-               same * (math.exp(8.1 * (rho - 1)) if arm == "raised" else math.exp(-11.9 * (1 - 1 / rho))))
-
-
-def members(config: Config, p: int) -> tuple[int, ...]:
-    """Those asked for; else as many as the preset's time allows, a step of p=113 costing six of p=59; on `paper` the whole block."""
-    few = {"smoke": 2, "laptop": 3 if p <= 73 else 2}.get(config.preset, config.seeds)
-    return config.members or tuple(range(min(few, config.seeds)))
+    return int({"free": 4225 / 7200 * same * (59 / p) ** 1.4, "same": same, "raised": same * math.exp(8.1 * (rho - 1)),
+                "lowered": same * math.exp(-11.9 * (1 - 1 / rho))}[arm])
 
 
 def common_fields(config: Config, p: int) -> dict:
-    return dict(p=p, block=config.seeds, members=members(config, p), model=config.model, seed0=config.seed0, lr=config.lr,
-                budget_steps=config.budget)
+    """Of trunk and arms. Members: those asked for; else as many as the preset's time allows (a step of p=113 costs six of p=59), on `paper` all."""
+    few = {"smoke": 2, "laptop": 3 if p <= 73 else 2}.get(config.preset, config.seeds)
+    return dict(p=p, block=config.seeds, members=config.members or tuple(range(min(few, config.seeds))), model=config.model, seed0=config.seed0,
+                lr=config.lr, budget_steps=config.budget)
 
 
 def trunk_cells(config: Config, p: int) -> list[Cell]:
     """The free run up to each fork step, one after the other."""
-    name = f"trunk_p{p}_b{config.seeds}"
-    return [Cell(name, stop_step=step, expected_steps=step, **common_fields(config, p)) for step in sorted(config.fork_steps)]
+    return [Cell(f"trunk_p{p}_b{config.seeds}", stop_step=step, expected_steps=step, **common_fields(config, p))
+            for step in sorted(config.fork_steps)]
 
 
 def arm_cells(config: Config, p: int, step: int, norms: list[float]) -> list[Cell]:
     """The arms from fork step `step`, given every member's norm N0 there."""
     cells = []
     for arm in (arm for arm in ARMS if arm in config.parts):
-        for rho in config.rho if arm in ("raised", "lowered") else (None,):
+        for rho in config.rho if arm in SCALED else (None,):
             factor = {"free": 0.0, "same": 1.0, "raised": rho, "lowered": rho and 1 / rho}[arm]
             name = f"{arm}_p{p}_b{config.seeds}_fork{step}" + (f"_rho{exactly(rho, 'g')}" if rho else "")
             cells.append(Cell(name, arm=arm, rho=rho, clamp_start=step + 1, held=tuple((factor * norm, 0.0, 0.0, 0.0) for norm in norms),
@@ -140,25 +133,25 @@ def planned(config: Config) -> list[Cell]:
     """All cells with their steps counted from where they start: for the estimate and the list of a dry run."""
     cells = []
     for p in config.p:
-        starts = [0, *sorted(config.fork_steps)]
-        cells += [dataclasses.replace(c, name=f"{c.name}_to{c.stop_step}", expected_steps=c.stop_step - start)
-                  for start, c in zip(starts, trunk_cells(config, p), strict=False)]
-        cells += [dataclasses.replace(c, expected_steps=c.expected_steps - step)
-                  for step in starts[1:] for c in arm_cells(config, p, step, [0.0] * len(members(config, p)))]
+        start = 0
+        for trunk in trunk_cells(config, p):
+            step = trunk.stop_step
+            cells.append(dataclasses.replace(trunk, name=f"{trunk.name}_to{step}", expected_steps=step - start))
+            start = step
+            cells += [dataclasses.replace(arm, expected_steps=arm.expected_steps - step)
+                      for arm in arm_cells(config, p, step, [0.0] * len(trunk.members))]
     return cells
 
 
-# ---------------------------------------------------------------- run
+# ---------------------------------------------------------------- training: trunks, forks, arms
 
 def obstacle(cell: Cell, runs: list[dict]) -> str:
     """Why `runs`, trained to the fork step of `cell`, cannot be forked there; empty if they can."""
-    step, p = cell.stop_step, cell.p
     grokked = [run["t_grok_step"] for run in runs if run["t_grok_step"] is not None]
     if grokked:
-        return f"--fork-steps {step}: {len(grokked)} of {len(runs)} members of p={p} have grokked there, the first at {min(grokked)}; " \
-               "choose an earlier step"
+        return f"{len(grokked)} of {len(runs)} members of p={cell.p} have grokked there, the first at {min(grokked)}; choose an earlier step"
     for run in runs:
-        who = f"--fork-steps {step}: member {run['member']} of p={p}"
+        who = f"member {run['member']} of p={cell.p}"
         if run["diverged"]:
             return f"{who} diverged before it (loss or norm not finite); choose an earlier step or a smaller --lr"
         if run["t_mem_step"] is None:
@@ -177,182 +170,219 @@ def trunks(desk: Lab) -> tuple[Result, dict[tuple[int, int], tuple[State, list[d
                 inherit(part.runs, before)
             if problem := obstacle(cell, part.runs):
                 desk.discard()
-                raise UsageError(problem)
+                raise UsageError(f"--fork-steps {cell.stop_step}: {problem}")
             state, before = part.state, part.runs
+            for run, norm in zip(before, state.norms(model_layout(cell.model, p, state.params.dtype)), strict=True):
+                run["norm_at_fork"] = norm
             at[p, cell.stop_step] = state, before
             total += dataclasses.replace(part, runs=[])
     return total, at
 
 
 def train(desk: Lab) -> Result:
-    """Trunks, forks, arms. Rows of the arms; log rows of all."""
+    """Rows of the arms; log rows of trunks and arms."""
     config = desk.config
     total, at = trunks(desk)
     for p in config.p:
         cells, states, origin = [], [], {}
         for step in sorted(config.fork_steps):
             state, before = at[p, step]
-            norms = state.norms(model_layout(config.model, p, state.params.dtype))
+            norms = [run["norm_at_fork"] for run in before]
             print(f"p={p}, fork at step {step}: norm N0 {' '.join(f'{norm:.2f}' for norm in norms)}", flush=True)
             arms = arm_cells(config, p, step, norms)
             cells += arms
             states.append(state.fork(arms))
-            origin |= {cell.name: (step, before, dict(zip(cell.members, norms, strict=True))) for cell in arms}
+            origin |= {cell.name: (step, {run["member"]: run for run in before}) for cell in arms}
         part = desk.train(f"arms_p{p}", cells, State.join(states), deal=True)      # every fork step and rho in one ensemble
         for run in part.runs:
-            step, before, at_fork = origin[run["cell"]]
-            inherit([run], before)
-            grok = run["t_grok_step"]
-            run.update(fork_step=step, delay_steps=None if grok is None else grok - step, norm_at_fork=at_fork[run["member"]])
+            step, before = origin[run["cell"]]
+            inherit([run], [*before.values()])
+            grok, norm = run["t_grok_step"], before[run["member"]]["norm_at_fork"]
+            run.update(fork_step=step, delay_steps=None if grok is None else grok - step, norm_at_fork=norm)
         total += part
     return total
 
 
-# ---------------------------------------------------------------- measurement
+# ---------------------------------------------------------------- what is measured
 
-def pick(runs: list[dict], p: int, step: int, arm: str, rho: float) -> list[dict]:
-    """The runs of one arm; `free` and `same` have no rho and belong to every one."""
-    return [r for r in runs if (r["p"], r["fork_step"], r["arm"]) == (p, step, arm) and r["rho"] in (None, rho)]
-
-
-def delays(*arms: list[dict]) -> np.ndarray:
-    """`(arms, members)` steps from the fork; infinite = censored."""
-    return np.array([[math.inf if r["delay_steps"] is None else r["delay_steps"] for r in runs] for runs in arms])
+COLUMNS = (*files.RUN_COLUMNS, "fork_step", "delay_steps", "norm_at_fork")
+COLLAPSE = ("collapse32", "collapse64")
+WHEN = (("max", "largest along the arm"), ("at_grok", "at own T_grok"))
 
 
-def middle(table: np.ndarray) -> np.ndarray:
-    return stats.median(table)[..., 0]
+def delay_ratio(table: Table, over: str, under: str) -> Statistic:
+    """Median delay of one arm over that of another, paired by member."""
+    over_delay, under_delay = table.delay(over), table.delay(under)
+    return lambda picks: over_delay(picks) / under_delay(picks)
 
 
-def ratio(table: np.ndarray) -> np.ndarray:
-    return stats.median(table)[..., 0] / stats.median(table)[..., 1]
+def of_published(table: Table, row: dict) -> tuple | None:
+    """What answers a row of the published table: its columns are its conditions, and the fork step and rho that hold for all of it."""
+    arms = ("raised", "same") if row["statistic"] == "ratio" else (row["arm"],)
+    cells = [table.match({**row, "arm": arm}, fork_step=FORK_STEP, rho=RHO if arm in SCALED else None) for arm in arms]
+    return (cells, delay_ratio(table, *cells) if len(cells) == 2 else table.delay(*cells), "") if table.have(*cells) else None
 
 
-def claims(runs: list[dict], config: Config) -> list[dict]:
-    """Every published row of the same-state table, answered by runs of its own condition only."""
-    out = []
-    for key, row in stats.published(ROOT / "published.csv", "B.fork.").items():
-        _, _, modulus, what = key.split(".")
-        groups = [pick(runs, int(modulus[1:]), PAPER["fork_step"], arm, PAPER["rho"]) for arm in (("raised", "same") if what == "ratio" else (what,))]
-        if config.lr == PAPER["lr"] and config.model == "mlp" and all(groups):
-            table = delays(*groups)
-            censored = ~np.isfinite(table)
-            ours = stats.bootstrap(table, ratio if what == "ratio" else middle)
-            out.append(stats.claim(row, ours, table.shape[1], int(censored.sum()), "", float(censored.mean(1).max())))
-        else:
-            out.append(stats.claim(row, None))
-    return out
+STATISTICS = {"delay": of_published, "ratio": of_published}
 
 
-def finding(key: str, quantity: str, ours: tuple[float, float, float], n: int, n_censored: int = 0, **where: object) -> dict:
-    return {"id": key, "quantity": quantity, **dict(zip(("ours", "lo", "hi"), map(stats.finite, ours), strict=True)), "n": n,
-            "n_censored": n_censored, **where}
+def delays(table: Table, cells: Iterable[str]) -> np.ndarray:
+    """`(cells, members)` steps from the fork; infinite = censored."""
+    found = table.values(cells, "delay_steps")
+    return np.where(np.isnan(found), math.inf, found)
 
 
-def findings(runs: list[dict], cells: list[dict], config: Config) -> list[dict]:
-    """The map: ratios of delays and their order at every fork step and rho; collapse of every arm; the twins at the other precision."""
-    out = []
-    for p in config.p:
-        for step in config.fork_steps:
-            for rho in config.rho:
-                arm = {arm: found for arm in ARMS if (found := pick(runs, p, step, arm, rho))}
-                at, where = f"p{p}.fork{step}.rho{exactly(rho, 'g')}", {"p": p, "fork_step": step, "rho": rho}
-                for over, under in PAIRS:
-                    if over in arm and under in arm:
-                        table = delays(arm[over], arm[under])
-                        out.append(finding(f"{over}_over_{under}.{at}", f"median delay, {over} over {under}, paired by member",
-                                           stats.bootstrap(table, ratio), table.shape[1], int((~np.isfinite(table)).sum()), **where))
-                if len(arm) == len(ARMS):
-                    table = delays(*arm.values())
-                    share = float((table[:-1] < table[1:]).all(0).mean())
-                    out.append(finding(f"ordering.{at}", "share of members with delays lowered < free < same < raised",
-                                       (share, math.nan, math.nan), table.shape[1], int((~np.isfinite(table)).sum()), **where))
-    for cell in cells:
-        for name in COLLAPSE:
-            for when, text in (("max", "largest along the arm"), ("at_grok", "at own T_grok")):
-                value = cell[f"{name}_{when}"]
-                out.append(finding(f"{name}_{when}.{cell['cell']}", f"share of training pairs in softmax collapse, mean of members, {text}",
-                                   (math.nan if value is None else value, math.nan, math.nan), cell["n"], cell["n_censored"]))
-    return out + (twins(runs, config) if config.twin_of else [])
+def forks(table: Table, config: Config) -> Iterator[tuple[dict, dict[str, str], str]]:
+    """Every fork that ran: its conditions, its cells by arm, and its name. `free` and `same` have no rho and belong to every one."""
+    for p, step, rho in itertools.product(config.p, config.fork_steps, config.rho):
+        cells = {arm: table.pick(p=p, fork_step=step, arm=arm, rho=rho if arm in SCALED else None) for arm in ARMS}
+        if arms := {arm: found[0] for arm, found in cells.items() if found}:
+            yield {"p": p, "fork_step": step, "rho": rho}, arms, f"p{p}.fork{step}.rho{exactly(rho, 'g')}"
 
 
-def twins(runs: list[dict], config: Config) -> list[dict]:
+def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
+    """The published table; ratios of delays and their order at every fork; collapse of every arm; the twins at the other precision."""
+    answer(table, published("B.fork.").values(), STATISTICS)
+    for where, arms, name in forks(table, config):
+        for over, under in (("raised", "same"), ("lowered", "same"), ("same", "free")):
+            if over in arms and under in arms:
+                table.finding(f"{over}_over_{under}.{name}", f"median delay, {over} over {under}, paired by member", (arms[over], arms[under]),
+                              delay_ratio(table, arms[over], arms[under]), **where)
+        if "raised" in arms and "same" in arms:
+            n, censored, _ = table.count((arms["raised"], arms["same"]))
+            key = f"B.fork.p{where['p']}.ratio" if (where["fork_step"], where["rho"]) == (FORK_STEP, RHO) else ""
+            table.say(f"delay raised / same, {name}", stats.resampled(n, delay_ratio(table, arms["raised"], arms["same"])), n, censored, key)
+        if len(arms) == len(ARMS):
+            steps = delays(table, arms.values())
+            table.finding(f"ordering.{name}", "share of members with delays lowered < free < same < raised", arms.values(),
+                          float((steps[:-1] < steps[1:]).all(0).mean()), **where)
+    for cell, column, (when, text) in itertools.product(read["cells.csv"], COLLAPSE, WHEN):
+        value = cell[f"{column}_{when}"]
+        table.finding(f"{column}_{when}.{cell['cell']}", f"share of training pairs in softmax collapse, mean of members, {text}", (cell["cell"],),
+                      math.nan if value is None else value)
+    if config.twin_of:
+        twins(table, config)
+
+
+def twins(table: Table, config: Config) -> None:
     """Delays here over those of the same arm and members in --twin-of; beyond a factor 1.3 the arm is confounded by float32."""
-    out, folder = [], Path(config.twin_of)
-    others = files.read_csv(folder / "runs.csv")
-    for cell in dict.fromkeys(run["cell"] for run in runs):
-        here, there = (stats.times(rows, cell, "delay_steps") for rows in (runs, others))
+    folder, others = Path(config.twin_of), files.read_csv(Path(config.twin_of) / "runs.csv")
+    for cell in table.first:
+        here, there = (stats.times(rows, cell, "delay_steps") for rows in (table.runs, others))
         if shared := [m for m in here if m in there]:
-            table = np.array([[times[m] for m in shared] for times in (here, there)])
-            out.append(finding(f"twin.{cell}", f"median delay in {config.dtype} over that in {folder.name}, same members",
-                               stats.bootstrap(table, ratio), len(shared), int((~np.isfinite(table)).sum())))
-    return out
+            pair = np.array([[times[m] for m in shared] for times in (here, there)])
+            ours = stats.bootstrap(pair, lambda t: stats.median(t)[..., 0] / stats.median(t)[..., 1])
+            table.findings.append(stats.finding(f"twin.{cell}", f"median delay in {config.dtype} over that in {folder.name}, same members",
+                                                ours, len(shared), int((~np.isfinite(pair)).sum())))
 
 
 def cell_rows(runs: list[dict], trajectories: list[dict]) -> list[dict]:
     """cells.csv: the shared columns, the delay from the fork, and the softmax collapse along the arm."""
-    rows = stats.cell_rows(runs, trajectories)
+    rows, table = stats.cell_rows(runs, trajectories), Table(runs)
     for row in rows:
-        mine = [r for r in runs if r["cell"] == row["cell"]]
-        estimate = stats.bootstrap(delays(mine), middle)
-        held = [r["held_norm"] for r in mine if r["held_norm"] is not None]
-        row |= {"held_norm": float(np.median(held)) if held else None, "fork_step": mine[0]["fork_step"],
-                **dict(zip(("median_delay_steps", "delay_lo", "delay_hi"), map(stats.finite, estimate), strict=True))}
-        for name in COLLAPSE:
-            own = [r[f"{name}_at_grok"] for r in mine if r[f"{name}_at_grok"] is not None]
-            row[f"{name}_at_grok"] = float(np.mean(own)) if own else None
+        mine = [run for run in runs if run["cell"] == row["cell"]]
+        known = {column: [run[column] for run in mine if run[column] is not None] or [math.nan]
+                 for column in ("held_norm", *(f"{name}_at_grok" for name in COLLAPSE))}
+        delay = stats.resampled(len(mine), table.delay(row["cell"]))
+        row |= {"held_norm": float(np.median(known["held_norm"])), "fork_step": mine[0]["fork_step"],
+                **dict(zip(("median_delay_steps", "delay_lo", "delay_hi"), map(stats.finite, delay), strict=True)),
+                **{f"{name}_at_grok": float(np.mean(known[f"{name}_at_grok"])) for name in COLLAPSE}}
     return rows
 
 
-# ---------------------------------------------------------------- figures and files
+# ---------------------------------------------------------------- figures
 
-def write(desk: Lab, result: Result, trained: bool) -> None:
-    """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
-    out, config = desk.out, desk.config
-    if trained:
-        runs = [{"experiment": "fork", **run} for run in result.runs]
-        if config.model != "mlp":
-            flag_unlearned(runs, result.trajectories)
-        files.write_csv(out / "runs.csv", runs, COLUMNS)
-        files.write_csv(out / "trajectories.csv", result.trajectories)
-        files.write_json(out / "provenance.json", provenance(desk, result))
-    runs, trajectories = files.read_runs(out / "runs.csv"), []            # read back, so that both ways see the same digits
-    if (out / "trajectories.csv").exists():                               # a run of record may come without them
-        trajectories = files.read_csv(out / "trajectories.csv")
-        files.write_csv(out / "cells.csv", cell_rows(runs, trajectories))
-    cells, answered = files.read_csv(out / "cells.csv"), claims(runs, config)
-    found = findings(runs, cells, config)
-    files.write_summary(out, answered, found)
-    for p in config.p:
-        for step in config.fork_steps:
-            for rho in config.rho:
-                arms = {arm: mine for arm in ARMS if (mine := pick(runs, p, step, arm, rho))}
-                published = {key.split(".")[-1]: row["value"] for key, row in stats.published(ROOT / "published.csv", f"B.fork.p{p}.").items()
-                             if (step, rho, config.lr) == tuple(PAPER.values())}
-                file = f"p{p}_fork{step}_rho{exactly(rho, 'g')}"
-                figures.fork_arms(arms, published, out / "figures", f"arms_{file}")
-                if trajectories:
-                    figures.fork_trajectories(trajectories, f"trunk_p{p}_b{config.seeds}", arms, out / "figures", f"trajectories_{file}")
-    ratios = [row for row in found if row["id"].startswith("raised_over_same.")]
-    for axis, other in (("fork_step", "rho"), ("rho", "fork_step")):
-        if len({row[axis] for row in ratios}) > 1:
-            figures.fork_ratio(ratios, axis, other, out / "figures", f"ratio_over_{axis}")
-    print(stats.table(answered))
-    for row in found:
-        if not row["id"].startswith(COLLAPSE):
-            ours = "no value, half or more is censored" if row["ours"] is None else f"{row['ours']:.3g}"
-            interval = f", 95% interval {row['lo']:.3g} to {row['hi']:.3g}" if row["lo"] is not None and row["hi"] is not None else ""
-            print(f"{row['id']}: {ours}{interval}, n = {row['n']}, {row['n_censored']} censored")
-    print(f"results in {out}")
+TRUNK = "before the fork"
+COLORS = {"lowered": "C2", "free": "C0", "same": "C1", "raised": "C3", TRUNK: "black"}
+DASHES = {"lowered": ":", "free": "--", "same": "-.", "raised": "-", TRUNK: "-"}
+
+
+def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], read: dict[str, list[dict]]) -> None:
+    logged: dict[str, dict[int, list[dict]]] = {}   # rows by cell and member
+    for row in trajectories:
+        logged.setdefault(row["cell"], {}).setdefault(row["member"], []).append(row)
+    for where, arms, name in forks(table, config):
+        file = name.replace(".fork", "_fork").replace(".rho", "_rho")
+        draw_arms(table, where, arms, folder, f"arms_{file}")
+        if logged:
+            draw_trajectories(logged, where["fork_step"], {TRUNK: f"trunk_p{where['p']}_b{config.seeds}", **arms}, folder, f"trajectories_{file}")
+    ratios = [row for row in table.findings if row["id"].startswith("raised_over_same.")]
+    for over, other in (("fork_step", "rho"), ("rho", "fork_step")):
+        if len({row[over] for row in ratios}) > 1:
+            draw_ratio(ratios, over, other, folder)
+
+
+def draw_arms(table: Table, where: dict, arms: dict[str, str], folder: Path, file: str) -> None:
+    """Delay from the fork, log axis, one column per arm; a line joins each member's arms, so that order shows member by member."""
+    figure, axis = plt.subplots(figsize=(5.5, 4.2))
+    late = delays(table, arms.values())                                                        # (arms, members)
+    shown = np.minimum(late, table.first[arms[next(iter(arms))]]["budget_steps"] - where["fork_step"])
+    axis.plot(shown, color="gray", lw=0.6, alpha=0.6, zorder=0)
+    for x, (arm, cell) in enumerate(arms.items()):
+        for steps, censored in zip(shown[x], np.isinf(late[x]), strict=True):
+            axis.plot(x, steps, "^" if censored else ".", color=COLORS[arm], mfc="none" if censored else COLORS[arm], ms=7)
+        axis.plot([x - 0.15, x + 0.15], [stats.median(late[x])] * 2, color=COLORS[arm], lw=2)
+        if cell in table.medians:
+            axis.plot(x, table.medians[cell], "s", mfc="none", color="black", ms=9)
+    if table.medians.keys() & set(arms.values()):
+        axis.plot([], [], "s", mfc="none", color="black", ms=9, label="published medians")
+    axis.plot([], [], "^", mfc="none", color="gray", label="censored, at its budget")
+    axis.set_xticks(range(len(arms)), arms)
+    axis.set(yscale="log", ylabel="T_grok - fork step (steps)", title=f"Same state, p={where['p']}, fork at step {where['fork_step']}"
+             + (f", rho {exactly(where['rho'], 'g')}" if set(SCALED) & set(arms) else ""))
+    figures.steps(axis.yaxis)
+    axis.legend(fontsize=7)
+    figures.save_figure(figure, folder, file)
+    plt.close(figure)
+
+
+def draw_trajectories(logged: dict[str, dict[int, list[dict]]], fork_step: int, cells: dict[str, str], folder: Path, file: str) -> None:
+    """Norm and test accuracy of every member: the common free run in black up to the fork, then the arms."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for axis, key in zip(axes, ("norm", "test_accuracy"), strict=True):
+        for arm, cell in cells.items():
+            for i, rows in enumerate(logged.get(cell, {}).values()):
+                points = [(t["step"], t[key]) for t in rows if t["step"] >= fork_step / 8 and (arm != TRUNK or t["step"] <= fork_step)]
+                axis.plot(*zip(*points, strict=True), color=COLORS[arm], ls=DASHES[arm], lw=1, alpha=0.8, label=None if i else arm)
+        axis.axvline(fork_step, color="gray", ls=":", lw=1)
+        axis.set(xscale="log", xlabel="step", title=key.replace("_", " "))
+        figures.steps(axis.xaxis)
+    axes[0].legend(fontsize=7)
+    figures.save_figure(figure, folder, file)
+    plt.close(figure)
+
+
+def draw_ratio(ratios: list[dict], over: str, other: str, folder: Path) -> None:
+    """Median delay of the raised over the same arm with its interval, against `over`; a line per modulus and value of `other`."""
+    figure, axis = plt.subplots(figsize=(5.5, 4.2))
+    for i, (p, value) in enumerate(dict.fromkeys((row["p"], row[other]) for row in ratios)):
+        mine = sorted((row for row in ratios if (row["p"], row[other]) == (p, value)), key=lambda row: row[over])
+        x, y, lo, hi = np.array([[row[key] for key in (over, "ours", "lo", "hi")] for row in mine], dtype=float).T   # None -> not a number
+        axis.errorbar(x, y, np.maximum([y - lo, hi - y], 0), fmt=figures.MARKERS[i % 8] + figures.LINES[i % 4],
+                      ms=4, lw=1, capsize=3, color=f"C{i % 10}", label=f"p={p}, {other.replace('_', ' ')} {exactly(float(value), 'g')}")
+    censored = sum(row["ours"] is None for row in ratios)
+    title = f"Raised over same ({censored} censored, not shown)" if censored else "Raised over same"
+    axis.set(xlabel=over.replace("_", " "), ylabel="median delay, raised / same", title=title)
+    axis.legend(fontsize=7)
+    figures.save_figure(figure, folder, f"ratio_over_{over}")
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- run
+
+def publish(desk: Lab, result: Result | None) -> None:
+    config = desk.config
+    first = f"arms_p{config.p[0]}_fork{config.fork_steps[0]}_rho{exactly(config.rho[0], 'g')}.png"
+    desk.publish(measure, draw, result, {}, cell_rows, COLUMNS, main_figure=first)
 
 
 def run(argv: list[str]) -> None:
     config, given = settings.parse(Config, PRESETS, ARMS, argv)
-    config = dataclasses.replace(config, **{k: v for k, v in MODELS.get(config.model, {}).items() if k not in given})
+    config = dataclasses.replace(config, **{k: v for k, v in OF_MODEL.get(config.model, {}).items() if k not in given})
     check(config)
     desk = Lab("fork", config, given, PRESETS)
     if config.figures_only:
-        return desk.redraw(lambda: write(desk, Result(), trained=False))
+        return desk.redraw(lambda: publish(desk, None))
     console.announce(config, planned(config), given)
     if config.model != "mlp":
         print(f"--model {config.model}: the published forks are of the MLP, so no published number is answered")
@@ -360,12 +390,10 @@ def run(argv: list[str]) -> None:
         paper = Config(**{"parts": ARMS, **PRESETS["paper"], **given, "preset": "paper", "device": "cuda", "dry_run": False})
         print("a GPU would run: ", end="")
         console.announce(paper, planned(paper), given)
-    if config.dry_run:
-        return None
-    desk.open()
-    write(desk, train(desk), trained=True)
-    desk.finish()
-    return None
+    if not config.dry_run:
+        desk.open()
+        publish(desk, train(desk))
+        desk.finish()
 
 
 if __name__ == "__main__":

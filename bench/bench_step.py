@@ -126,14 +126,25 @@ def seconds(contender: object, k: int, device: str) -> float:
     return time.perf_counter() - started
 
 
+def started(peer: type, start: list[Tensor], e: Ensemble, p: int, device: str) -> object | None:
+    """The peer after its first three steps. One that cannot run here (not installed, out of memory, no compiler) is left out, aloud."""
+    try:
+        rival = peer([w.to(device) for w in start], e.a.to(device), e.b.to(device), p, TARGET, LR, WEIGHT_DECAY)
+        rival.steps(3)
+    except Exception as error:
+        print(f"{peer.name}: LEFT OUT, {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
+        return None
+    return rival
+
+
 def measure(model: str, p: int, runs: int, rounds: int, device: str, only: list[str] | None) -> list[dict]:
     modes = [(torch.float32, "ieee"), (torch.float64, "ieee")] + ([(torch.float32, "tf32x3")] if device == "cuda" else [])
     ours = [Ours(p, runs, dtype, device, arithmetic, model) for dtype, arithmetic in modes]
     start, e = stacked(ours[0]), ours[0].ensemble
     chosen = [peer for peer in peers(model) if only is None or peer.name in only]
-    rivals = [peer([w.to(device) for w in start], e.a.to(device), e.b.to(device), p, TARGET, LR, WEIGHT_DECAY) for peer in chosen]
-    for contender in [*ours, *rivals]:
+    for contender in ours:
         contender.steps(3)
+    rivals = [rival for peer in chosen if (rival := started(peer, start, e, p, device))]
     worst = agreement([*ours[1:], *rivals], ours[0])
     print(f"{model}, p={p}: {len(rivals)} peers agree with ours after 3 steps to {worst:.1e} of a tensor's norm", flush=True)
     taken: dict[int, list[float]] = {}

@@ -3,17 +3,28 @@ the paper presets of all experiments alone; call it again until it says "complet
 
 A stage that passed is not run again; one that ran out of time or failed is. Each call takes at most --minutes, each stage at most what is
 left of them, so that it also runs where a command may last ten minutes; an experiment that is stopped continues from its checkpoint.
-OUT/gpu_evidence.csv says of every stage: its outcome, seconds, the commit and the command; OUT/gpu_evidence_STAGE.txt is the end of what
-it printed. Exit code: 0 complete, 1 a stage failed or was left out, 3 time is up and stages are left.
 
-Usage: python bench/gpu_evidence.py --released FOLDER [--out results/bench] [--minutes 9] [--again STAGE ...] [--paper]
+OUT holds everything and nothing is written elsewhere: stages.csv says of every stage its outcome, seconds, the commit and the command;
+logs/STAGE.txt is all that it printed; the results of an experiment lie in OUT/STAGE, tables of measurements in OUT/bench*. After every stage
+the whole of OUT is packed again into --archive, evidence.tar.gz.0 and so on, at most 8 files of at most 16 MiB: tables and logs first, then
+the checkpoints that still fit. On a machine that has nothing of the last one, --restore FOLDER with those files continues:
+
+    python bench/gpu_evidence.py --out /tmp/gpu --archive "$OUT" [--restore FOLDER] [--released FOLDER]
+
+Exit code: 0 complete, 1 a stage failed or was left out, 2 it cannot start, 3 time is up and stages are left.
+
+Usage: python bench/gpu_evidence.py [--released FOLDER] [--out results/gpu] [--minutes 9] [--again STAGE ...] [--paper]
 """
 import argparse
 import csv
+import io
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -24,67 +35,125 @@ PYTHON = sys.executable
 REPLAYED = ["mediation/*", "dose/*", "collapse/*", "alloc/*", "samestate/*", "transformer/*"]
 STAGES = {      # name -> command; {out} and {released} are filled in
     "tests": [PYTHON, "-m", "pytest", "-q", "-rs", "tests/test_triton.py", "tests/test_triton_compile.py"],
-    "measurements": [PYTHON, "bench/gpu_measurements.py", "--out", "{out}"],
-    "bench": [PYTHON, "bench/bench_step.py", "--p", "59", "97", "--runs", "160", "--out", "{out}"],
-    **{f"bench_{model}": [PYTHON, "bench/bench_step.py", "--model", model, "--p", "59", "--runs", "160", "--out", "{out}_" + model]
+    "measurements": [PYTHON, "bench/gpu_measurements.py", "--out", "{out}/bench"],
+    "bench": [PYTHON, "bench/bench_step.py", "--p", "59", "97", "--runs", "160", "--out", "{out}/bench"],
+    **{f"bench_{model}": [PYTHON, "bench/bench_step.py", "--model", model, "--p", "59", "--runs", "160", "--out", "{out}/bench_" + model]
        for model in ("transformer", "transformer_ln")},
-    "bench_sweep": [PYTHON, "bench/bench_step.py", "--sweep", "--out", "{out}"],
-    "replay_ieee": [PYTHON, "exp_replay.py", "{released}", "--match", *REPLAYED, "--arithmetic", "ieee", "--out", "results/replay/ieee"],
-    "replay_tf32x3": [PYTHON, "exp_replay.py", "{released}", "--match", *REPLAYED, "--arithmetic", "tf32x3", "--out", "results/replay/tf32x3"],
-    **{f"{name}_paper": [PYTHON, f"exp_{name}.py", "--preset", "paper", "--out", f"results/{name}/paper"]
+    "bench_sweep": [PYTHON, "bench/bench_step.py", "--sweep", "--out", "{out}/bench"],
+    **{f"replay_{arithmetic}": [PYTHON, "exp_replay.py", "{released}", "--match", *REPLAYED, "--arithmetic", arithmetic, "--out",
+                                "{out}/replay_" + arithmetic] for arithmetic in ("ieee", "tf32x3")},
+    **{f"{name}_paper": [PYTHON, f"exp_{name}.py", "--preset", "paper", "--out", "{out}/" + f"{name}_paper"]
        for name in ("delay_law", "fork", "logit_scale")},
-    **{f"{model}_paper": [PYTHON, "exp_transformer.py", "--model", model, "--preset", "paper", "--out", f"results/transformer/{model}_paper"]
-       for model in ("transformer", "transformer_ln")},
-    "transformer_b_paper": [PYTHON, "exp_transformer.py", "--model", "transformer_b", "--w-c", "32.49242", "--preset", "paper",
-                            "--out", "results/transformer/transformer_b_paper"],
+    **{f"{model}_paper": [PYTHON, "exp_transformer.py", "--model", model, "--preset", "paper", "--out", "{out}/" + f"{model}_paper"]
+       for model in ("transformer", "transformer_ln", "transformer_b")},
 }
 COLUMNS = ("stage", "outcome", "seconds", "commit", "device", "command")
-GRACE = 20      # seconds between asking a stage to stop and ending it
+GRACE = 20                          # seconds between asking a stage to stop and ending it
+PARTS, PART_BYTES = 8, 16 << 20     # of the archive
+# Kernels are tested natively; JAX takes memory as it needs it, where it would take three quarters of the device at once
+ENVIRONMENT = {"GROKKING_TEST_GPU": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
 
 
 def read(out: Path) -> dict[str, dict[str, str]]:
-    path = out / "gpu_evidence.csv"
+    path = out / "stages.csv"
     return {row["stage"]: row for row in csv.DictReader(path.open())} if path.exists() else {}
 
 
 def write(rows: dict[str, dict[str, str]], out: Path) -> None:
-    part = out / "gpu_evidence.csv.part"
+    part = out / "stages.csv.part"
     with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[name] for name in STAGES if name in rows)
-    part.replace(out / "gpu_evidence.csv")
+    part.replace(out / "stages.csv")
+
+
+def pack(out: Path, folder: Path) -> None:
+    """All files of `out` into `folder`/evidence.tar.gz.0, .1, ...; what does not fit is named in the archive and printed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [path for path in out.rglob("*") if path.is_file() and folder not in path.parents]
+    files.sort(key=lambda path: ("checkpoint" in path.relative_to(out).parts, path.stat().st_size, path))
+    left_out, whole = [], folder / "evidence.tar.gz.part"
+    with whole.open("wb") as stream, tarfile.open(fileobj=stream, mode="w:gz", compresslevel=1) as archive:
+        for path in files:
+            if stream.tell() + path.stat().st_size > (PARTS - 1) * PART_BYTES:      # a part is left for what is on its way through the compressor
+                left_out.append(str(path.relative_to(out)))
+            else:
+                archive.add(path, path.relative_to(out), recursive=False)
+        names = tarfile.TarInfo("left_out.txt")
+        text = "".join(f"{name}\n" for name in left_out).encode()
+        names.size = len(text)
+        archive.addfile(names, io.BytesIO(text))
+    count = 0
+    with whole.open("rb") as stream:
+        while block := stream.read(PART_BYTES):
+            part = folder / f"evidence.tar.gz.{count}"
+            part.with_name("evidence.part").write_bytes(block)
+            part.with_name("evidence.part").replace(part)
+            count += 1
+    whole.unlink()
+    for stale in range(count, PARTS):
+        (folder / f"evidence.tar.gz.{stale}").unlink(missing_ok=True)
+    if left_out:
+        print(f"too large for the archive, kept in {out} alone: {' '.join(left_out)}", flush=True)
+
+
+def restore(folder: Path, out: Path) -> None:
+    """What `pack` left in `folder` into `out`."""
+    parts = [folder / f"evidence.tar.gz.{count}" for count in range(PARTS)]
+    data = b"".join(part.read_bytes() for part in parts if part.exists())
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
+        archive.extractall(out, filter="data")
 
 
 def run(command: list[str], log: Path, limit: float) -> str:
-    """`ok`, `failed (code)` or `out of time`; the last 20,000 characters of the output go to `log`."""
-    environment = {**os.environ, "GROKKING_TEST_GPU": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        output, _ = process.communicate(timeout=max(1.0, limit))
-        outcome = "ok" if process.returncode == 0 else f"failed ({process.returncode})"
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)     # an experiment writes its checkpoint
+    """`ok`, `failed (code)` or `out of time`; everything it prints goes behind what `log` has."""
+    log.parent.mkdir(exist_ok=True)
+    with log.open("a") as file:
+        file.write(f"$ {shlex.join(command)}\n")
+        file.flush()
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=file, stderr=subprocess.STDOUT)
         try:
-            output, _ = process.communicate(timeout=GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-        outcome = "out of time"
-    log.write_text(output[-20_000:])
-    return outcome
+            code = process.wait(max(1.0, limit))
+            return "ok" if code == 0 else f"failed ({code})"
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+            process.send_signal(signal.SIGTERM)     # an experiment writes its checkpoint
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            return "out of time" if isinstance(reason, subprocess.TimeoutExpired) else "stopped"
+
+
+def commit() -> str:
+    """`unknown` without git, and outside a repository."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tests, measurements, bench, replays and the paper presets on a GPU, in stages.")
     parser.add_argument("--released", type=Path, help="folder of the released .npz files; without it the replays are left out, aloud")
-    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder for tables and logs")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/gpu", help="folder for everything: results, logs, what is done")
+    parser.add_argument("--archive", type=Path, help="folder for the packed OUT, at most 8 files; default: OUT with .archive behind it")
+    parser.add_argument("--restore", type=Path, help="folder with the archive of an earlier call; unpacked into OUT if that has no stages yet")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for this call")
     parser.add_argument("--again", nargs="+", choices=STAGES, default=[], help="stages to repeat though they passed")
     parser.add_argument("--paper", action="store_true", help="the paper presets of all experiments and nothing else")
     settings = parser.parse_args()
-    if (ROOT / settings.out).is_file():
-        parser.error(f"--out {settings.out} is a file; name a folder")
+    settings.out = settings.out.resolve()
+    settings.archive = (settings.archive or settings.out.with_name(settings.out.name + ".archive")).resolve()
+    for name in ("out", "archive"):
+        if getattr(settings, name).is_file():
+            parser.error(f"--{name} {getattr(settings, name)} is a file; name a folder")
+    if settings.archive == settings.out:
+        parser.error(f"--archive {settings.archive} is --out; name another folder")
+    if settings.restore and not (settings.restore / "evidence.tar.gz.0").is_file():
+        parser.error(f"--restore {settings.restore}: no evidence.tar.gz.0 there")
     if not 0 < settings.minutes < 1e6:
         parser.error(f"--minutes must be above 0, got {settings.minutes:g}")
     return settings
@@ -99,16 +168,18 @@ def main() -> int:
     if left := set(settings.again) - set(chosen):
         print(f"error: --again {' '.join(sorted(left))}: not among the stages of --paper", file=sys.stderr)
         return 2
-    deadline = time.monotonic() + 60 * settings.minutes - GRACE
-    out = ROOT / settings.out
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # a stage is stopped and everything packed
+    deadline, out = time.monotonic() + 60 * settings.minutes - GRACE, settings.out
+    if settings.restore and not (out / "stages.csv").exists():
+        restore(settings.restore, out)
     out.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    released = settings.released.resolve() if settings.released and settings.released.is_dir() else None
     rows = {name: row for name, row in read(out).items() if name not in settings.again}
-    for command in (STAGES[name] for name in settings.again if "--out" in STAGES[name]):   # an experiment does not repeat what is complete
-        (ROOT / command[command.index("--out") + 1] / "runs.csv").unlink(missing_ok=True)
+    for name in settings.again:         # an experiment does not repeat what is complete
+        shutil.rmtree(out / name, ignore_errors=True)
     for name, command in chosen.items():
-        if "{released}" in command and settings.released is None:
-            print(f"{name}: LEFT OUT, needs --released FOLDER")
+        if "{released}" in command and released is None:
+            print(f"{name}: LEFT OUT, needs --released FOLDER" + (f"; {settings.released} is none" if settings.released else ""))
             continue
         if rows.get(name, {}).get("outcome") == "ok":
             print(f"{name}: passed before")
@@ -116,15 +187,17 @@ def main() -> int:
         if time.monotonic() > deadline - 5:
             print("time is up; the same command" + (" without --again" if settings.again else "") + " continues")
             return 3
-        filled = [part.format(out=settings.out, released=settings.released and settings.released.resolve()) for part in command]
+        filled = [part.format(out=out, released=released) for part in command]
         start = time.monotonic()
-        outcome = run(filled, out / f"gpu_evidence_{name}.txt", deadline - start)
-        rows[name] = dict(zip(COLUMNS, (name, outcome, f"{time.monotonic() - start:.0f}", commit, torch.cuda.get_device_name(),
-                                        " ".join(["python", *command[1:]])), strict=True))
+        outcome = run(filled, out / "logs" / f"{name}.txt", deadline - start)
+        rows[name] = dict(zip(COLUMNS, (name, outcome, f"{time.monotonic() - start:.0f}", commit(), torch.cuda.get_device_name(),
+                                        shlex.join(["python", *command[1:]])), strict=True))
         write(rows, out)
+        pack(out, settings.archive)
         print(f"{name}: {outcome}, {rows[name]['seconds']} s", flush=True)
-        if outcome == "out of time":
-            print("time is up; the same command" + (" without --again" if settings.again else "") + " continues")
+        if outcome in ("out of time", "stopped"):
+            print(("stopped" if outcome == "stopped" else "time is up") + "; the same command" + (" without --again" if settings.again else "") +
+                  " continues")
             return 3
     missing = [name for name in chosen if rows.get(name, {}).get("outcome") != "ok"]
     print(f"failed or left out: {', '.join(missing)}" if missing else "complete")

@@ -34,6 +34,7 @@ from kernels.loss import loss_gradient
 from kernels.pairs import tile_rows
 
 ARITHMETIC = ("ieee", "tf32x3")
+DEVICE = "cuda"
 MODES = (torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float64, "ieee")
 
 
@@ -79,7 +80,7 @@ def rate(work: float, times: tuple[float, float, float], unit: float) -> tuple[f
     return work / middle / unit, work / slow / unit, work / fast / unit
 
 
-def example(p: int, runs: int, dtype: torch.dtype = torch.float32, arithmetic: str = "ieee", device: str = "cuda", model: str = "mlp") -> CudaKernels:
+def example(p: int, runs: int, dtype: torch.dtype = torch.float32, arithmetic: str = "ieee", model: str = "mlp") -> CudaKernels:
     """An engine on random weights of the paper's sizes; all runs share one split, which costs a GPU nothing less."""
     layout, generator = model_layout(model, p, dtype), torch.Generator().manual_seed(0)
     row = torch.zeros(layout.n_params)
@@ -87,7 +88,7 @@ def example(p: int, runs: int, dtype: torch.dtype = torch.float32, arithmetic: s
         part[:, :outputs] = torch.randn(inputs, outputs, generator=generator) / divisor
     pairs = torch.randperm(p * p, generator=generator)[: int(0.4 * p * p)].expand(runs, -1)
     train = torch.zeros(1, p * p, dtype=torch.uint8).index_fill(1, pairs[0], 1).expand(runs, -1)
-    params = row.to(device, dtype).repeat(runs, 1)
+    params = row.to(DEVICE, dtype).repeat(runs, 1)
     return CudaKernels(layout, "ce", dtype, arithmetic, params, torch.zeros_like(params), torch.zeros_like(params), pairs // p, pairs % p,
                        train)
 
@@ -112,8 +113,8 @@ def _products_kernel(left, right, out, K, BN: tl.constexpr, P: tl.constexpr, BLO
 def dot_rate(p: int, runs: int) -> Iterator[Row]:
     P, K, programs = power_of_two(mlp_layout(p).p_pad), 4096, 132 * 16
     for dtype, arithmetic in ((torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float64, "ieee")):
-        left, right = torch.randn(64, 256, device="cuda", dtype=dtype), torch.randn(256, P, device="cuda", dtype=dtype)
-        out = torch.empty(programs, 64, P, device="cuda", dtype=dtype)
+        left, right = torch.randn(64, 256, device=DEVICE, dtype=dtype), torch.randn(256, P, device=DEVICE, dtype=dtype)
+        out = torch.empty(programs, 64, P, device=DEVICE, dtype=dtype)
         times = seconds(lambda: _products_kernel[(programs,)](left, right, out, K, 64, P, BK, arithmetic, num_warps=P // 16))  # noqa: B023
         name = f"64x{P} {str(dtype).removeprefix('torch.')}"
         yield Row("dot_rate", name, p, "", arithmetic, *rate(2 * 64 * P * K * programs, times, 1e12), "TFLOP/s")
@@ -123,7 +124,7 @@ def step_calls(engine: CudaKernels) -> dict[str, tuple[Callable[[], object], flo
     """Kernel -> a call on the first chunk, its work per run, the unit of work."""
     layout, (p, d, H, _) = engine.layout, engine.layout
     state, work, arithmetic = engine.state.runs(slice(0, engine.chunk)), engine.workspace, engine.arithmetic
-    scalars = step_scalars(engine.chunk, 1)[:, 0].to("cuda", engine.dtype)
+    scalars = step_scalars(engine.chunk, 1)[:, 0].to(DEVICE, engine.dtype)
     n, itemsize = engine.n_train, engine.dtype.itemsize
     return {
         "tables": (lambda: tables(state.params, work.tables, layout, arithmetic), 4 * p * d * H, "TFLOP/s"),
@@ -182,7 +183,7 @@ def dW2_error(p: int, runs: int) -> Iterator[Row]:
     engine = example(p, 1)
     layout, work, state = engine.layout, engine.workspace, engine.state
     tables(state.params, work.tables, layout, "ieee")
-    loss_gradient(state.params, work.tables, state.slots, step_scalars(1, 1)[:, 0].to("cuda", torch.float32), work.dz, engine.n_train,
+    loss_gradient(state.params, work.tables, state.slots, step_scalars(1, 1)[:, 0].to(DEVICE, torch.float32), work.dz, engine.n_train,
                   layout, "ce", "ieee")
     live = state.slots[0] >= 0
     pair, dz = state.slots[0, live].long(), work.dz[0, live]
@@ -234,7 +235,7 @@ def _empty_kernel(out):
 
 
 def graph(p: int, runs: int) -> Iterator[Row]:
-    out = torch.zeros(1, device="cuda")
+    out = torch.zeros(1, device=DEVICE)
 
     def five() -> None:
         for _ in range(5):
@@ -245,7 +246,7 @@ def graph(p: int, runs: int) -> Iterator[Row]:
 
 
 def copy(p: int, runs: int) -> Iterator[Row]:
-    source = torch.zeros(1 << 28, device="cuda")
+    source = torch.zeros(1 << 28, device=DEVICE)
     target = torch.empty_like(source)
     yield Row("copy", "1 GiB", "", "", "", *rate(2 * 4 * 2**28, seconds(lambda: target.copy_(source), inner=4), 1e9), "GB/s")
 

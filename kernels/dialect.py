@@ -25,6 +25,18 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def product(x, y, acc, PRECISION: tl.constexpr):
+    """`acc + x @ y`, the product summed by itself before it is added. The compiler would fold a plain `acc += x @ y` into the chain of `dot`; the
+    named bound on imprecise sums, which means nothing but in 8 bits, keeps it from that."""
+    zero = tl.zeros(acc.shape, acc.dtype)
+    if acc.dtype == tl.float64:
+        acc += tl.dot(x, y, zero, max_num_imprecise_acc=1, out_dtype=tl.float64)
+    else:
+        acc += tl.dot(x, y, zero, input_precision=PRECISION, max_num_imprecise_acc=1)
+    return acc
+
+
+@triton.jit
 def divide(x, y):
     """`x / y`, correctly rounded: Triton's float32 `/` is off by up to 2 ulp, its float64 `/` is exact."""
     if x.dtype == tl.float64:
@@ -47,6 +59,11 @@ def square_root(x):
 def power_of_two(size: int) -> int:
     """Smallest power of two that covers `size`: block shapes are powers of two, the rest is masked."""
     return 1 << (size - 1).bit_length()
+
+
+def warps(elements: int) -> int:
+    """Warps of a program that holds a tile of so many elements: 32 in a thread, 1 at least."""
+    return max(1, elements // 1024)
 
 
 def divisor_block(size: int, limit: int) -> int:

@@ -90,14 +90,14 @@ def _tables_backward_kernel(theta, dtables, gradient, p: tl.constexpr, d: tl.con
     else:
         row = (tile - dW1_tiles) // d_blocks * BP + tl.arange(0, BP)
         column = (tile - dW1_tiles) % d_blocks * BD + tl.arange(0, BD)
-        acc = tl.zeros([BP, BD], theta.dtype.element_ty)
+        rows = tl.zeros([BP, BD], theta.dtype.element_ty)       # a name of its own: one name has one shape on both sides of an `if`
         for start in range(0, 2 * H, BK):
             second = start // H
             k = start % H + inner
             left = tl.load(dU + second * p * H + row[:, None] * H + k[None, :], mask=row[:, None] < p, other=0.0)
             right = tl.load(E + p * d + (second * d + column[:, None]) * H + k[None, :])
-            acc = dot(left, tl.trans(right), acc, PRECISION)
-        tl.store(dE + row[:, None] * d + column[None, :], acc, mask=row[:, None] < p)
+            rows = dot(left, tl.trans(right), rows, PRECISION)
+        tl.store(dE + row[:, None] * d + column[None, :], rows, mask=row[:, None] < p)
 
 
 def tables_backward(params: Tensor, dtables: Tensor, gradient: Tensor, layout: Layout, arithmetic: str) -> None:

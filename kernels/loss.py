@@ -12,7 +12,7 @@ Softmax collapse after arXiv 2501.04697: float32 rounds the correct class's prob
 import torch
 from torch import Tensor
 
-from .dialect import BK, divide, power_of_two, tl, triton
+from .dialect import BK, divide, power_of_two, tl, triton, warps
 from .hidden import logits_tile
 from .layout import Layout, TransformerLayout
 
@@ -156,7 +156,7 @@ def loss_gradient(params: Tensor, tables: Tensor, slots: Tensor, scalars: Tensor
     BN, P = 64, power_of_two(layout.p_pad)
     grid = (-(-slots.shape[1] // BN), params.shape[0])
     _loss_gradient_kernel[grid](params, tables, slots, scalars, dz, slots.shape[1], n_train, *layout, layout.n_params, P, BN, BK, loss,
-                                arithmetic, num_warps=BN * P // 1024)
+                                arithmetic, num_warps=warps(BN * P))
 
 
 @triton.jit
@@ -177,4 +177,4 @@ def logit_gradient(logits: Tensor, pairs: Tensor, scalars: Tensor, dz: Tensor, n
     BN, P = 64, power_of_two(layout.p_pad)
     _logit_gradient_kernel[(pairs.shape[1] // BN, pairs.shape[0])](
         logits, pairs, scalars, dz, n_train, logits.stride(0), pairs.stride(0), dz.stride(0), dz.stride(1), layout.p, layout.classes,
-        layout.p_pad, scalars.shape[1], P, BN, loss, num_warps=max(1, BN * P // 1024))
+        layout.p_pad, scalars.shape[1], P, BN, loss, num_warps=warps(BN * P))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .attention import LN_EPS, Tables, normalised_backward, tables_backward_ref, tables_ref
-from .dialect import BK, divisor_block, dot, power_of_two, tl, triton
+from .dialect import BK, divisor_block, dot, power_of_two, product, tl, triton
 from .hidden import INV_SQRT_2, INV_SQRT_2PI, gelu_ref
 from .layout import HEADS, TransformerLayout
 from .loss import loss_gradient_ref
@@ -144,7 +144,7 @@ def _gelu_backward_kernel(mixed, dout, back, dback, inverses, dots, n_slots, dou
             tl.store(dots + (run * (H // BH) + tl.program_id(0)) * n_slots + slot, tl.sum(dx * x, axis=1))
             dx *= tl.load(inverses + 2 * run * n_slots + slot)[:, None]
         tl.store(at, dx)
-        acc = dot(tl.trans(x * Phi), tl.load(rows + column, mask=column < Q, other=0.0), acc, PRECISION)
+        acc = product(tl.trans(x * Phi), tl.load(rows + column, mask=column < Q, other=0.0), acc, PRECISION)    # as dW2 in hidden.py
     tl.store(dback + run * dback_run + unit[:, None] * Q + column, acc, mask=column < Q)
 
 

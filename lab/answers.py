@@ -69,14 +69,13 @@ class Table:
         return sorted(found, key=lambda cell: (self.first[cell]["p"] or 0, self.first[cell]["rho"] or 0))
 
     def like(self, row: dict, **more: object) -> list[str]:
-        """Cells under all conditions that a published row states, and `more`."""
-        stated = {**UNLESS_STATED, **{column: row[key] for key, column in CONDITIONS.items() if row.get(key) is not None}, **more}
-        as_in_runs_csv = {column: stats.finite(value) if isinstance(value, float) else value for column, value in stated.items()}
-        return self.pick(**as_in_runs_csv)
+        """Cells under all conditions that a published row states, and `more`, such as those that only its note has."""
+        stated = {column: row[key] for key, column in CONDITIONS.items() if row.get(key) is not None}
+        return self.pick(**{**UNLESS_STATED, **stated, **more})
 
-    def match(self, row: dict) -> str | None:
+    def match(self, row: dict, **more: object) -> str | None:
         """The cell that a published row is about, if it ran. Where the row has no dtype float32, the papers' precision, goes first."""
-        return min(self.like(row), key=lambda cell: self.first[cell].get("dtype") == "float64", default=None)
+        return min(self.like(row, **more), key=lambda cell: self.first[cell].get("dtype") == "float64", default=None)
 
     def control(self, cell: str) -> str | None:
         """The free cell of the same network, block, rate and seeds."""

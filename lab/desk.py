@@ -333,7 +333,7 @@ class Lab:
         lines = [line for table in answered for line in table.law][:4]
         for table in answered:
             column = "delay_steps" if "delay_steps" in table.runs[0] else "t_grok_step"
-            lines += stats.cell_table(table.runs, table.medians, column, 8 // len(answered)).splitlines()
+            lines += stats.cell_table(table.runs, table.medians, column, 10 // len(answered) - 2).splitlines()
         print("\n".join(lines))
         print(f"tables, verdicts and findings in {self.folder}" + (f", main figure {self.folder / 'figures' / main_figure}" if main_figure else ""))
 

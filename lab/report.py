@@ -279,8 +279,8 @@ def replay_section(root: Path, folder: Path, draw: bool) -> list[str]:
     header = ["released cell", "runs", "exact", "within one evaluation", "largest difference", "mean ln ratio [90% interval]", "p, not equivalent"]
     return ["## Seed by seed",
             "T_grok of released runs against ours; released files that are not listed were not replayed, and a network that the papers released "
-            f"under two names counts once. Equivalence: two one-sided tests against a margin of {100 * MARGIN:g}%; runs whose ratios are all equal have no "
-            "spread to test.", "![T_grok as released against T_grok here, every replayed run](report/replay.png)", table(header, lines)]
+            f"under two names counts once. Equivalence: two one-sided tests against a margin of {100 * MARGIN:g}%; runs whose ratios are all "
+            "equal have no spread to test.", "![T_grok as released against T_grok here, every replayed run](report/replay.png)", table(header, lines)]
 
 
 def survival_section(folders: list[Folder], folder: Path, draw: bool) -> list[str]:

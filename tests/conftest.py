@@ -16,15 +16,18 @@ class Beside:
     def __init__(self) -> None:
         self.pool, self.running, self.done = ThreadPoolExecutor(1), None, {}
 
-    def start(self, suite: str) -> None:
-        self.done[suite] = self.pool.submit(self._run, suite)
+    def start(self, suite: str, noise: str) -> None:
+        self.done[suite, noise] = self.pool.submit(self._run, suite, noise)
 
-    def _run(self, suite: str) -> tuple[int, str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    def _run(self, suite: str, noise: str) -> tuple[int, str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+                       "GROKKING_TEST_NOISE": noise}
         environment.pop("TRITON_INTERPRET", None)
         if os.environ.get("GROKKING_TEST_GPU") != "1":
             environment["TRITON_INTERPRET"] = "1"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", str(TESTS / suite)]
+        if noise:
+            command += ["-m", "not bits"]
         self.running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         output = self.running.communicate()[0]
         return self.running.returncode, output
@@ -37,12 +40,13 @@ class Beside:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.beside = Beside()
+    config.addinivalue_line("markers", "bits: of a kernel suite, what no arithmetic changes: equal bits and bookkeeping; run once")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     for item in session.items if not session.config.option.collectonly else ():
         if item.path.name == "test_triton.py":
-            session.config.beside.start(item.callspec.params["suite"])
+            session.config.beside.start(*(item.callspec.params[name] for name in ("suite", "noise")))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

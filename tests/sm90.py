@@ -1,44 +1,44 @@
-"""Compiles for sm_90 exactly what the engine would launch, on a machine without a GPU, and reads what the assembler made of it.
+"""Compiles launches for sm_90 on a machine without a GPU, reads what the assembler made of them, and says what is wrong with it.
 
-`python tests/sm90.py --out results/bench` writes kernels_sm90.csv: every kernel at every modulus of the experiments (two minutes);
-`--model transformer --out results/bench_transformer` those of a transformer (four minutes).
+`python tests/sm90.py --out results/bench` (`make compile-all`) builds every launch of `launches.py`, those of the tests recorded afresh, and writes
+kernels_sm90.csv: a row for each compiled kernel. Interrupted, the same command continues: OUT/checkpoint/ holds what is built, until a kernel or
+Triton changes. Exit code 1 if a build fails or is out of bounds.
 """
 import argparse
 import csv
+import hashlib
+import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import torch
+import launches
 import triton
+from launches import ROOT, Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime.jit import create_function_from_signature
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from kernels.cuda import CudaKernels
-from kernels.layout import model_layout
-
-MODULI = {"mlp": (43, 59, 67, 97, 113), "transformer": (59, 97), "transformer_ln": (59, 71), "transformer_b": (59,)}
-MODES = ((torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float64, "ieee"))
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 class Build(NamedTuple):
-    """One kernel as the assembler made it; a row of the table, less the last field."""
+    """One kernel as the assembler made it; a row of the table, less the last two fields."""
     kernel: str
-    p: int
+    p: int | str            # empty where the kernel does not know it
     dtype: str
-    arithmetic: str
-    loss: str
+    arithmetic: str         # empty without a product
+    loss: str               # empty where it makes no difference
+    constants: str          # all that the kernel is compiled for beside these
     warps: int
     registers: int          # per thread
     stack_bytes: int        # per thread
@@ -51,38 +51,23 @@ class Build(NamedTuple):
     asm: dict[str, str]
 
 
-def recorded_launches(p: int, dtype: torch.dtype, arithmetic: str, loss: str, model: str = "mlp", runs: int = 1, chunk: int = 1,
-                      steps: int = 1) -> list[tuple[JITFunction, tuple, dict]]:
-    """`(kernel, arguments, options)` of every launch of some steps and an evaluation, at the experiments' d and H. Nothing runs."""
-    layout, n = model_layout(model, p, dtype), int(0.4 * p * p)
-    pairs = torch.randperm(p * p, generator=torch.Generator().manual_seed(1000))[None, :n].expand(runs, n)
-    rows = [torch.zeros(runs, layout.n_params, dtype=dtype) for _ in range(3)]
-    engine = CudaKernels(layout, loss, dtype, arithmetic, *rows, pairs // p, pairs % p, torch.zeros(runs, p * p))
-    engine.chunk, launches = chunk, []
-
-    def record(kernel, *args, grid, warmup, **options):
-        launches.append((kernel, args, options))
-
-    with mock.patch.object(JITFunction, "run", record):
-        engine.interval(torch.ones(runs, steps, engine.scalars, dtype=torch.float64))
-    return launches
-
-
-def bound(launch: tuple[JITFunction, tuple, dict]) -> tuple[dict, list, dict]:
+def bound(launch: Launch) -> tuple[dict, list, dict]:
     """A launch's arguments by name, and what they specialise the kernel to: by Triton's own launcher, which has names of its own."""
     kernel, args, options = launch
     return create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGET))(*args, **options)
 
 
-def kind(launch: tuple[JITFunction, tuple, dict]) -> str:
+def kind(launch: Launch) -> str:
     """What tells the compiled kernels of a source apart: constants, types, and which numbers and addresses are 1 or multiples of 16."""
-    return repr((launch[0].fn.__name__, *bound(launch)[1:]))
+    return repr((launch.kernel.fn.__name__, *bound(launch)[1:]))
 
 
-def compile_launch(kernel: JITFunction, args: tuple, options: dict) -> object:
-    """The compiled kernel of a launch."""
-    packed, signature, constants, attributes = kernel._pack_args(make_backend(TARGET), options, *bound((kernel, args, options)))
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=packed.__dict__)
+def kinds(found: object) -> dict[str, Launch]:
+    """The first launch of each kind."""
+    unique: dict[str, Launch] = {}
+    for launch in found:
+        unique.setdefault(kind(launch), launch)
+    return unique
 
 
 def assembled(cubin: bytes) -> tuple[dict[str, int], list[str]]:
@@ -96,50 +81,136 @@ def assembled(cubin: bytes) -> tuple[dict[str, int], list[str]]:
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage)}, opcodes
 
 
-def build(p: int, dtype: torch.dtype, arithmetic: str, loss: str, model: str = "mlp", wanted: Callable[[str], bool] = bool) -> list[Build]:
-    """Every kernel of a step and its evaluation, compiled afresh; for MSE only the two that differ. One that is launched with several sets of
-    constants is as many kernels; the product of matrices has a kernel for each kind of operands, named by the first that it multiplies."""
-    launches, builds = {}, []
-    for launch in recorded_launches(p, dtype, arithmetic, loss, model):
-        launches.setdefault(kind(launch), launch)
-    for kernel, args, options in launches.values():
-        name = kernel.fn.__name__.strip("_")
-        if (loss == "mse" and "LOSS" not in [param.name for param in kernel.params]) or not wanted(name):
-            continue
-        name = f"matmul_{args[3]}x{args[4]}x{args[5]}" if name == "matmul_kernel" else name
-        name += "_again" * sum(row.kernel.startswith(name) for row in builds)
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache):
-            compiled = compile_launch(kernel, args, options)
-            seconds = time.perf_counter() - start
-            asm = {stage: compiled.asm[stage] for stage in ("ttir", "ttgir", "ptx")}
-            usage, opcodes = assembled(compiled.asm["cubin"])
-        builds.append(Build(
-            name, p, str(dtype).removeprefix("torch."), arithmetic, loss, options["num_warps"], usage["REG"], usage["STACK"],
-            sum(opcode.startswith(("STL", "LDL")) for opcode in opcodes), compiled.metadata.shared, len(opcodes),
-            len(re.findall(r"= tt\.dot ", asm["ttir"])), len(re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) ", asm["ttgir"])),
-            round(seconds, 2), asm))
-    return builds
+def build(launch: Launch) -> Build:
+    """Compiled afresh."""
+    kernel, args, options = launch
+    names = [param.name for param in kernel.params]
+    given = dict(zip(names, args, strict=True))
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache):
+        packed, signature, constants, attributes = kernel._pack_args(make_backend(TARGET), options, *bound(launch))
+        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=packed.__dict__)
+        seconds = time.perf_counter() - start
+        asm = {stage: compiled.asm[stage] for stage in ("ttir", "ttgir", "ptx")}
+        usage, opcodes = assembled(compiled.asm["cubin"])
+    floats = [str(arg.dtype).removeprefix("torch.") for arg in args if str(getattr(arg, "dtype", "")).startswith("torch.float")]
+    own = {"p", "PRECISION", "LOSS"}
+    fixed = {names[path[0]]: value for path, value in constants.items() if len(path) == 1 and names[path[0]] not in own}
+    return Build(
+        kernel.fn.__name__.strip("_"), given.get("p", ""), floats[0], given.get("PRECISION", ""), given.get("LOSS", ""),
+        " ".join(f"{name}={str(value).replace(' ', '')}" for name, value in fixed.items()), options["num_warps"], usage["REG"], usage["STACK"],
+        sum(opcode.startswith(("STL", "LDL")) for opcode in opcodes), compiled.metadata.shared, len(opcodes),
+        len(re.findall(r"= tt\.dot ", asm["ttir"])), len(re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) ", asm["ttgir"])),
+        round(seconds, 2), asm)
 
 
-def main() -> None:
+def check(row: Build) -> None:
+    """Raises AssertionError on what must not be in a compiled kernel."""
+    where = f"{row.kernel} p={row.p} {row.dtype} {row.arithmetic} {row.constants}"
+    assert row.registers <= 255, where
+    assert row.stack_bytes <= 64 and row.spill_accesses <= 32, f"{where}: {row.stack_bytes} bytes of stack, {row.spill_accesses} accesses"
+    assert row.shared_bytes <= 113 * 1024, f"{where}: two programs must fit in the 227 KB of a multiprocessor"
+    assert not re.search(r"\b(atom|red)\.", row.asm["ptx"]), f"{where}: every sum has one owner"
+    check_arithmetic(row, where)
+    if row.kernel in ("hidden_backward_kernel", "mix_kernel", "row_adds_kernel"):       # each tile reads back what another wrote
+        waits = re.search(r"\b(ttg|gpu)\.barrier", row.asm["ttgir"])
+        assert waits and "cp.async" not in row.asm["ptx"], f"{where}: a load may overtake a store"
+    if row.kernel in ("hidden_backward_kernel", "gelu_backward_kernel"):
+        apart = re.search(r"(%\w+) = tt\.dot .*maxNumImpreciseAcc = 1", row.asm["ttir"])
+        added = apart and re.search(rf"arith\.addf %\w+, {re.escape(apart[1])}\b", row.asm["ttir"])
+        assert added, f"{where}: a tile's product is not summed by itself"
+
+
+def check_arithmetic(row: Build, where: str) -> None:
+    """No float32 product in single-pass TF32: by what the source asks for, and by what the machine code does."""
+    asked = re.findall(r"= tt\.dot .*", row.asm["ttir"])
+    if row.dtype == "float64":
+        assert all("xf64>" in line for line in asked), where
+    elif row.arithmetic == "ieee":
+        assert not any("inputPrecision" in line for line in asked), f"{where}: a dot without ieee: {asked}"
+    else:
+        assert all("inputPrecision = tf32x3" in line for line in asked), f"{where}: a dot without tf32x3: {asked}"
+        assert row.dots_compiled >= 3 * row.dots_written, f"{where}: {row.dots_compiled} passes for {row.dots_written} products"
+    tensor_core = set(re.findall(r"mma[\w.:]*\.(tf32|f16|bf16|f64)\b", row.asm["ptx"]))
+    allowed = {"float64": {"f64"}, "float32": {"tf32"} if row.arithmetic == "tf32x3" else set()}[row.dtype]
+    assert tensor_core <= allowed, f"{where}: {tensor_core}"
+    if row.arithmetic == "tf32x3" and row.dots_written:
+        assert tensor_core == {"tf32"}, f"{where}: without tensor cores"
+
+
+WANTED: dict[str, Launch] = {}
+
+
+def built(key: str) -> tuple[list, str]:
+    """Of a kind in `WANTED`: the table's row, empty if it does not compile, and what is wrong, empty if nothing."""
+    launch = WANTED[key]
+    try:
+        row = build(launch)
+    except Exception as error:
+        return [], f"{launch.kernel.fn.__name__}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    try:
+        check(row)
+    except AssertionError as error:
+        return list(row[:-2]), str(error)
+    return list(row[:-2]), ""
+
+
+def record_tests(folder: Path) -> Path:
+    """Runs the kernels' suites in the interpreter, and returns the file of their launches."""
+    path = folder / "launches_of_tests.jsonl"
+    if not path.exists():
+        part = folder / "launches_of_tests.jsonl.part"
+        part.unlink(missing_ok=True)
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "GROKKING_RECORD_LAUNCHES": str(part), "OMP_NUM_THREADS": "1",
+                       "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        for suite in launches.SUITES:
+            print(f"recording {suite}", flush=True)
+            subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests" / suite)], env=environment,
+                           check=True, stdout=subprocess.DEVNULL)
+        part.replace(path)
+    return path
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description="Registers, stack, shared memory and instructions of every kernel on sm_90.")
     parser.add_argument("--out", type=Path, required=True, help="folder for kernels_sm90.csv")
-    parser.add_argument("--model", choices=MODULI, default="mlp", help="network")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args()
-    out, cases = options.out, [(p, *mode, loss) for p in MODULI[options.model] for mode in MODES for loss in ("ce", "mse")]
-    builds = [row for case in cases for row in build(*case, options.model)]
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / "kernels_sm90.csv.part"
+    sources = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "bench").glob("gpu_measurements.py")]
+    state = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources)) + triton.__version__.encode()).hexdigest()[:16]
+    folder = options.out / "checkpoint" / f"sm90_{state}"
+    folder.mkdir(parents=True, exist_ok=True)
+    recorded, start = record_tests(folder), time.monotonic()
+    found = {name: kinds(each) for name, each in (("experiments", launches.of_experiments()), ("bench", launches.of_bench()),
+                                                  ("tests", launches.of_tests(recorded)))}
+    wanted = found["tests"] | found["bench"] | found["experiments"]
+    users = {key: " ".join(name for name in found if key in found[name]) for key in wanted}
+    log = folder / "built.jsonl"
+    done = {key: (row, fault) for key, row, fault in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
+    print(f"{len(wanted)} kernels ({', '.join(f'{len(each)} of {name}' for name, each in found.items())}), {len(done)} built before; "
+          f"recorded in {time.monotonic() - start:.0f} s", flush=True)
+    WANTED.update(wanted)           # the processes are forks of this one: a kernel cannot be sent to them
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool, log.open("a") as file:
+        jobs = {pool.submit(built, key): key for key in wanted if key not in done}
+        for count, job in enumerate(as_completed(jobs), 1):
+            done[jobs[job]] = job.result()
+            file.write(json.dumps((jobs[job], *job.result())) + "\n")
+            file.flush()
+            if count % 100 == 0:
+                print(f"{count} of {len(jobs)} built, {time.monotonic() - start:.0f} s", flush=True)
+    part = options.out / "kernels_sm90.csv.part"
+    rows = sorted((*row, users[key]) for key, (row, _) in done.items() if row and key in wanted)
     with part.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Build._fields[:-2])         # seconds are the machine's, not the kernel's
-        writer.writerows(row[:-2] for row in builds)
-    part.replace(out / "kernels_sm90.csv")
-    print(f"{len(builds)} kernels, {sum(row.seconds for row in builds):.0f} s; most: {max(row.registers for row in builds)} registers, "
-          f"{max(row.stack_bytes for row in builds)} bytes of stack, {max(row.shared_bytes for row in builds)} bytes of shared memory, "
-          f"{max(row.seconds for row in builds)} s")
+        writer.writerow((*Build._fields[:-2], "launched_by"))
+        writer.writerows(rows)
+    part.replace(options.out / "kernels_sm90.csv")
+    faults = sorted({fault for key, (_, fault) in done.items() if fault and key in wanted})
+    print(*faults, sep="\n")
+    most = (max(row[Build._fields.index(name)] for row in rows) for name in ("registers", "stack_bytes", "shared_bytes"))
+    print("{} kernels built, {} faults; most: {} registers, {} bytes of stack, {} bytes of shared memory".format(len(rows), len(faults), *most))
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,6 +1,10 @@
-"""The staged driver, with stages that need no GPU: what passed is kept, what failed or ran out of time is run again."""
+"""The staged driver, with stages that need no GPU: what passed is kept, what failed or ran out of time is run again, on another machine too."""
 import csv
+import os
+import subprocess
 import sys
+import tarfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -9,28 +13,85 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import gpu_evidence
 
+PRINT_OUT = "import os; print('in', os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'], os.environ['GROKKING_TEST_GPU'])"
 
-def call(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str, **codes: str) -> tuple[int, dict[str, str]]:
-    stages = {name: [sys.executable, "-c", code, "{released}"] for name, code in codes.items()}
-    monkeypatch.setattr(gpu_evidence, "STAGES", stages)
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_evidence, "GRACE", 1)
+    monkeypatch.setattr(gpu_evidence.signal, "signal", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+
+
+def call(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str, **codes: str) -> tuple[int, dict[str, str]]:
+    """Stages of the given Python; each is told the folder of its results and that of the release."""
+    stages = {name: [sys.executable, "-c", code, "{out}/" + name, "{released}"] for name, code in codes.items()}
+    monkeypatch.setattr(gpu_evidence, "STAGES", stages)
     monkeypatch.setattr(sys, "argv", ["gpu_evidence.py", "--out", str(out), *arguments])
     code = gpu_evidence.main()
-    path = out / "gpu_evidence.csv"
+    path = out / "stages.csv"
     return code, {row["stage"]: row["outcome"] for row in csv.DictReader(path.open())} if path.exists() else {}
+
+
+def packed(folder: Path) -> dict[str, bytes]:
+    parts = sorted(folder.iterdir())
+    assert [part.name for part in parts] == [f"evidence.tar.gz.{i}" for i in range(len(parts))] and len(parts) <= 8
+    with tarfile.open(fileobj=BytesIO(b"".join(part.read_bytes() for part in parts))) as archive:
+        return {member.name: archive.extractfile(member).read() for member in archive}
 
 
 def test_continues_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
-    released = ("--released", str(tmp_path))
-    assert call(monkeypatch, tmp_path, *released, one=count, two="raise SystemExit(4)") == (1, {"one": "ok", "two": "failed (4)"})
-    assert call(monkeypatch, tmp_path, *released, one=count, two="print('now')") == (0, {"one": "ok", "two": "ok"})
+    out, released = tmp_path / "out", ("--released", str(tmp_path))
+    assert call(monkeypatch, out, *released, one=count, two="raise SystemExit(4)") == (1, {"one": "ok", "two": "failed (4)"})
+    assert call(monkeypatch, out, *released, one=count, two="print('now')") == (0, {"one": "ok", "two": "ok"})
     assert (tmp_path / "count").read_text() == "x"
-    assert (tmp_path / "gpu_evidence_two.txt").read_text() == "now\n"
-    call(monkeypatch, tmp_path, *released, "--again", "one", one=count, two="")
+    lines = (out / "logs/two.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("$ ")] == ["now"] and len(lines) == 3      # both calls' logs
+    call(monkeypatch, out, *released, "--again", "one", one=count, two="")
     assert (tmp_path / "count").read_text() == "xx"
+
+
+def test_logs_are_whole_and_one_folder_holds_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And the archive has it all, after a stage that failed too."""
+    before = {path for path in gpu_evidence.ROOT.iterdir()} | {path for path in (gpu_evidence.ROOT / "results").rglob("*")}
+    code = "import sys, pathlib; out = pathlib.Path(sys.argv[1]); out.mkdir(); (out / 'runs.csv').write_text('a'); print('line\\n' * 50000)"
+    assert call(monkeypatch, tmp_path / "out", "--released", str(tmp_path), long=code, env=PRINT_OUT, bad="1 / 0")[0] == 1
+    held = packed(tmp_path / "out.archive")
+    assert held["logs/long.txt"].count(b"line\n") == 50000 and held["long/runs.csv"] == b"a"
+    assert b"in false 1\n" in held["logs/env.txt"] and b"ZeroDivisionError" in held["logs/bad.txt"] and b"failed (1)" in held["stages.csv"]
+    assert held["left_out.txt"] == b""
+    after = {path for path in gpu_evidence.ROOT.iterdir()} | {path for path in (gpu_evidence.ROOT / "results").rglob("*")}
+    assert after == before
+
+
+def test_a_fresh_machine_continues_from_the_archive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The second stage finds its checkpoint; the first is not run again."""
+    slow = """import sys, pathlib, time; out = pathlib.Path(sys.argv[1]); (out / 'checkpoint').mkdir(parents=True, exist_ok=True)
+half = out / 'checkpoint/half'
+if half.exists(): print('continues'); raise SystemExit(0)
+half.touch(); time.sleep(60)"""
+    code, outcomes = call(monkeypatch, tmp_path / "a", "--minutes", "0.11", "--released", str(tmp_path), one="print(1)", slow=slow)
+    assert (code, outcomes) == (3, {"one": "ok", "slow": "out of time"})
+    code, outcomes = call(monkeypatch, tmp_path / "b", "--restore", str(tmp_path / "a.archive"), "--released", str(tmp_path), one="1 / 0", slow=slow)
+    assert (code, outcomes) == (0, {"one": "ok", "slow": "ok"}) and "continues" in (tmp_path / "b/logs/slow.txt").read_text()
+
+
+def test_the_archive_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A checkpoint gives way to tables, and what is missing is named."""
+    monkeypatch.setattr(gpu_evidence, "PART_BYTES", 4096)
+    for name, size in (("checkpoint/big", 50_000), ("checkpoint/small", 2_000), ("table.csv", 9_000)):
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(os.urandom(size))
+    gpu_evidence.pack(tmp_path / "out", tmp_path / "archive")
+    held = packed(tmp_path / "archive")
+    assert set(held) == {"table.csv", "checkpoint/small", "left_out.txt"} and held["left_out.txt"] == b"checkpoint/big\n"
+    assert max(part.stat().st_size for part in (tmp_path / "archive").iterdir()) <= 4096 and "checkpoint/big" in capsys.readouterr().out
+    (tmp_path / "out/table.csv").write_bytes(b"")
+    gpu_evidence.pack(tmp_path / "out", tmp_path / "archive")
+    assert packed(tmp_path / "archive")["table.csv"] == b""         # no part of the larger one is left
 
 
 def test_what_is_to_be_repeated_is_not_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -38,25 +99,39 @@ def test_what_is_to_be_repeated_is_not_complete(monkeypatch: pytest.MonkeyPatch,
     for name in ("again", "kept"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "runs.csv").touch()
-    stages = {name: [sys.executable, "-c", "", "--out", str(tmp_path / name)] for name in ("again", "kept")}
-    monkeypatch.setattr(gpu_evidence, "STAGES", stages)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
-    monkeypatch.setattr(sys, "argv", ["gpu_evidence.py", "--out", str(tmp_path), "--again", "again"])
-    assert gpu_evidence.main() == 0 and [path.parent.name for path in tmp_path.glob("*/runs.csv")] == ["kept"]
+    assert call(monkeypatch, tmp_path, "--released", str(tmp_path), "--again", "again", again="", kept="")[0] == 0
+    assert [path.parent.name for path in tmp_path.glob("*/runs.csv")] == ["kept"]
 
 
 def test_the_paper_presets_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert {name for name in gpu_evidence.STAGES if name.endswith("_paper")} >= {"delay_law_paper", "logit_scale_paper", "fork_paper"}
     asked = ("--paper", "--released", str(tmp_path))
-    assert call(monkeypatch, tmp_path, *asked, tests="raise SystemExit(1)", fork_paper="") == (0, {"fork_paper": "ok"})
+    assert call(monkeypatch, tmp_path / "out", *asked, tests="raise SystemExit(1)", fork_paper="") == (0, {"fork_paper": "ok"})
+
+
+def test_every_stage_writes_into_the_folder() -> None:
+    for name, command in gpu_evidence.STAGES.items():
+        assert name == "tests" or command[command.index("--out") + 1].startswith("{out}/"), name
+        assert not any("results" in part for part in command), name
 
 
 def test_stops_in_time_and_leaves_out_aloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    code, outcomes = call(monkeypatch, tmp_path, "--minutes", "0.15", "--released", str(tmp_path), slow="import time; time.sleep(60)", next="")
+    code, outcomes = call(monkeypatch, tmp_path / "out", "--minutes", "0.11", "--released", str(tmp_path), slow="import time; time.sleep(9)", next="")
     assert (code, outcomes) == (3, {"slow": "out of time"})
-    assert call(monkeypatch, tmp_path / "other", one="") == (1, {})
-    assert "LEFT OUT" in capsys.readouterr().out
+    for released in ((), ("--released", str(tmp_path / "absent"))):       # `../shared` is not everywhere
+        assert call(monkeypatch, tmp_path / "other", *released, one="") == (1, {})
+        assert "one: LEFT OUT, needs --released FOLDER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("absent", [True, False], ids=["no git", "no repository"])
+def test_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, absent: bool) -> None:
+    if absent:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setattr(gpu_evidence, "ROOT", tmp_path)
+        assert subprocess.run(["git", "rev-parse"], cwd=tmp_path, capture_output=True).returncode
+    call(monkeypatch, tmp_path / "out", "--released", str(tmp_path), one="")
+    assert next(csv.DictReader((tmp_path / "out/stages.csv").open()))["commit"] == "unknown"
 
 
 def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -68,6 +143,8 @@ def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("words, why", [
     (("--minutes", "0"), "--minutes must be above 0, got 0"),
     (("--out", "README.md"), "is a file; name a folder"),
+    (("--out", "x", "--archive", "x"), "is --out; name another folder"),
+    (("--restore", "nowhere"), "no evidence.tar.gz.0 there"),
 ])
 def test_bad_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: tuple[str, ...], why: str) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu_evidence.py", *words])

@@ -1,93 +1,97 @@
-"""What a machine without a GPU can prove of the compiled kernels: arithmetic, registers, stack, time to compile.
+"""What a machine without a GPU can prove of the compiled kernels: that they compile, arithmetic, registers, stack, the order of memory.
 
-Moduli 59 and 97 (blocks of 64 and of 128 columns) by default; GROKKING_TEST_MODULI="43 59 67 97 113" for all. Of the transformers by default
-p=59, one mode each, and the kernels that are theirs but for most kinds of products; with GROKKING_TEST_MODULI everything.
+A sample here; `make compile-all` builds every launch that the experiments, the kernels' tests and `bench/` make.
 """
-import itertools
-import os
-import re
+import importlib.util
+import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton cannot be installed here: its kernels are NOT compiled")
-from sm90 import MODES, Build, build, kind, recorded_launches
+from launches import EXPERIMENTS, MODES, Launch, of_bench, of_experiments, recording, step_launches
+from sm90 import build, check, kind, kinds
 
-MODULI = [int(p) for p in os.environ.get("GROKKING_TEST_MODULI", "59 97").split()]
-IDS = [f"{dtype}-{arithmetic}".removeprefix("torch.") for dtype, arithmetic in MODES]
-
-
-@pytest.mark.parametrize(("dtype", "arithmetic"), MODES, ids=IDS)
-@pytest.mark.parametrize("p", MODULI)
-def test_kernels_compile_within_bounds(p: int, dtype: torch.dtype, arithmetic: str) -> None:
-    builds = build(p, dtype, arithmetic, "ce") + build(p, dtype, arithmetic, "mse")
-    assert len(builds) == 11        # nine kernels, and the loss and the evaluation once more under MSE
-    for row in builds:
-        assert_within_bounds(row)
-    assert_rows_are_added_in_order(next(row for row in builds if row.kernel == "hidden_backward_kernel"))
+import kernels.dialect
+import kernels.matmul
+from kernels.layout import mlp_layout, model_layout, transformer_layout
 
 
-SHARED = ("adamw_kernel", "project_kernel", "squares_kernel", "metrics_kernel")     # with the MLP
-EVERYTHING = "GROKKING_TEST_MODULI" in os.environ
-TRANSFORMERS = [(p, model, *mode) for p in MODULI for model in ("transformer", "transformer_ln") for mode in MODES] if EVERYTHING else [
-    (59, "transformer", torch.float32, "ieee"), (59, "transformer_ln", torch.float32, "tf32x3"), (59, "transformer_ln", torch.float64, "ieee")]
+def assert_sound(found: dict[str, Launch]) -> None:
+    for launch in found.values():
+        row = build(launch)
+        print(f"{row.kernel:24}", *(f"{name} {value}" for name, value in row._asdict().items() if name not in ("kernel", "asm")), sep="  ")
+        check(row)
+        assert row.seconds <= 20, f"{row.kernel}: {row.seconds} s to compile"        # about 1 s on one idle core
 
 
-@pytest.mark.parametrize(("p", "model", "dtype", "arithmetic"), TRANSFORMERS)
-def test_transformer_kernels_compile_within_bounds(p: int, model: str, dtype: torch.dtype, arithmetic: str) -> None:
-    products = itertools.count()
+@pytest.mark.parametrize(("p", "mode"), [(29, MODES[0]), (59, MODES[1]), (97, MODES[2])], ids=["p=29", "p=59, tf32x3", "p=97, float64"])
+def test_mlp(p: int, mode: tuple[torch.dtype, str]) -> None:
+    """One modulus for each width of a row of logits, one in each mode."""
+    found = kinds(step_launches(model_layout("mlp", p, mode[0]), *mode, "ce"))
+    assert len(found) == 9
+    assert_sound(found)
 
-    def wanted(name: str) -> bool:
-        return EVERYTHING or (next(products) < 2 if name == "matmul_kernel" else name not in SHARED)
 
-    builds = build(p, dtype, arithmetic, "ce", model, wanted) + build(p, dtype, arithmetic, "mse", model, wanted)
-    assert sum(row.loss == "mse" for row in builds) == 2
-    for row in builds:
-        assert_within_bounds(row)
-        assert not re.search(r"\b(atom|red)\.", row.asm["ptx"]), row.kernel     # every sum has one owner
-    mixing = next(row for row in builds if row.kernel == "mix_kernel")
-    assert re.search(r"\b(ttg|gpu)\.barrier", mixing.asm["ttgir"]) and "cp.async" not in mixing.asm["ptx"]      # it reads back what it wrote
+def test_sample_of_the_experiments() -> None:
+    draw = random.Random(0)
+    found = kinds(of_experiments(draw.sample(EXPERIMENTS, 12)))
+    assert_sound({key: found[key] for key in draw.sample(sorted(found), 20)})
+
+
+SMALL = mlp_layout(5, 16, 32), mlp_layout(5, 16, 32, torch.float64), mlp_layout(13, 16, 32), transformer_layout(3, 16, 32)
+
+
+@pytest.mark.parametrize("layout", SMALL, ids=["p=5", "p=5, float64", "p=13", "transformer"])
+def test_sizes_of_the_kernels_tests(layout: object) -> None:
+    dtype = torch.float64 if layout.p_pad < 16 else torch.float32
+    found = kinds(step_launches(layout, dtype, "ieee", "ce"))
+    assert_sound({key: found[key] for key in sorted(found)[::4]})
+
+
+def test_measurements() -> None:
+    found = kinds(launch for launch in of_bench() if launch.kernel.fn.__module__ == "bench.gpu_measurements")
+    assert len(found) == 9          # products at two widths in three modes, adds at two moduli, the empty one
+    assert_sound(dict(list(found.items())[::3]))
+
+
+def test_largest_modulus() -> None:
+    """Beyond the experiments' some registers spill."""
+    for launch in kinds(step_launches(mlp_layout(251), torch.float32, "ieee", "ce")).values():
+        if launch.kernel.fn.__name__ in ("_loss_gradient_kernel", "_hidden_backward_kernel", "_evaluate_kernel"):     # hold rows of logits
+            row = build(launch)
+            assert row.stack_bytes <= 256 and row.shared_bytes <= 113 * 1024
 
 
 @pytest.mark.parametrize("model", ["mlp", "transformer", "transformer_ln"])
 def test_every_step_of_every_chunk_launches_the_same_kernels(model: str) -> None:
     """Those compiled for the first run's first step: nothing may compile while a graph is captured. Odd numbers of runs shift every row.
     And Triton's launcher takes all arguments: it has local names, such as `params`, that no argument may have."""
-    first, *others = recorded_launches(59, torch.float32, "ieee", "ce", model), recorded_launches(59, torch.float32, "ieee", "ce", model, 3, 1, 2), \
-        recorded_launches(59, torch.float32, "ieee", "ce", model, 3, 2, 2)
+    layout = model_layout(model, 59, torch.float32)
+    first, *others = (step_launches(layout, torch.float32, "ieee", "ce", *sizes) for sizes in ((), (3, 1, 2), (3, 2, 2)))
     known = {kind(launch) for launch in first}
     for launches in others:
         assert {kind(launch) for launch in launches} == known
 
 
-def assert_within_bounds(row: Build) -> None:
-    print(f"{row.kernel:24}", *(f"{name} {value}" for name, value in row._asdict().items() if name not in ("kernel", "asm")), sep="  ")
-    assert_arithmetic(row)
-    where = f"{row.kernel} p={row.p} {row.dtype} {row.arithmetic}"
-    assert row.registers <= 255, where
-    assert row.stack_bytes <= 64 and row.spill_accesses <= 32, f"{where}: {row.stack_bytes} bytes, {row.spill_accesses} accesses"
-    assert row.shared_bytes <= 113 * 1024, f"{where}: two programs must fit in the 227 KB of a multiprocessor"
-    assert row.seconds <= 20, f"{where}: {row.seconds} s to compile"        # about 1 s on one idle core
-
-
-def assert_arithmetic(row: Build) -> None:
-    """No float32 product in single-pass TF32: by what the source asks for, and by what the machine code does."""
-    asked = re.findall(r"= tt\.dot .*", row.asm["ttir"])
-    if row.dtype == "float64":
-        assert all("xf64>" in line for line in asked), row.kernel
-    elif row.arithmetic == "ieee":
-        assert not any("inputPrecision" in line for line in asked), f"{row.kernel}: a dot without ieee: {asked}"
-    else:
-        assert all("inputPrecision = tf32x3" in line for line in asked), f"{row.kernel}: a dot without tf32x3: {asked}"
-        assert row.dots_compiled >= 3 * row.dots_written, f"{row.kernel}: {row.dots_compiled} passes for {row.dots_written} products"
-    tensor_core = set(re.findall(r"mma[\w.:]*\.(tf32|f16|bf16|f64)\b", row.asm["ptx"]))
-    allowed = {"float64": {"f64"}, "float32": {"tf32"} if row.arithmetic == "tf32x3" else set()}[row.dtype]
-    assert tensor_core <= allowed, f"{row.kernel}: {tensor_core} in {row.arithmetic}"
-    if row.arithmetic == "tf32x3" and row.dots_written:
-        assert tensor_core == {"tf32"}, f"{row.kernel}: tf32x3 without tensor cores"
-
-
-def assert_rows_are_added_in_order(row: Build) -> None:
-    """Each tile of pairs waits for the rows of the one before, and no load is moved ahead of that wait: what an interpreter cannot see."""
-    assert re.search(r"\b(ttg|gpu)\.barrier", row.asm["ttgir"]) and "cp.async" not in row.asm["ptx"]
-    assert not re.search(r"\b(atom|red)\.", row.asm["ptx"])
+@pytest.mark.parametrize("wrong", ["acc = tl.dot(x, y, acc)", 'acc = tl.dot(x, y, acc, input_precision="tf32")'])
+def test_a_product_in_single_pass_tf32_is_seen(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text of `dialect.dot`, with its precision left out or named wrongly."""
+    text = Path(kernels.dialect.__file__).read_text()
+    right = "acc = tl.dot(x, y, acc, input_precision=PRECISION)"
+    assert text.count(right) == 1
+    changes = ("dialect", kernels.dialect, (right, wrong)), ("matmul", kernels.matmul, ("from .dialect", "from .planted_dialect"))
+    for name, module, change in changes:
+        path = tmp_path / f"{name}.py"
+        path.write_text(Path(module.__file__).read_text().replace(*change))
+        spec = importlib.util.spec_from_file_location(f"kernels.planted_{name}", path)
+        planted = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, planted)
+        spec.loader.exec_module(planted)
+    found: list[Launch] = []
+    with recording(found):
+        planted.matmul(*(torch.zeros(1, 64, 64) for _ in range(3)), "ieee")
+    with pytest.raises(AssertionError, match="matmul_kernel"):
+        check(build(found[0]))

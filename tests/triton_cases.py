@@ -1,7 +1,10 @@
 """Small ensembles for the tests of the Triton kernels, and the definitions walked over their runs."""
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
+import launches
+import native
 import torch
 from torch import Tensor
 
@@ -11,6 +14,11 @@ from kernels.pairs import order_of, slots_of
 
 ON_GPU = os.environ.get("GROKKING_TEST_GPU") == "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU:
+    noise = os.environ.get("GROKKING_TEST_NOISE")       # a seed: the interpreter computes as a GPU does
+    native.install(int(noise) if noise else None)
+if path := os.environ.get("GROKKING_RECORD_LAUNCHES"):
+    launches.record_interpreted(Path(path))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ of 32 pairs, a ragged last block and 64 columns; p=67 has 128 columns for 80 and
 """
 import pytest
 import torch
-from tolerance import EPS32, assert_accurate
+from tolerance import EPS32, assert_accurate, references
 from torch import Tensor
 from triton_cases import DEVICE, Case, draw, from_slots, make_case, nan, to_slots
 
@@ -138,9 +138,9 @@ def agree(kernel: str, case: Case) -> None:
     outputs = run(case)
     for r in range(case.runs):
         named = compared(outputs)
-        plains, exacts = (ref(case.to(dtype), r)[: len(named)] for dtype in (torch.float32, torch.float64))
-        for (name, actual), plain, exact in zip(named, plains, exacts, strict=True):
-            assert_accurate(f"{kernel} {name} run {r}", actual[r].cpu(), plain, exact)
+        wanted = references(case.params.dtype, lambda dtype, r=r: ref(case.to(dtype), r)[: len(compared(outputs))])
+        for (name, actual), reference in zip(named, wanted, strict=True):
+            assert_accurate(f"{kernel} {name} run {r}", actual[r], reference)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -231,6 +231,7 @@ def test_audit_difference(scale: float, tau: float, dtype: torch.dtype) -> None:
     assert 0 < found <= (largest + 4) * EPS32 and abs(found - wanted) <= 4 * EPS32
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_same_bits_again_and_alone(kernel: str, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tolerance import assert_accurate
+from tolerance import assert_accurate, references
 from torch import Tensor
 from triton_cases import DEVICE, Case, draw, make_transformer_case, nan
 
@@ -30,9 +30,9 @@ LAYER_NORM = pytest.mark.parametrize("model", ["transformer", "transformer_ln"])
 def agree(case: Case, run: Callable[[Case], Outputs], ref: Callable[[Case, int], list[Tensor]]) -> None:
     outputs = run(case)
     for r in range(case.runs):
-        plains, exacts = (ref(case.to(dtype), r) for dtype in (torch.float32, torch.float64))
-        for (name, actual), plain, exact in zip(outputs.items(), plains, exacts, strict=True):
-            assert_accurate(f"{run.__name__} {name} run {r}", actual[r].cpu(), plain, exact)
+        wanted = references(case.params.dtype, lambda dtype, r=r: ref(case.to(dtype), r))
+        for (name, actual), reference in zip(outputs.items(), wanted, strict=True):
+            assert_accurate(f"{run.__name__} {name} run {r}", actual[r], reference)
 
 
 def of(case: Case, *shape: int, seed: int) -> Tensor:
@@ -56,8 +56,8 @@ def test_matmul(M: int, K: int, N: int, dtype: torch.dtype) -> None:
     for add in (False, True):
         out = addend.to(DEVICE, copy=True) if add else nan(2, 3, M, N, dtype=dtype)
         matmul(x.to(DEVICE), y.to(DEVICE), out, "ieee", 0.3, add)
-        plain, exact = (0.3 * (x.to(t) @ y.to(t)) + add * addend.to(t) for t in (torch.float32, torch.float64))
-        assert_accurate("matmul", out.cpu(), plain, exact)
+        (reference,) = references(dtype, lambda t, add=add: [0.3 * (x.to(t) @ y.to(t)) + add * addend.to(t)])
+        assert_accurate("matmul", out, reference)
     with pytest.raises(ValueError, match="expected"):
         matmul(x, y, out[:, :, :, 1:], "ieee")
 
@@ -249,9 +249,10 @@ def test_logit_gradient_at_extremes(model: str, loss: str, scale: float, tau: fl
     dz = logits.to(DEVICE, copy=True)
     logit_gradient(dz, pairs, case.scalars.to(DEVICE), dz, case.n, case.layout, loss)
     assert not dz[:, case.n:].any() and not dz[:, :, case.layout.classes:].any()
-    plain, exact = (loss_gradient_ref(logits[0, : case.n].to(t), (case.a[0] + case.b[0]) % 53, case.scalars[0, 0].to(t), case.layout.classes, loss)
-                    for t in (torch.float32, torch.float64))
-    assert_accurate("dz", dz[0, : case.n].cpu(), plain, exact)
+    labels = (case.a[0] + case.b[0]) % 53
+    (reference,) = references(dtype, lambda t: [loss_gradient_ref(logits[0, : case.n].to(t), labels, case.scalars[0, 0].to(t), case.layout.classes,
+                                                              loss)])
+    assert_accurate("dz", dz[0, : case.n], reference)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -302,6 +303,6 @@ def test_audit_counts_what_the_definition_counts(model: str, dtype: torch.dtype,
     wanted = evaluate_ref(case.params[0], case.train[0], case.a[0], case.b[0], case.scalars[0, 0], layout, "ce")
     names = metric_names(layout.groups)
     for name in ("train_accuracy", "test_accuracy", "saturated", "collapse32", "collapse64", "sum_exp_is_one", "zero_gradient_rows"):
-        assert metrics[0, names.index(name)] == pytest.approx(float(wanted[names.index(name)]), abs=1e-15), name
+        assert metrics[0, names.index(name)].item() == pytest.approx(wanted[names.index(name)].item(), abs=1e-15), name
         assert 0 < wanted[names.index(name)] < 1, name
     assert torch.allclose(metrics[0].cpu(), wanted, rtol=1e-6, atol=1e-7)     # losses, scale and norms, which have tests of their own

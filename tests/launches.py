@@ -1,0 +1,119 @@
+"""Every kernel launch that the experiments, the kernels' tests and `bench/` make, without a GPU and mostly without running anything.
+
+A launch is what Triton's launcher is given. Those of the experiments and of `bench/` come from their own launch code, in which a recorder takes the
+launcher's place; those of the tests from their suites, run by the interpreter with `GROKKING_RECORD_LAUNCHES` naming a file.
+"""
+import ast
+import importlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from kernels.cuda import CudaKernels
+from kernels.dialect import triton
+from kernels.layout import Layout, TransformerLayout, model_layout
+
+ROOT = Path(__file__).parent.parent
+MODULI = (29, 31, 41, 43, 53, 59, 67, 71, 79, 97, 113)
+MODELS = ("mlp", "transformer", "transformer_ln", "transformer_b")
+MODES = ((torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float64, "ieee"))
+SUITES = ("triton_kernels.py", "triton_steps.py", "triton_transformer.py", "triton_transformer_steps.py")
+
+
+class Launch(NamedTuple):
+    kernel: object      # triton.runtime.jit.JITFunction
+    args: tuple
+    options: dict       # num_warps and the like
+
+
+class Pointer(NamedTuple):
+    """Stands for a tensor on a device: all that a launcher asks of one."""
+    dtype: torch.dtype
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def recording(launches: list[Launch]) -> object:
+    """Within the block nothing is launched: launches are appended."""
+    def record(kernel: object, *args: object, grid: object, warmup: bool, **options: object) -> None:
+        launches.append(Launch(kernel, args, options))
+    return mock.patch.object(triton.runtime.jit.JITFunction, "run", record)
+
+
+def step_launches(layout: Layout | TransformerLayout, dtype: torch.dtype, arithmetic: str, loss: str, runs: int = 1, chunk: int = 1, steps: int = 1,
+                  n: int | None = None, decay_last: bool = False) -> list[Launch]:
+    """Of some steps and an evaluation, with `n` training pairs, 40% of all by default."""
+    p, launches = layout.p, []
+    n = n or int(0.4 * p * p)
+    pairs = torch.randperm(p * p, generator=torch.Generator().manual_seed(1000))[None, :n].expand(runs, n)
+    rows = [torch.zeros(runs, layout.n_params, dtype=dtype) for _ in range(3)]
+    engine = CudaKernels(layout, loss, dtype, arithmetic, *rows, pairs // p, pairs % p, torch.zeros(runs, p * p), decay_last)
+    engine.chunk = chunk
+    with recording(launches):
+        engine.interval(torch.ones(runs, steps, engine.scalars, dtype=torch.float64))
+    return launches
+
+
+EXPERIMENTS = list(itertools.product(MODELS, MODULI, MODES, ("ce", "mse")))
+
+
+def of_experiments(chosen: list = EXPERIMENTS) -> Iterator[Launch]:
+    """All models, moduli, modes and losses. A launcher asks of the number of pairs only whether it is a multiple of 16: both are here."""
+    for model, p, (dtype, arithmetic), loss in chosen:
+        layout, n = model_layout(model, p, dtype), int(0.4 * p * p)
+        yield from step_launches(layout, dtype, arithmetic, loss, decay_last=loss == "mse")
+        yield from step_launches(layout, dtype, arithmetic, loss, n=n + 1 if n % 16 == 0 else n - n % 16)
+
+
+def of_bench() -> Iterator[Launch]:
+    """Kernels that `bench/` defines, and those of the engine as it measures them. Its other launches are an experiment's."""
+    from bench import gpu_measurements as bench
+
+    launches: list[Launch] = []
+
+    def once(call: object, *_: object, **__: object) -> tuple[float, float, float]:
+        with recording(launches):
+            call()
+        return 1.0, 1.0, 1.0
+
+    with mock.patch.multiple(bench, DEVICE="cpu", seconds=once):
+        for p in (59, 97):
+            for measurement in (bench.dot_rate, bench.row_adds, bench.graph):
+                list(measurement(p, 2))
+    return iter(launches)
+
+
+def of_tests(path: Path) -> Iterator[Launch]:
+    """What `record_interpreted` wrote."""
+    for line in path.read_text().splitlines():
+        module, name, args, options = json.loads(line)
+        yield Launch(getattr(importlib.import_module(module), name), tuple(
+            Pointer(getattr(torch, value), address) if kind == "tensor" else ast.literal_eval(value) for kind, value, address in args), options)
+
+
+def record_interpreted(path: Path) -> None:
+    """From now on the interpreter's launches are also lines of `path`, each kind once."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    run, seen = InterpretedFunction.run, set()
+
+    def record(self: object, *args: object, grid: object, warmup: bool, **options: object) -> object:
+        described = [("tensor", str(arg.dtype).removeprefix("torch."), arg.data_ptr() % 16) if isinstance(arg, torch.Tensor) else
+                     ("value", repr(tuple(arg) if isinstance(arg, tuple) else arg), 0) for arg in args]
+        line = json.dumps((self.fn.__module__, self.fn.__name__, described, options))
+        if line not in seen:
+            seen.add(line)
+            with path.open("a") as file:
+                file.write(line + "\n")
+        return run(self, *args, grid=grid, warmup=warmup, **options)
+
+    InterpretedFunction.run = record
