@@ -245,7 +245,8 @@ def curves(table: Table, config: Config, arm: str = "clamp") -> dict[str, list[s
 
 def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
     """Fills `table`: published numbers that these runs answer, and what they say beyond."""
-    rows = published("A.")
+    at_paper_rate = config.lrs[0] == PLAIN["lr"]            # else W_c, and with it every rho, is that of another learning rate
+    rows = {key: row for key, row in published("A.").items() if at_paper_rate or row["arm"] == "free"}
     answer(table, rows.values(), STATISTICS)
     delay.tell(table, rows, STATISTICS, {
         "A.alpha.shared": "alpha shared by four moduli", "A.norm_factor": "T_grok at rho 1.30 over 0.85",

@@ -41,7 +41,8 @@ def test_planted_exponents_and_power_law_come_out() -> None:
     runs = [row for cell in free for row in rows(cell, [4000] * 3, norm_at_grok=12.0 * cell.p**0.4)]
     slope = {("clamp", 16): 7.0, ("clamp", 12): 8.0}
     for cell in exp_delay_law.held_cells(config, {cell.name: 12.0 * cell.p**0.4 for cell in free}):
-        law = np.exp(slope.get((cell.arm, cell.block), 0.2) * (cell.rho - 1)) * (0.5 if (cell.arm, cell.rho) == ("clamp", 1.30) else 1) * (1e-3 / cell.lr) ** 0.5
+        saturated = 0.5 if (cell.arm, cell.rho) == ("clamp", 1.30) else 1
+        law = np.exp(slope.get((cell.arm, cell.block), 0.2) * (cell.rho - 1)) * saturated * (1e-3 / cell.lr) ** 0.5
         runs += rows(cell, [4000 * law] * 3)
     table = Table(runs)
     exp_delay_law.measure(table, config, NOTHING)
@@ -55,9 +56,10 @@ def test_planted_exponents_and_power_law_come_out() -> None:
     assert ours["A.dense.rho1.00"] == 4000 and ours["A.matrix.rho1.00.lr0.004"] == 2000 and "A.matrix.alpha" not in ours
     assert {finding["id"] for finding in table.findings if finding["id"].startswith("alpha")} == {"alpha.moduli.p31"}   # of the paper no number
     assert table.law[0].startswith("alpha shared by four moduli = 8 [8, 8], paper 7.49:")
-    other = Table([{**run, "lr": 5 * run["lr"]} for run in runs])
-    exp_delay_law.measure(other, dataclasses.replace(config, lrs=(5e-3,)), NOTHING)
-    assert not any(key.startswith(("A.alpha", "A.dense", "A.sat")) for key in other.claims)     # another learning rate answers nothing
+    for runs_at, lrs in (([{**run, "lr": 5 * run["lr"]} for run in runs], (5e-3,)), (runs, (2e-3, 1e-3))):
+        other = Table(runs_at)
+        exp_delay_law.measure(other, dataclasses.replace(config, lrs=lrs), NOTHING)      # another learning rate, or the W_c of another,
+        assert not any(key.startswith(("A.alpha", "A.dense.rho", "A.sat", "A.matrix.rho")) for key in other.claims)     # answers nothing
 
 
 def test_local_slopes_collapse_and_censored_runs_are_among_the_findings() -> None:

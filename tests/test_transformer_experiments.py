@@ -186,6 +186,7 @@ def test_planted_temperature_comes_out(tmp_path: Path) -> None:
     claims, found = measured(runs, config, log)
     assert claims["B.tf.effect"]["ours"] == 4 and claims["B.tf.rho1.15.tau1.30.T_grok"]["ours"] == 8600
     assert claims["B.tf.rho1.15.tau1.30.L"]["ours"] == 200 and claims["B.tf.rho1.00.tau1.00.T_grok"]["verdict"] == "REPLICATED"
+    assert not measured(runs, dataclasses.replace(config, w_c=30.0), log)[0]                 # another norm answers nothing
     assert found["recovery.ce.p59"]["ours"] == pytest.approx((16_000 - 8600) / (16_000 - 1238)) == found["recovery.ce.p59.early"]["ours"]
     assert found["norm_up.ce.p59"]["ours"] == pytest.approx(16_000 / 1238, abs=1e-6) and found["memorisation.ce.p59"]["ours"] == 1
     assert found["collapse.float32.ce.p59.rho1.15"]["ours"] == 0.25 and found["delay_share.ce.p59"]["ours"] == 1
