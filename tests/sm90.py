@@ -6,6 +6,7 @@ Triton changes. Exit code 1 if a build fails or is out of bounds.
 """
 import argparse
 import csv
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -53,8 +55,12 @@ class Build(NamedTuple):
 
 def bound(launch: Launch) -> tuple[dict, list, dict]:
     """A launch's arguments by name, and what they specialise the kernel to: by Triton's own launcher, which has names of its own."""
-    kernel, args, options = launch
-    return create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGET))(*args, **options)
+    return binder(launch.kernel)(*launch.args, **launch.options)
+
+
+@functools.cache
+def binder(kernel: object) -> Callable:
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGET))
 
 
 def kind(launch: Launch) -> str:
