@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -36,7 +37,8 @@ class Launch(NamedTuple):
     options: dict       # num_warps and the like
 
 
-class Pointer(NamedTuple):
+@dataclass(frozen=True)
+class Pointer:
     """Stands for a tensor on a device: all that a launcher asks of one."""
     dtype: torch.dtype
     address: int
