@@ -4,11 +4,13 @@ A launch is what Triton's launcher is given. Those of the experiments and of `be
 launcher's place; those of the tests from their suites, run by the interpreter with `GROKKING_RECORD_LAUNCHES` naming a file.
 """
 import ast
+import functools
 import importlib
 import itertools
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -16,9 +18,11 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from kernels.cuda import CudaKernels
+from kernels import mlp_launches
+from kernels.cuda import CudaKernels, launches_of
 from kernels.dialect import triton
 from kernels.layout import Layout, TransformerLayout, model_layout
+from kernels.pairs import order_of, slots_of
 
 ROOT = Path(__file__).parent.parent
 MODULI = (29, 31, 41, 43, 53, 59, 67, 71, 79, 97, 113)
@@ -33,7 +37,8 @@ class Launch(NamedTuple):
     options: dict       # num_warps and the like
 
 
-class Pointer(NamedTuple):
+@dataclass(frozen=True)
+class Pointer:
     """Stands for a tensor on a device: all that a launcher asks of one."""
     dtype: torch.dtype
     address: int
@@ -49,14 +54,28 @@ def recording(launches: list[Launch]) -> object:
     return mock.patch.object(triton.runtime.jit.JITFunction, "run", record)
 
 
+def drawn_pairs(p: int, n: int) -> torch.Tensor:
+    """Of one run. (1, n)"""
+    return torch.randperm(p * p, generator=torch.Generator().manual_seed(1000))[None, :n]
+
+
+@functools.cache
+def order_of_one(tiles: bool, p: int, n: int) -> torch.Tensor:
+    """The order of the pairs of one run: half a minute of all launches if it is worked out for each."""
+    pairs = drawn_pairs(p, n)
+    return (slots_of if tiles else order_of)(pairs // p, pairs % p, p)
+
+
 def step_launches(layout: Layout | TransformerLayout, dtype: torch.dtype, arithmetic: str, loss: str, runs: int = 1, chunk: int = 1, steps: int = 1,
                   n: int | None = None, decay_last: bool = False) -> list[Launch]:
     """Of some steps and an evaluation, with `n` training pairs, 40% of all by default."""
     p, launches = layout.p, []
     n = n or int(0.4 * p * p)
-    pairs = torch.randperm(p * p, generator=torch.Generator().manual_seed(1000))[None, :n].expand(runs, n)
-    rows = [torch.zeros(runs, layout.n_params, dtype=dtype) for _ in range(3)]
-    engine = CudaKernels(layout, loss, dtype, arithmetic, *rows, pairs // p, pairs % p, torch.zeros(runs, p * p), decay_last)
+    pairs = drawn_pairs(p, n).expand(runs, n)
+    rows = [torch.empty(runs, layout.n_params, dtype=dtype) for _ in range(3)]
+    network = launches_of(layout)
+    with mock.patch.object(network, "order_of", lambda *_: order_of_one(network is mlp_launches, p, n).repeat(runs, 1)):
+        engine = CudaKernels(layout, loss, dtype, arithmetic, *rows, pairs // p, pairs % p, torch.zeros(runs, p * p), decay_last)
     engine.chunk = chunk
     with recording(launches):
         engine.interval(torch.ones(runs, steps, engine.scalars, dtype=torch.float64))

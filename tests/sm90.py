@@ -6,6 +6,7 @@ Triton changes. Exit code 1 if a build fails or is out of bounds.
 """
 import argparse
 import csv
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -53,8 +55,12 @@ class Build(NamedTuple):
 
 def bound(launch: Launch) -> tuple[dict, list, dict]:
     """A launch's arguments by name, and what they specialise the kernel to: by Triton's own launcher, which has names of its own."""
-    kernel, args, options = launch
-    return create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGET))(*args, **options)
+    return binder(launch.kernel)(*launch.args, **launch.options)
+
+
+@functools.cache
+def binder(kernel: object) -> Callable:
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGET))
 
 
 def kind(launch: Launch) -> str:
@@ -155,18 +161,23 @@ def built(key: str) -> tuple[list, str]:
     return list(row[:-2]), ""
 
 
-def record_tests(folder: Path) -> Path:
-    """Runs the kernels' suites in the interpreter, and returns the file of their launches."""
-    path = folder / "launches_of_tests.jsonl"
+def digest(sources: list[Path]) -> str:
+    """Of their text and Triton's version."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources)) + triton.__version__.encode()).hexdigest()[:16]
+
+
+def record_tests(path: Path) -> Path:
+    """Runs the kernels' suites in the interpreter, unless it is done, and returns the file of their launches."""
     if not path.exists():
-        part = folder / "launches_of_tests.jsonl.part"
+        part = path.with_name(path.name + ".part")
         part.unlink(missing_ok=True)
         environment = {**os.environ, "TRITON_INTERPRET": "1", "GROKKING_RECORD_LAUNCHES": str(part), "OMP_NUM_THREADS": "1",
                        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
         for suite in launches.SUITES:
             print(f"recording {suite}", flush=True)
-            subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests" / suite)], env=environment,
-                           check=True, stdout=subprocess.DEVNULL)
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests" / suite)]
+            if subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode:
+                raise SystemExit(f"{suite} fails, so its launches are not all recorded; see make test")
         part.replace(path)
     return path
 
@@ -176,17 +187,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for kernels_sm90.csv")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args()
-    sources = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "bench").glob("gpu_measurements.py")]
-    state = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources)) + triton.__version__.encode()).hexdigest()[:16]
-    folder = options.out / "checkpoint" / f"sm90_{state}"
+    sources = [*(ROOT / "kernels").glob("*.py"), ROOT / "bench/gpu_measurements.py"]
+    folder = options.out / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
-    recorded, start = record_tests(folder), time.monotonic()
+    recorded = record_tests(folder / f"launches_{digest([*sources, *(ROOT / 'tests').glob('triton_*.py')])}.jsonl")
+    start = time.monotonic()
     found = {name: kinds(each) for name, each in (("experiments", launches.of_experiments()), ("bench", launches.of_bench()),
                                                   ("tests", launches.of_tests(recorded)))}
     wanted = found["tests"] | found["bench"] | found["experiments"]
     users = {key: " ".join(name for name in found if key in found[name]) for key in wanted}
-    log = folder / "built.jsonl"
-    done = {key: (row, fault) for key, row, fault in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
+    log = folder / f"built_{digest([*sources, Path(__file__)])}.jsonl"
+    kept = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")] if log.exists() else []     # the last may be a piece
+    log.write_text("".join(kept))
+    done = {key: (row, fault) for key, row, fault in map(json.loads, kept)}
     print(f"{len(wanted)} kernels ({', '.join(f'{len(each)} of {name}' for name, each in found.items())}), {len(done)} built before; "
           f"recorded in {time.monotonic() - start:.0f} s", flush=True)
     WANTED.update(wanted)           # the processes are forks of this one: a kernel cannot be sent to them
@@ -199,14 +212,16 @@ def main() -> int:
             if count % 100 == 0:
                 print(f"{count} of {len(jobs)} built, {time.monotonic() - start:.0f} s", flush=True)
     part = options.out / "kernels_sm90.csv.part"
-    rows = sorted((*row, users[key]) for key, (row, _) in done.items() if row and key in wanted)
+    rows = [(*row, users[key]) for key, (row, _) in done.items() if row and key in wanted]
+    rows.sort(key=lambda row: (row[0], row[1] or 0, *map(str, row[2:])))
     with part.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow((*Build._fields[:-2], "launched_by"))
         writer.writerows(rows)
     part.replace(options.out / "kernels_sm90.csv")
     faults = sorted({fault for key, (_, fault) in done.items() if fault and key in wanted})
-    print(*faults, sep="\n")
+    for fault in faults:
+        print(fault)
     most = (max(row[Build._fields.index(name)] for row in rows) for name in ("registers", "stack_bytes", "shared_bytes"))
     print("{} kernels built, {} faults; most: {} registers, {} bytes of stack, {} bytes of shared memory".format(len(rows), len(faults), *most))
     return 1 if faults else 0
