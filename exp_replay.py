@@ -226,10 +226,10 @@ def describe_paper_a(data: dict[str, np.ndarray], label: str, members: tuple[int
     picked = choose(members, S, label)
     grokked = data["T_grok_per_seed"][list(picked)]
     settings_of = {"p": p, "train_frac": number("alpha"), "weight_decay": number("lam"), "lr": number("lr")}
-    cell = Cell(label, members=picked, block=S, budget_steps=budget, arm=PAPER_A_ARMS[arm], model=model, seed0=paper_a_seed(experiment, **settings_of),
-                rho=number("rho") if held else None, clamp_start=start, clamp_stop=start + 1 if arm == "rescale" else None, w_c=w_c,
-                held=(held,) * len(picked) if held else (), expected_steps=int(np.where(grokked < 0, budget, grokked).max()), card=Card(),
-                eval_every=0, scale_once=scale_once, **settings_of)
+    cell = Cell(label, members=picked, block=S, budget_steps=budget, arm=PAPER_A_ARMS[arm], model=model,
+                seed0=paper_a_seed(experiment, **settings_of), rho=number("rho") if held else None, clamp_start=start,
+                clamp_stop=start + 1 if arm == "rescale" else None, w_c=w_c, held=(held,) * len(picked) if held else (),
+                expected_steps=int(np.where(grokked < 0, budget, grokked).max()), card=Card(), eval_every=0, scale_once=scale_once, **settings_of)
     for key, expected in (("d_model", 128), ("H", 256 if model == "mlp" else 512), ("n_heads", 4), ("n_layers", 1), ("n_train", cell.n_train)):
         if key in data and whole(data, key) != expected:
             raise ValueError(f"{key} is {whole(data, key)}, only {expected} is trained")
