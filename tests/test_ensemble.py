@@ -192,18 +192,20 @@ class Counting:
 
 
 def test_every_cell_keeps_its_own_schedule() -> None:
-    """Crossings at steps 110 and 330: seen at the next evaluation of the cell's own; logs; the cell's end; nobody is far ahead."""
-    grid = geometric_grid(1000)
-    cells = [dataclasses.replace(CELL, name=str(every), members=(0, 1), budget_steps=1000, eval_every=every) for every in (25, 50, 0)]
+    """Crossings at steps 110 and 3310, where the grid's steps are 90 apart: seen at the next evaluation of the cell's own; logs; the cell's end;
+    nobody is far ahead."""
+    grid = geometric_grid(20_000)
+    cells = [dataclasses.replace(CELL, name=str(every), members=(0, 1), budget_steps=20_000, eval_every=every) for every in (25, 50, 0)]
     ensemble = Ensemble(cells, "cpu", "eager", torch.float32, "ieee")
-    Counting(ensemble, {0: 110, 1: 330, 2: 110, 3: 330, 4: 110, 5: 330})
+    Counting(ensemble, {0: 110, 1: 3310, 2: 110, 3: 3310, 4: 110, 5: 3310})
     ensemble.train(quiet)
-    first, last = (int(grid[grid >= step][0]) for step in (110, 330))
-    assert [run["t_grok_step"] for run in ensemble.result().runs] == [125, 350, 150, 350, first, last]
-    assert [run["steps_run"] for run in ensemble.result().runs] == [350] * 4 + [last] * 2
+    first, last = (int(grid[grid >= step][0]) for step in (110, 3310))
+    assert [run["t_grok_step"] for run in ensemble.result().runs] == [125, 3325, 150, 3350, first, last]
+    assert [run["steps_run"] for run in ensemble.result().runs] == [3325] * 2 + [3350] * 2 + [last] * 2
     assert ensemble.result().executed <= ensemble.result().needed + 6 * 2 * EVAL_EVERY
     logs = {cell.name: [row["step"] for row in ensemble.result().trajectories if row["cell"] == cell.name and row["member"] == 1] for cell in cells}
-    assert logs == {"25": [1, 200], "50": [1, 200], "0": grid[grid <= last].tolist()}
+    multiples = [1, *range(200, 3400, 200)]
+    assert logs == {"25": multiples, "50": multiples, "0": grid[grid <= last].tolist()}
 
 
 def test_schedules_leave_each_other_s_bits() -> None:
