@@ -136,6 +136,8 @@ class Cell:
     dtype: str = ""                   # float32 or float64; empty: the command's
     card: Card | None = None          # CUDA card whose generator, seeded with seed0, draws the block, as in paper A; None: the CPU's
     eval_every: int = EVAL_EVERY      # steps between evaluations, a divisor of LOG_EVERY; 0: paper A's geometric grid up to the budget
+    group: str = ""                   # of weights that is held or scaled alone
+    networks: str = "fresh"           # or the set of a paper's own runs that these networks are
     scale_once: tuple[float, ...] = ()   # factors of the model's groups, applied once, after step clamp_start; none: nothing is scaled
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 from common import EVAL_EVERY, Cell, Result, Trajectories, UsageError, geometric_grid, n_train
 from lab import console, figures, files, settings
 from lab.desk import Lab, main, provenance
-from lab.draws import Card, paper_a_seed
+from lab.draws import LAYERS, Card, paper_a_seed
 from lab.ensemble import inherit
 
 
@@ -58,7 +58,6 @@ FORK_ARMS = {"free": "free", "clamp_same": "same", "clamp_raised": "raised", "cl
 ARCHS = {"mlp": ("mlp", 256), "tfnoln": ("transformer_b", 512)}   # model and hidden width
 PAPER_A_NEEDED = ("lam", "lr", "max_steps", "T_mem_per_seed", "T_grok_per_seed", "steps", "train_acc")
 PAPER_A_ARMS = {"none": "free", "free": "free", "clamp": "clamp", "rescale": "rescale", "layer": "rescale"}
-LAYERS = {"embed": (1, 0, 0), "hidden": (0, 1, 0), "out": (0, 0, 1), "all": (1, 1, 1)}   # groups that its one-shot arms scale
 GRID_LIMIT = 10**7     # steps
 LARGEST_FILE = 64 << 20   # bytes
 FLOAT32 = np.finfo(np.float32)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lab import stats
+from lab import own, stats
 
 ROOT = Path(__file__).resolve().parents[1]
 SAME = ("model", "p", "block", "lr", "seed0", "train_frac", "weight_decay")   # what a clamp shares with its free control
@@ -53,7 +53,8 @@ class Table:
         self.first: dict[str, dict] = {}
         for run in runs:
             if run["cell"] not in self.first:
-                self.first[run["cell"]] = {"task": "add", **run, "group": group_held(run)}
+                given = {key: run.get(key) for key in ("group", "networks") if run.get(key)}
+                self.first[run["cell"]] = {"task": "add", "networks": "fresh", **run, "group": group_held(run), **given}
         self.grok = {cell: np.array([*stats.times(runs, cell).values()]) for cell in self.first}
         self.mem = {cell: np.array([*stats.times(runs, cell, "t_mem_step").values()]) for cell in self.first}
         self.log: dict[str, dict] = {cell: {} for cell in self.first}
@@ -71,7 +72,7 @@ class Table:
     def like(self, row: dict, **more: object) -> list[str]:
         """Cells under all conditions that a published row states, and `more`, such as those that only its note has."""
         stated = {column: row[key] for key, column in CONDITIONS.items() if row.get(key) is not None}
-        return self.pick(**{**UNLESS_STATED, **stated, **more})
+        return self.pick(**{**UNLESS_STATED, **stated, "networks": own.label(row) if self.networks == "published" else "fresh", **more})
 
     def match(self, row: dict, **more: object) -> str | None:
         """The cell that a published row is about, if it ran. Where the row has no dtype float32, the papers' precision, goes first."""

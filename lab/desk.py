@@ -335,10 +335,11 @@ class Lab:
                 files.write_csv(out / name, make(runs, trajectories))
         read = {name: files.read_csv(out / name) if (out / name).exists() else [] for name in ("cells.csv", *tables)}
         answered: list[Table] = []
-        for networks in dict.fromkeys(run.get("networks") or "fresh" for run in runs):
-            mine = [run for run in runs if (run.get("networks") or "fresh") == networks]
-            answered.append(Table(mine, read.get("around_grok.csv", []), networks))
-            measure(answered[-1], config, read)
+        for kind in ("fresh", "published"):
+            mine = [run for run in runs if ((run.get("networks") or "fresh") == "fresh") == (kind == "fresh")]
+            if mine:
+                answered.append(Table(mine, read.get("around_grok.csv", []), kind))
+                measure(answered[-1], config, read)
         files.write_summary(out, *merged(answered))
         self._last_words(answered, main_figure)
         for table in answered:

@@ -58,6 +58,7 @@ class Card(NamedTuple):
         return self.multiprocessors * (self.threads // BLOCK_THREADS)
 
 
+LAYERS = {"embed": (1, 0, 0), "hidden": (0, 1, 0), "out": (0, 0, 1), "all": (1, 1, 1)}   # groups that paper A's one-shot arms scale
 # What the runners of paper A's released experiments name a configuration by. Where the second is True the exponent's plus is left out.
 KEYS = {
     **dict.fromkeys(("denserho", "pscan", "efflr"), ("{p}_{train_frac:.2f}_128_256_{weight_decay:.0e}", True)),

@@ -30,7 +30,7 @@ NEVER = 2**62          # a step that no run reaches
 CROSSINGS = (("train_accuracy", T_MEM_ACCURACY), ("test_accuracy", 0.80), ("test_accuracy", T_GROK_ACCURACY), ("test_accuracy", 0.95))
 MEM, CROSS_80, GROK, CROSS_95 = range(4)
 FOURIER = ("fourier_top5", "fourier_gini")
-CELL_COLUMNS = ("model", "loss", "p", "train_frac", "block", "seed0", "arm", "rho", "tau", "gamma", "lr", "weight_decay",
+CELL_COLUMNS = ("networks", "model", "loss", "p", "train_frac", "block", "seed0", "arm", "group", "rho", "tau", "gamma", "lr", "weight_decay",
                 "clamp_start", "clamp_stop", "w_c", "budget_steps")
 
 

@@ -1,0 +1,79 @@
+"""The papers' own networks: cells made from the conditions that `published.csv` states, with the papers' draws, held norms and protocol.
+
+What a paper held is `rho` times the column `w_c`, so no control has to be trained first. Paper A's runs are measured on a grid of steps that
+depends on their budget; budgets are those of its released runs. A cell is named after the set of runs that it belongs to.
+"""
+import dataclasses
+from collections.abc import Iterable
+
+from common import EVAL_EVERY, MODELS, Cell
+from lab.draws import LAYERS, Card, paper_a_seed
+
+AUDIT_EVERY = 50   # steps between evaluations of paper B's audit
+# steps at which the papers' runs end, by set of runs, and where it is not one number by rho; None: free
+BUDGETS = {
+    "denserho": {None: 12_000, 0.85: 8000, 0.90: 8000, 0.95: 8000, 1.00: 12_000, 1.05: 18_000, 1.10: 27_000, 1.15: 40_000, 1.20: 51_000,
+                 1.25: 66_000, 1.30: 66_000},
+    "efflr": 30_000, "normint": 20_000, "grokfss": 60_000,
+    "pscan": {None: 25_000, 0.85: 15_000, 1.00: 25_000, 1.15: 80_000, 1.30: 160_000},       # and 1.2 times as long at p=71
+    "tfnoln": 30_000, "tfnoln_long": {None: 40_000, 0.85: 30_000, 1.00: 40_000, 1.15: 120_000, 1.20: 180_000},
+    "tfnormint": 25_000, "tfgrok": 40_000,
+    "mediation": {None: 60_000, 1.00: 40_000, 1.15: 120_000}, "collapse": {1.00: 20_000, 1.05: 38_000, 1.10: 72_200, 1.15: 137_179},
+    "dose": {None: 60_000, 0.85: 2186, 0.90: 4155, 0.95: 7894, 1.00: 15_000, 1.05: 28_500, 1.10: 54_150, 1.15: 102_884, 1.20: 195_481,
+             1.25: 300_000},
+    "alloc": 50_000, "audit": 60_000, "transformer": {None: 80_000, 1.00: 50_000, 1.15: 137_179},
+}
+
+
+def label(row: dict) -> str:
+    """The set of runs that answers a published row; of paper B all cells of one block are one set."""
+    return row["experiment"].split()[0] if row["id"].startswith("A.") else "B"
+
+
+def budget(row: dict) -> int:
+    steps = BUDGETS[row["experiment"]]
+    steps = steps if isinstance(steps, int) else steps[row["rho"]]
+    return steps * 6 // 5 if (row["experiment"], row["p"]) == ("pscan", 71) else steps
+
+
+def cells(rows: Iterable[dict], members: tuple[int, ...] = (), **only: tuple) -> list[Cell]:
+    """A cell for every condition of the published `rows` that names one arm; `members` of its block, none: the whole. `only`: the values of a
+    column that are wanted, empty: all; free runs have no `rho` to want."""
+    found: dict[str, Cell] = {}
+    for row in rows:
+        wanted = all(not values or row[column] in values or (column == "rho" and row["arm"] == "free") for column, values in only.items())
+        if row["arm"] and row["block"] and row["experiment"] in BUDGETS and wanted:
+            made = cell(row, members)
+            kept = found.setdefault(made.name, made)
+            found[made.name] = dataclasses.replace(kept, budget_steps=max(kept.budget_steps, made.budget_steps),
+                                                   expected_steps=max(kept.expected_steps, made.expected_steps))
+    return list(found.values())
+
+
+def cell(row: dict, members: tuple[int, ...] = (), shares: tuple[float, ...] = ()) -> Cell:
+    """The cell of one published row. An allocation needs the `shares` of the groups: its held norms over w_c."""
+    a, free, block = row["id"].startswith("A."), row["arm"] == "free", row["block"]
+    fields = {"p": row["p"], "train_frac": row["train_frac"] or 0.40, "lr": row["lr"] or MODELS[row["model"]], "weight_decay": row["wd"] or 1.0}
+    protocol = ({"card": Card(), "seed0": paper_a_seed(row["experiment"], **fields), "eval_every": 0} if a else
+                {"seed0": 0, "decay_last": True, "eval_every": AUDIT_EVERY if row["experiment"] == "audit" else EVAL_EVERY})
+    group, chosen, held = row["group"] or "", tuple(members) or tuple(range(block)), ()
+    if group in LAYERS:
+        protocol |= {"scale_once": tuple(0.8 if scaled else 1.0 for scaled in LAYERS[group])}
+    elif group:
+        held = tuple(row["rho"] * row["w_c"] if name == group else 0.0 for name in ("total", "embed", "attn", "mlp", "unembed"))
+    elif not free:
+        held = tuple(row["w_c"] * share for share in (0.0, *shares)) if shares else (row["rho"] * row["w_c"],)
+    parts = [label(row), row["arm"], *([group] if group else []), f"p{row['p']}", f"b{block}", *([row["loss"]] if row["loss"] != "ce" else [])]
+    parts += [f"{short}{row[column]:g}" for short, column, default in (("rho", "rho", None), ("tau", "tau", 1.0), ("gamma", "gamma", None),
+              ("lr", "lr", MODELS[row["model"]]), ("wd", "wd", 1.0), ("frac", "train_frac", 0.40)) if row[column] not in (None, default)]
+    steps = row["value"] if row["statistic"] == "T_grok" and row["value"] else 0
+    made = Cell("_".join([*parts, *([row["dtype"]] if row["dtype"] == "float64" else [])]), members=chosen, block=block, budget_steps=budget(row),
+                arm=row["arm"], loss=row["loss"], model=row["model"], rho=None if group in LAYERS else row["rho"], tau=row["tau"] or 1.0,
+                gamma=row["gamma"], w_c=row["w_c"] if held else None, held=(held,) * len(chosen) if held else (), group=group, networks=label(row),
+                expected_steps=int(1.15 * steps), dtype=row["dtype"] or "", **fields, **protocol)
+    return made if row["arm"] != "rescale" or group in LAYERS else once(made)
+
+
+def once(cell: Cell) -> Cell:
+    """The norm set to its target at one step instead of held from there on."""
+    return dataclasses.replace(cell, clamp_stop=cell.clamp_start + 1)
