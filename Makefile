@@ -11,39 +11,40 @@ endif
 .PHONY: delay_law logit_scale fork paper replay report bench test test-gpu gpu-evidence lint clean
 
 delay_law: $(READY)
-	$(PY) exp_delay_law.py $(ARGS)
+	'$(PY)' exp_delay_law.py $(ARGS)
 
 logit_scale: $(READY)
-	$(PY) exp_logit_scale.py $(ARGS)
+	'$(PY)' exp_logit_scale.py $(ARGS)
 
 fork: $(READY)
-	$(PY) exp_fork.py $(ARGS)
+	'$(PY)' exp_fork.py $(ARGS)
 
 paper: $(READY)           # on a GPU: the paper presets of all experiments, at most ten minutes a call: call again until it says complete
-	$(PY) bench/gpu_evidence.py --paper $(ARGS)
+	'$(PY)' bench/gpu_evidence.py --paper $(ARGS)
 
 replay: $(READY)          # RELEASED=folder with the released .npz files
-	$(PY) exp_replay.py $(RELEASED) $(ARGS)
+	'$(PY)' exp_replay.py '$(RELEASED)' $(ARGS)
 
 report: $(READY)          # the README's table from results/*/*/summary.json
-	$(PY) report.py $(ARGS)
+	'$(PY)' report.py $(ARGS)
 
 bench: $(READY)
-	$(PY) bench/bench_step.py $(ARGS)
+	'$(PY)' bench/bench_step.py $(ARGS)
 
 test: $(READY)
-	$(PY) -m pytest -q $(ARGS)
+	'$(PY)' -m pytest -q $(ARGS)
 
 test-gpu: $(READY)        # the kernels' tests natively; fails without a GPU
-	GROKKING_TEST_GPU=1 $(PY) -m pytest -q -rs tests/test_triton.py $(ARGS)
+	GROKKING_TEST_GPU=1 '$(PY)' -m pytest -q -rs tests/test_triton.py $(ARGS)
 
 gpu-evidence: $(READY)    # all that only a GPU can show, in stages of at most ten minutes: call again until it says complete
-	$(PY) bench/gpu_evidence.py --released $(RELEASED) $(ARGS)
+	'$(PY)' bench/gpu_evidence.py --released '$(RELEASED)' $(ARGS)
 
 lint: $(READY)
-	$(PY) -m ruff check .
+	'$(PY)' -m ruff check .
 
 $(VENV)/.ready: requirements.txt
+	python3 -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed, python3 is " + sys.version.split()[0])'
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

@@ -3,6 +3,7 @@
 Runs start as `draws.py` says, from the same bits on every device, and are trained by `ensemble.py`.
 Source: arXiv 2606.13753 and 2606.18465, methods sections.
 """
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass, field
@@ -91,10 +92,13 @@ class Cell:
 
 
 def unique(cells: list[Cell]) -> list[Cell]:
-    """One cell per condition; where parts ask for it with different budgets, the larger one."""
+    """One cell per condition; where parts ask for it with different budgets, the larger one. Raises ValueError if two conditions share a name."""
     best: dict[str, Cell] = {}
     for cell in cells:
-        if cell.name not in best or cell.budget_steps > best[cell.name].budget_steps:
+        kept = best.setdefault(cell.name, cell)
+        if dataclasses.replace(cell, budget_steps=kept.budget_steps, expected_steps=kept.expected_steps) != kept:
+            raise ValueError(f"two conditions share the name {cell.name}")
+        if cell.budget_steps > kept.budget_steps:
             best[cell.name] = cell
     return list(best.values())
 

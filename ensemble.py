@@ -103,9 +103,10 @@ class Ensemble:
         self.arithmetic, self.on_device, self.kernels = arithmetic, np.arange(R), None
         if device == "cuda":
             self.backend = "triton"
-        else:   # of nothing else: bits depend on it
+        else:
             self.backend = "compiled" if backend == "compiled" or (backend == "auto" and cpu.has_compiler()) else "eager"
-        digest = hashlib.sha256(repr((cells, str(dtype), self.backend, arithmetic, self.start.tolist())).encode()).digest()
+        self.backends: list[str] = []                                    # those that trained it, in their order: bits depend on them
+        digest = hashlib.sha256(repr((cells, str(dtype), device, arithmetic, self.start.tolist())).encode()).digest()
         self.identity = torch.tensor(list(digest), dtype=torch.uint8)    # a snapshot of other runs must not be taken up
 
     def compile(self) -> None:
@@ -212,6 +213,8 @@ class Ensemble:
     def train(self, tick: Callable[["Ensemble"], None], save: Callable[[dict], None] | None = None, save_every: float = 180) -> None:
         """Train until every cell has retired. `tick` is called a few times a second from the main thread; `save` gets a snapshot
         every `save_every` seconds, later if that would take more than its share of the time, and one if Ctrl-C or SIGTERM ends training early."""
+        if len(self.live()) and self.backend not in self.backends[-1:]:
+            self.backends.append(self.backend)
         advance = self._train_lockstep if self.backend == "triton" else self._train_workers
         if self.backend != "triton" and len(self.live()):
             self.compile()
@@ -235,12 +238,13 @@ class Ensemble:
         """All that is needed to continue to the same bits, as tensors."""
         arrays = {name: torch.from_numpy(getattr(self, name)) for name in self.PROGRESS}
         return {"params": self.state.params, "moment1": self.state.moment1, "moment2": self.state.moment2, **arrays, "log": self.log.tensor(),
-                "executed": torch.tensor(self.executed), "seconds": torch.tensor(self.seconds), "identity": self.identity}
+                "executed": torch.tensor(self.executed), "seconds": torch.tensor(self.seconds), "identity": self.identity,
+                "backends": torch.tensor(list(" ".join(self.backends).encode()), dtype=torch.uint8)}
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
-        """Continue from `snapshot`. Raises UsageError if it is not of this ensemble."""
+        """Continue from `snapshot`, on a CPU whichever backend left it. Raises UsageError if it is not of this ensemble."""
         mine = self.snapshot()
-        kind = lambda k, tensor: (tensor.shape[k == "log":], tensor.dtype, tensor.layout, tensor.device)  # noqa: E731
+        kind = lambda k, tensor: (tensor.shape[k in ("log", "backends"):], tensor.dtype, tensor.layout, tensor.device)  # noqa: E731
         if (set(snapshot) != set(mine) or any(kind(k, snapshot[k]) != kind(k, mine[k]) for k in mine)
                 or not torch.equal(snapshot["identity"], self.identity)):
             raise UsageError("checkpoint holds another ensemble; remove it or choose another --out")
@@ -249,6 +253,7 @@ class Ensemble:
         self.state = State(snapshot["params"], snapshot["moment1"], snapshot["moment2"], self.start)
         self.log.replace(snapshot["log"])
         self.executed, self.seconds = int(snapshot["executed"]), float(snapshot["seconds"])
+        self.backends = bytes(snapshot["backends"].flatten().tolist()).decode("ascii", "replace").split()
 
     def measure(self, run: int) -> list[float]:
         """Metrics of `run` as it is, on a CPU."""

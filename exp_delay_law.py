@@ -15,6 +15,10 @@ W_c is the median, over the members that grok, of the norm at their own T_grok i
     python exp_delay_law.py --model transformer   section 7, parts dense, groups, concentration: see delay_law_transformer.py
     python exp_delay_law.py --parts dense --rhos 0.9 1.1 --members 0 1 2 --out results/mine
 """
+if __name__ == "__main__":
+    import early
+    early.guard()
+
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -196,6 +200,14 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     answered = [claims.get(key) or stats.claim(row, None) for key, row in known.items()]
     found += mlp.findings(runs, fits, contracted, files.read_csv(out / "cells.csv"))
     files.write_summary(out, answered, found)
+    print(stats.table(answered))
+    for finding in found:
+        print(f"{finding['id']}: {finding['ours']} ({finding['lo']} to {finding['hi']}; n {finding['n']}) {finding['quantity']}")
+    for key, fit in fits.items():
+        if isinstance(fit, dict):
+            e, lo, hi = fit["alpha"]
+            rhos = " ".join(f"{rho:g}" for rho in fit["rhos"])
+            print(f"{key}: alpha = {e:.2f}, 95% interval {lo:.2f} to {hi:.2f}, R2 = {fit['r2']:.4f}, rho {rhos}")
     figures = out / "figures"
     medians = {"mlp": "A.dense.rho", "transformer": "A.tf.rho"}.get(config.model, "none")
     for block, moduli, prefix, published in ((config.seeds, config.p, "dense", medians),
@@ -223,14 +235,6 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
         plots.contraction(contracted, figures)
     if trajectories:
         plots.trajectories(trajectories, figures)
-    print(stats.table(answered))
-    for finding in found:
-        print(f"{finding['id']}: {finding['ours']} ({finding['lo']} to {finding['hi']}; n {finding['n']}) {finding['quantity']}")
-    for key, fit in fits.items():
-        if isinstance(fit, dict):
-            e, lo, hi = fit["alpha"]
-            rhos = " ".join(f"{rho:g}" for rho in fit["rhos"])
-            print(f"{key}: alpha = {e:.2f}, 95% interval {lo:.2f} to {hi:.2f}, R2 = {fit['r2']:.4f}, rho {rhos}")
     print(f"results in {out}")
 
 

@@ -20,6 +20,10 @@ arms lie inside that of float32), and the float64 twin of any arm.
     python exp_fork.py --fork-steps 400 800 1600 --rho 1.05 1.15
     python exp_fork.py --dtype float64 --parts raised --members 0 --twin-of results/fork/laptop
 """
+if __name__ == "__main__":
+    import early
+    early.guard()
+
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -326,6 +330,12 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     cells, answered = files.read_csv(out / "cells.csv"), claims(runs, config)
     found = findings(runs, cells, config)
     files.write_summary(out, answered, found)
+    print(stats.table(answered))
+    for row in found:
+        if not row["id"].startswith(COLLAPSE):
+            ours = "no value, half or more is censored" if row["ours"] is None else f"{row['ours']:.3g}"
+            interval = f", 95% interval {row['lo']:.3g} to {row['hi']:.3g}" if row["lo"] is not None and row["hi"] is not None else ""
+            print(f"{row['id']}: {ours}{interval}, n = {row['n']}, {row['n_censored']} censored")
     for p in config.p:
         for step in config.fork_steps:
             for rho in config.rho:
@@ -340,12 +350,6 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     for axis, other in (("fork_step", "rho"), ("rho", "fork_step")):
         if len({row[axis] for row in ratios}) > 1:
             plots.fork_ratio(ratios, axis, other, out / "figures", f"ratio_over_{axis}")
-    print(stats.table(answered))
-    for row in found:
-        if not row["id"].startswith(COLLAPSE):
-            ours = "no value, half or more is censored" if row["ours"] is None else f"{row['ours']:.3g}"
-            interval = f", 95% interval {row['lo']:.3g} to {row['hi']:.3g}" if row["lo"] is not None and row["hi"] is not None else ""
-            print(f"{row['id']}: {ours}{interval}, n = {row['n']}, {row['n_censored']} censored")
     print(f"results in {out}")
 
 

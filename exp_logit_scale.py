@@ -17,6 +17,10 @@ L of a cell: mean over members of the effective logit scale at the logged step n
     python exp_logit_scale.py --model transformer_b --w-c 32.49      mediation as in the paper's transformer table, p=59
     python exp_logit_scale.py --parts audit --audit-cells 1.15 1.20 1.15:1.7 --members 0 1
 """
+if __name__ == "__main__":
+    import early
+    early.guard()
+
 import dataclasses
 import itertools
 import math
@@ -93,8 +97,9 @@ def audited(config: Config) -> list[tuple[float, float]]:
             rho, tau = (float(x) for x in (text if ":" in text else text + ":1").split(":"))
         except ValueError:
             raise UsageError(f"--audit-cells are RHO or RHO:TAU, such as 1.15 or 1.15:1.7, got {text!r}") from None
-        if not (0 < rho <= settings.LARGEST["rhos"] and 0 < tau <= settings.LARGEST["taus"]):
-            raise UsageError(f"--audit-cells: rho must be in (0, {settings.LARGEST['rhos']:g}] and tau in (0, {settings.LARGEST['taus']:g}], "
+        if not all(settings.SMALLEST[key] <= value <= settings.LARGEST[key] for key, value in (("rhos", rho), ("taus", tau))):
+            raise UsageError(f"--audit-cells: rho must be in [{settings.SMALLEST['rhos']:g}, {settings.LARGEST['rhos']:g}] and tau in "
+                             f"[{settings.SMALLEST['taus']:g}, {settings.LARGEST['taus']:g}], "
                              f"got {text!r}")
         cells.append((rho, tau))
     if len(set(cells)) < len(cells):
@@ -282,12 +287,12 @@ def write(desk: lab.Lab, result: Result, trained: bool) -> None:
     m = claims.measure(runs, files.read_csv(out / "around_grok.csv"), Plan(config))      # a run of record may come without its long trajectories
     answered = [m.claims.get(key) or stats.claim(row, None) for key, row in claims.published(config).items()]
     files.write_summary(out, answered, m.findings)
-    draw(m, config, desk)
     print(stats.table(answered))
     for row in m.findings:
         ends = f" [{row['lo']:.3g}, {row['hi']:.3g}]" if row["lo"] is not None and row["hi"] is not None else ""
         ours = "no value" if row["ours"] is None else f"{row['ours']:.3g}"
         print(f"{row['id']}: {ours}{ends}, n {row['n']}, {row['n_censored']} censored: {row['quantity']}")
+    draw(m, config, desk)
     print(f"results in {out}")
 
 

@@ -7,16 +7,24 @@ Paper B (arXiv 2606.18465): the CPU's generators, an allocation holds the stored
 (same-state comparison) is trained freely to its fork step, once for all its arms, and continued at the stored target of each member.
 Paper A (arXiv 2606.13753): the draws of its CUDA card (draws.py), measured on its geometric grid of steps; there one step of the grid is about
 3%, and one logged step is what a difference of one evaluation is in paper B.
-A file that is no such run is refused.
+A run that is damaged, or of another kind, is refused; a file that is no run, such as weights beside one, is counted and left out, and so is a
+run that there is no trainer for, by name.
 
     python exp_replay.py METRICS_DIR --match 'mediation/*p59*tau1.70*' --members 0 1 2
 
-replay.csv compares step by step; a run censored on one side only counts as grokked at the budget there. The last line sums it up.
+replay.csv compares step by step; a run censored on one side only counts as grokked at the budget there. A table by experiment (the folder that
+the files lie in) and the last line sum it up.
 """
+if __name__ == "__main__":
+    import early
+    early.guard()
+
 import dataclasses
 import fnmatch
 import functools
+import math
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +55,7 @@ class Released:
     steps: np.ndarray        # logged steps
     logit_scale: np.ndarray | None   # mean over members at those steps; paper A did not measure it
     fork_step: int = 0       # step at which it left the free run of its block; 0 = never
+    experiment: str = ""     # the folder that it lies in
 
 
 NEEDED = ("p", "alpha", "lam", "lr", "max_steps", "arm", "T_mem_per_seed", "T_grok_per_seed", "steps", "logit_scale")
@@ -59,11 +68,22 @@ PAPER_A_ARMS = {"none": "free", "free": "free", "clamp": "clamp", "rescale": "re
 LAYERS = {"embed": (1, 0, 0), "hidden": (0, 1, 0), "out": (0, 0, 1), "all": (1, 1, 1)}   # groups that its one-shot arms scale
 GRID_LIMIT = 10**7     # steps
 LARGEST_FILE = 64 << 20   # bytes
+FLOAT32 = np.finfo(np.float32)
+RUN = {"p", "alpha", "lam", "lr", "steps", "logit_scale"}   # what a file has some of that is a run, whole or not
 FORK_BUDGET = 60_000   # steps; fork files store none, the paper has it in its methods
 
 
+class NoRun(UsageError):
+    """A readable file that is not meant to be a run."""
+
+
+class NotTrained(UsageError):
+    """A released run of a kind that this project cannot train yet."""
+
+
 def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
-    """The released cell in `path`. Raises UsageError, naming the file, if it cannot be read, is foreign, or is of a kind not replayed."""
+    """The released cell in `path`. Raises UsageError, naming the file, if it cannot be read, is foreign, or is of a kind not replayed;
+    NoRun if nothing of a run is in it."""
     try:
         with zipfile.ZipFile(path) as packed:
             if (size := sum(entry.file_size for entry in packed.infolist())) > LARGEST_FILE:
@@ -74,6 +94,8 @@ def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
         raise
     except Exception as error:  # whatever is wrong with a file, it is refused by name
         raise UsageError(f"{label}: not a readable .npz of plain arrays ({type(error).__name__}); expected a file as released with paper B") from None
+    if not RUN & set(data):
+        raise NoRun(f"{label}: no run, it has none of {', '.join(sorted(RUN))}")
     forked, paper_a = "t_fork" in data, "train_acc" in data   # (S, logged steps) in every file of paper A, and in none of paper B
     if missing := [key for key in (PAPER_A_NEEDED if paper_a else FORK_NEEDED if forked else NEEDED) if key not in data]:
         raise UsageError(f"{label}: not a released run, it lacks {', '.join(missing)}")
@@ -146,7 +168,7 @@ def describe(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) 
     elif arm == "alloc" and model == "mlp":
         held = (0.0, *(float(data[key][-1]) for key in ("wn_E", "wn_W1", "wn_W2")))
     wanted = {"clamp": held[:1], "alloc": held[1:]}.get(arm, ())
-    if not all(0 < norm < np.inf for norm in wanted):
+    if not all(FLOAT32.tiny <= norm <= FLOAT32.max for norm in wanted):   # a smaller one would hold nothing
         raise ValueError("the held norm is not positive and finite")
     grokked = data["T_grok_per_seed"][list(chosen)]
     expected = int(np.where(grokked < 0, budget, grokked).max())
@@ -173,7 +195,7 @@ def describe_fork(data: dict[str, np.ndarray], label: str, members: tuple[int, .
         raise ValueError("a member had not memorised, or had grokked, at the fork")
     chosen = choose(members, S, label)
     targets = data["target"][list(chosen)].astype(float)
-    if arm != "free" and not (np.isfinite(targets) & (targets > 0)).all():
+    if arm != "free" and not ((targets >= FLOAT32.tiny) & (targets <= FLOAT32.max)).all():
         raise ValueError("the held norm is not positive and finite")
     grokked = t_grok[list(chosen)]
     expected = int(np.where(grokked < 0, FORK_BUDGET, grokked).max())
@@ -202,7 +224,7 @@ def typed(data: dict[str, np.ndarray], key: str, default: float | None = None) -
 def describe_paper_a(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) -> Released:
     number, experiment, S = functools.partial(typed, data), paper_a_experiment(data), len(data["T_grok_per_seed"])
     if experiment == "parity":
-        raise UsageError(f"{label}: a network that is not replayed (sparse parity); leave it out with --match")
+        raise NotTrained(f"{label} (sparse parity)")
     model = {"tfnoln": "transformer", "tfnormint": "transformer_ln", "tfgrok": "transformer_ln"}.get(experiment, "mlp")
     arm, p, budget, start = str(data.get("arm", "none")), whole(data, "p"), whole(data, "max_steps"), whole(data, "t_int", 0)
     if arm not in PAPER_A_ARMS:
@@ -219,7 +241,7 @@ def describe_paper_a(data: dict[str, np.ndarray], label: str, members: tuple[int
         w_c = number(name) if experiment in ("normint", "efflr", "tfnormint") else scalar(data, name)
         groups = ("all", "embed", "attn", "mlp", "unembed")
         held = tuple(number("rho") * w_c * (group == str(data.get("group", "all"))) for group in groups[: 5 if "group" in data else 1])
-        if not 0 < max(held) < np.inf:
+        if not FLOAT32.tiny <= max(held) <= FLOAT32.max:
             raise ValueError("the held norm is not positive and finite")
     elif arm == "layer":
         scale_once = tuple(number("f") if chosen else 1.0 for chosen in LAYERS[str(data["layer"])])
@@ -245,7 +267,32 @@ def chosen(config: Config) -> dict[str, Path]:
     wanted = [label for label in paths if any(fnmatch.fnmatch(text, m) for m in config.match for text in (label, Path(label).name))]
     if not wanted:
         raise UsageError(f"no .npz file below {root} matches {' or '.join(config.match)}; {len(paths)} are there")
+    for label in wanted:
+        if not label.isprintable():   # a table could not hold it; what is not UTF-8 is not printable
+            raise UsageError(f"{label!a}: the name of this file cannot be printed, or is not UTF-8; rename it, or leave it out with --match")
     return {label: paths[label] for label in wanted}
+
+
+def experiment_of(path: Path) -> str:
+    """The folder of a released file: `denserho` of `data/denserho/metrics/x.npz`, `dose` of `metrics/dose/x.npz`."""
+    return next((name for name in reversed(path.resolve().parent.parts) if name != "metrics"), "")
+
+
+def runs_among(paths: dict[str, Path], members: tuple[int, ...]) -> tuple[list[Released], list[str]]:
+    """The released cells in `paths`, and what is said of the others, a line a kind. Raises UsageError for one that is damaged, or if none is left."""
+    released, no_runs, not_trained = [], [], []
+    for label, path in paths.items():
+        try:
+            released.append(dataclasses.replace(read(path, label, members), experiment=experiment_of(path)))
+        except NoRun:
+            no_runs.append(label)
+        except NotTrained as which:
+            not_trained.append(str(which))
+    skipped = [f"{len(names)} of {len(paths)} files {what} and are left out: {', '.join(names)[:300]}"
+               for what, names in (("are no runs", no_runs), ("cannot be trained yet", not_trained)) if names]
+    if not released:
+        raise UsageError(f"no released run that can be trained is among the files; {'; '.join(skipped)}")
+    return released, skipped
 
 
 def trunk(item: Released) -> Cell:
@@ -271,16 +318,54 @@ def train(desk: lab.Lab, released: list[Released]) -> Result:
     return result
 
 
+def by_cell(rows: Iterable[dict]) -> dict[str, list[dict]]:
+    cells: dict[str, list[dict]] = {}
+    for row in rows:
+        cells.setdefault(row["cell"], []).append(row)
+    return cells
+
+
 def compare(released: list[Released], runs: list[dict]) -> list[dict]:
     """One row per run: steps there and here, and the difference of T_grok, censored sides counted at the budget."""
-    rows = []
+    rows, ours = [], by_cell(runs)
     for item in released:
-        for run in (r for r in runs if r["cell"] == item.cell.name):
+        for run in ours.get(item.cell.name, ()):
             known, end = there(item, run["member"]), run["budget_steps"]
             difference = (run["t_grok_step"] or end) - (known["t_grok_released"] or end)
             rows.append({"cell": item.cell.name, "member": run["member"], "t_mem_released": known["t_mem_released"], "t_mem": run["t_mem_step"],
-                         "t_grok_released": known["t_grok_released"], "t_grok": run["t_grok_step"], "difference_steps": difference})
+                         "t_grok_released": known["t_grok_released"], "t_grok": run["t_grok_step"], "difference_steps": difference,
+                         "difference_evaluations": evaluations_between(item.cell, known["t_grok_released"] or end, run["t_grok_step"] or end)})
     return rows
+
+
+def evaluations_between(cell: Cell, one: int, other: int) -> int:
+    """Evaluations of the cell's schedule from step `one` to step `other`, never negative."""
+    if cell.eval_every:
+        return math.ceil(abs(other - one) / cell.eval_every)
+    before, after = np.searchsorted(geometric_grid(cell.budget_steps), [one, other])
+    return abs(int(after) - int(before))
+
+
+def summary(rows: list[dict], budgets: dict[str, int]) -> dict:
+    """How many of the compared runs agree, and in what. `largest`: difference of T_grok over the released one, or over the budget."""
+    return {"runs": len(rows), "exact_t_mem": sum(r["t_mem"] == r["t_mem_released"] for r in rows),
+            "exact_t_grok": sum(r["t_grok"] == r["t_grok_released"] for r in rows),
+            "within_one": sum(r["difference_evaluations"] <= 1 for r in rows),
+            "largest": max(abs(r["difference_steps"]) / (r["t_grok_released"] or budgets[r["cell"]]) for r in rows),
+            "censored_alike": sum((r["t_grok"] is None) == (r["t_grok_released"] is None) for r in rows)}
+
+
+def table(released: list[Released], rows: list[dict]) -> list[str]:
+    """The agreement by experiment, and of all runs in the last line."""
+    budgets, ours = {item.cell.name: item.cell.budget_steps for item in released}, by_cell(rows)
+    lines = [f"{'experiment':16}{'runs':>6}{'T_mem exact':>13}{'T_grok exact':>14}{'within one':>12}{'largest':>9}{'censored alike':>16}"]
+    for experiment in dict.fromkeys(item.experiment for item in released):
+        s = summary([row for item in released if item.experiment == experiment for row in ours.get(item.cell.name, ())], budgets)
+        lines.append(f"{experiment:16}{s['runs']:6}{s['exact_t_mem']:13}{s['exact_t_grok']:14}{s['within_one']:12}{s['largest']:9.2%}"
+                     f"{s['censored_alike']:16}")
+    s = summary(rows, budgets)
+    return [*lines, f"replayed {s['runs']} runs: T_mem exact in {s['exact_t_mem']}, T_grok exact in {s['exact_t_grok']}, within one logged step in "
+                    f"{s['within_one']}, largest difference {s['largest']:.2%}, censored alike {s['censored_alike']}"]
 
 
 def there(item: Released, m: int) -> dict:
@@ -289,28 +374,40 @@ def there(item: Released, m: int) -> dict:
     return {"cell": item.cell.name, "member": m, "t_mem_released": t_mem, "t_grok_released": t_grok}
 
 
-def compare_scales(released: list[Released], trajectories: list[dict], rows: list[dict]) -> list[dict]:
-    """Per cell: effective logit scale, mean over the members that ran, at the released logged step nearest the released median T_grok."""
-    out = []
+def read_at(item: Released) -> int:
+    """The place in `item.steps` nearest the released median T_grok; the last if no member grokked."""
+    kept = item.t_grok[item.t_grok >= 0]
+    return int(np.abs(item.steps - np.median(kept)).argmin()) if len(kept) else len(item.steps) - 1
+
+
+def compare_scales(released: list[Released], trajectories: Iterable[dict], rows: list[dict]) -> list[dict]:
+    """Per cell: effective logit scale, mean over the members that ran, at the released logged step nearest the released median T_grok.
+    The trajectories are walked through once, whatever the number of cells."""
+    out, ours, places = [], by_cell(rows), {item.cell.name: read_at(item) for item in released}
+    steps = {item.cell.name: item.steps[places[item.cell.name]] for item in released}
+    scales: dict[str, list[float]] = {}
+    for t in trajectories:
+        if t["step"] == steps.get(t["cell"]):
+            scales.setdefault(t["cell"], []).append(t["logit_scale"])
     for item in released:
-        mine = [row for row in rows if row["cell"] == item.cell.name]
-        kept = item.t_grok[item.t_grok >= 0]
-        i = int(np.abs(item.steps - np.median(kept)).argmin()) if len(kept) else len(item.steps) - 1
-        here = [t["logit_scale"] for t in trajectories if t["cell"] == item.cell.name and t["step"] == item.steps[i]]
+        mine, i, here = ours[item.cell.name], places[item.cell.name], scales.get(item.cell.name, [])
         L = float(np.mean(here)) if len(here) == len(mine) else None
         out.append({"cell": item.cell.name, "n": len(mine), "block": item.cell.block, "exact": sum(r["difference_steps"] == 0 for r in mine),
-                    "within_one_evaluation": sum(abs(r["difference_steps"]) <= EVAL_EVERY for r in mine),
+                    "within_one_evaluation": sum(r["difference_evaluations"] <= 1 for r in mine),
                     "t_mem_equal": sum(r["t_mem"] == r["t_mem_released"] for r in mine),
                     "largest_relative": max(abs(r["difference_steps"]) / (r["t_grok_released"] or item.cell.budget_steps) for r in mine),
-                    "step": int(item.steps[i]), "logit_scale_released": float(item.logit_scale[i]), "logit_scale": L})
+                    "step": int(item.steps[i]), "logit_scale_released": None if item.logit_scale is None else float(item.logit_scale[i]),
+                    "logit_scale": L})
     return out
 
 
 def run(argv: list[str]) -> None:
     config, given = settings.parse(Config, {}, (), argv)
     paths = chosen(config)
-    desk = lab.Lab("replay", config, given, {}, inputs=files.digest(paths))
-    released = [read(path, label, config.members) for label, path in paths.items()]
+    released, skipped = runs_among(paths, config.members)
+    desk = lab.Lab("replay", config, given, {}, inputs=files.digest({item.cell.name: paths[item.cell.name] for item in released}))
+    for line in skipped:
+        print(f"note: {line}")
     cells = [item.cell for item in released]
     if config.figures_only:
         return desk.redraw(lambda: plots.replay(files.read_csv(desk.out / "replay.csv"), desk.out / "figures"))
@@ -327,16 +424,13 @@ def run(argv: list[str]) -> None:
     files.write_csv(out / "trajectories.csv", result.trajectories)
     files.write_csv(out / "runs.csv", [{"experiment": "replay", **r} for r in result.runs], files.RUN_COLUMNS)
     files.write_json(out / "provenance.json", lab.provenance(desk, result))
-    plots.replay(rows, out / "figures")
     for s in scales:
-        L = f"{100 * (s['logit_scale'] / s['logit_scale_released'] - 1):+.2f}%" if s["logit_scale"] else "-"
+        L = f"{100 * (s['logit_scale'] / s['logit_scale_released'] - 1):+.2f}%" if s["logit_scale"] and s["logit_scale_released"] else "-"
         print(f"{s['cell']}: {s['exact']}/{s['n']} exact, T_mem equal {s['t_mem_equal']}/{s['n']}, "
               f"largest {100 * s['largest_relative']:.2f}%, L {L}" + ("" if s["n"] == s["block"] else " (not all members ran)"))
+    plots.replay(rows, out / "figures")
     desk.finish()
-    differences = [abs(row["difference_steps"]) for row in rows]
-    print(f"results in {out}")
-    print(f"replayed {len(rows)} runs: {differences.count(0)} exact, {sum(d <= EVAL_EVERY for d in differences)} within one evaluation, "
-          f"largest difference {max(differences)} steps")
+    print(f"results in {out}", *table(released, rows), sep="\n")
     return None
 
 

@@ -25,6 +25,8 @@ RUN_COLUMNS = ("experiment", "cell", "model", "loss", "p", "train_frac", "n_trai
                "lr", "weight_decay", "clamp_start", "clamp_stop", "held_norm", "w_c", "budget_steps", "t_mem_step", "t_grok_step",
                "censored", "norm_at_grok", "logit_scale_at_grok", "steps_run", "diverged")
 
+TEXT = {"experiment", "cell", "task", "model", "loss", "arm", "dtype", "file", "name", "device", "backend", "arithmetic", "kernel"}   # columns
+
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
@@ -71,21 +73,23 @@ def write_csv(path: Path, rows: Iterable[dict], first: tuple[str, ...] = ()) -> 
 
 
 def read_csv(path: Path) -> list[dict]:
-    """Rows with numbers as int or float and empty fields as None."""
-    def value(text: str) -> object:
+    """Rows by column: text in those of TEXT, whatever it looks like, int or float in the others; empty fields as None. Raises UsageError."""
+    def value(name: str, text: str) -> object:
+        if not text or name in TEXT:
+            return text or None
         for kind in (int, float):
             try:
                 return kind(text)
             except ValueError:
                 pass
-        return text or None
+        raise UsageError(f"{path}: {text[:80]!r} in column {name} is no number; put back what was changed, or make it again")
     try:
-        with open(path, newline="") as f:
+        with open(path, newline="", encoding="utf-8-sig") as f:   # a spreadsheet saves with a mark of the encoding in front
             text = f.read()
         names, *rows = [row for row in csv.reader(io.StringIO(text)) if row] or [[]]
         if not text.endswith("\n") or any(len(row) != len(names) for row in rows):
             raise UsageError(f"{path} is cut off or has rows of unequal length; make it again, or name another folder with --out")
-        return [dict(zip(names, map(value, row), strict=True)) for row in rows]
+        return [{name: value(name, field) for name, field in zip(names, row, strict=True)} for row in rows]
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; train first, or name the folder with --out") from None
     except (UnicodeDecodeError, csv.Error):
@@ -102,7 +106,7 @@ def read_runs(path: Path) -> list[dict]:
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(content, dict):
             raise ValueError("not an object")
         return content

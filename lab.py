@@ -34,17 +34,26 @@ LOCK_TRIES = 100   # of 50 ms each, while another rank writes the settings of a 
 
 # ---------------------------------------------------------------- provenance
 
-def git(*words: str) -> str:
+def git(*words: str) -> str | None:
+    """What git says of this project's own repository; None if it fails, or if the project is no repository but a folder inside another one."""
+    own = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")}   # a hook's are of its repository
+
+    def said(*line: str) -> str:
+        return subprocess.run(["git", *line], cwd=ROOT, env=own, capture_output=True, text=True, errors="surrogateescape", timeout=10,
+                              check=True).stdout.rstrip("\n")
     try:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+        return said(*words) if os.path.samefile(said("rev-parse", "--show-toplevel"), ROOT) else None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def origin() -> dict:
-    """The code and command that this process is."""
+    """The code and command that this process is. The commit is unknown, and `dirty` null, where git cannot say or does not have the script."""
+    commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    if not commit or changed is None or git("ls-files", "--error-unmatch", "--", os.path.realpath(sys.argv[0])) is None:
+        commit, changed = "unknown", None
     return {
-        "commit": git("rev-parse", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit, "dirty": None if changed is None else bool(changed),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *map(_without_machine, sys.argv[1:])]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
     }
@@ -60,7 +69,7 @@ def provenance(desk: "Lab", result: Result) -> dict:
     config = desk.config
     return {
         **desk.origin, "device": device_name(config.device),
-        "backend": desk.backend, "dtype": config.dtype, "arithmetic": config.arithmetic if config.device == "cuda" else "ieee",
+        "backend": ", ".join(desk.backends) or "none", "dtype": config.dtype, "arithmetic": config.arithmetic if config.device == "cuda" else "ieee",
         "training_seconds": round(result.seconds, 1), "run_steps": result.executed, "run_steps_needed": result.needed,
         "executed_over_needed": round(result.executed / max(result.needed, 1), 4),
         "run_steps_per_second": round(result.executed / max(result.seconds, 1e-9), 1),
@@ -114,7 +123,7 @@ class Lab:
         folder = re.sub(r"[^A-Za-z0-9.+_-]+", "-", "_".join([preset, *changed]))[:120]
         self.folder = Path(config.out) if config.out else ROOT / "results" / experiment / folder
         self.checkpoint, self.config_file = self.folder / "checkpoint", self.folder / "config.json"
-        self.backend, self.said = "none", set()
+        self.backends, self.said = [], set()   # backends that trained the runs, in their order
         self.origin = origin()
         self.created: list[Path] = []     # folders that `open` had to make, innermost first
         self.opened, self.shares = False, 1
@@ -221,11 +230,11 @@ class Lab:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
-            self._clear(self.folder / "checkpoint.spent")
+            self._clear_spent()
             if not (found := self._snapshots()) and (Lab.merging or self._complete()):
                 self._unlock()
                 raise Dealt(f"the results are in {self.folder}; remove its runs.csv to train again, --figures-only draws them again", complete=False)
-            self.checkpoint.mkdir(exist_ok=True)
+            os.makedirs(os.path.realpath(self.checkpoint), exist_ok=True)   # it may be a link to another disk
             if self.shard and not files.lock(self.checkpoint / f"lock{self.shard}"):
                 raise UsageError(f"rank {self.rank.number} of {self.rank.size} already works in {self.folder}; wait for it or choose another --out")
         except OSError as error:
@@ -234,17 +243,19 @@ class Lab:
         if self.shard:
             (self.checkpoint / f"done{self.shard}").unlink(missing_ok=True)
         else:
-            self._find_shards(found)
+            self._find_shards({*found, *(path.name for path in self.checkpoint.glob("done.*of*"))})
         if found:
             print(f"continuing from {self.checkpoint}", flush=True)
 
     def _find_shards(self, names: set[str]) -> None:
-        """Sets `shares` to the number of ranks whose shards are all there. Raises UsageError if some are missing."""
-        sizes = sorted({int(found[1]) for name in names if (found := re.search(r"\.\d+of(\d+)\.", name))})
+        """Sets `shares` to the number of ranks whose shards are all there. Raises UsageError if some are missing.
+
+        A rank leaves no snapshot of its own where there was nothing to train, so its mark of having ended counts as well."""
+        sizes = sorted({int(found[1]) for name in names if (found := re.search(r"\.\d+of(\d+)(\.|$)", name))})
         if complete := [size for size in sizes if not self._missing(size)]:
             self.shares = complete[0]
         elif Lab.merging:
-            raise Dealt("another process has merged the shards", complete=False)
+            raise Dealt(missing_text(self._missing(sizes[0]), sizes[0]) if sizes else "another process has merged the shards", complete=False)
         elif sizes:
             raise UsageError(f"{self.checkpoint} holds shards, {missing_text(self._missing(sizes[0]), sizes[0])}; "
                              "or remove it to train everything in one process")
@@ -279,21 +290,26 @@ class Lab:
     def finish(self) -> None:
         """All results are written: the checkpoint has served. It goes at once, by its name, so that a kill leaves it whole or gone."""
         files.check_held(self.checkpoint)
-        spent = self.folder / "checkpoint.spent"
         with contextlib.suppress(OSError):   # it is in the way of itself after a kill: then file by file
-            self.checkpoint.rename(spent)
-        for folder in (spent, self.checkpoint):
-            self._clear(folder)
-        with contextlib.suppress(OSError):   # files of others go back to where they were put
-            spent.rename(self.checkpoint)
+            self.checkpoint.rename(self.folder / "checkpoint.spent")
+        self._clear(self.checkpoint)
+        self._clear_spent()
         self._unlock()
 
+    def _clear_spent(self) -> None:
+        """The end of a checkpoint that has served. Files of others, and a link to another disk, go back to where they were put."""
+        spent = self.folder / "checkpoint.spent"
+        self._clear(spent)
+        if not os.path.lexists(self.checkpoint):
+            with contextlib.suppress(OSError):
+                spent.rename(self.checkpoint)
+
     def _clear(self, folder: Path) -> None:
-        """Remove the checkpoints in `folder`, and `folder` if nothing else is in it."""
+        """Remove the checkpoints in `folder`, and `folder` if nothing else is in it and it is no link."""
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.is_file() and (path.suffix in (".pt", ".part") or path.name.startswith(("done.", "lock."))):
                 path.unlink()
-        if folder.is_dir() and not any(folder.iterdir()):
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
 
     # -- training
@@ -336,8 +352,10 @@ class Lab:
             self.say("the step is compiled on first use, up to a minute per modulus" if has_compiler() else
                      "no C++ compiler on the PATH: the step runs eagerly, about 3 times slower")
         ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, cells[0].dtype or c.dtype), c.arithmetic, start, self.checkpoint)
-        self.backend = ensemble.backend
         self._take_up(ensemble, stage + shard, [done, latest, previous], anybody)
+        if len(ensemble.live()) and (trained := [*self.backends, *ensemble.backends]) and trained[-1] != ensemble.backend:
+            self.say(f"what {self.checkpoint} holds was trained by the {trained[-1]} step, the rest is by this machine's {ensemble.backend} one: "
+                     "their rounding differs, and provenance.json names both")
         runs, before, started = len(ensemble.step), ensemble.executed, ensemble.seconds
         if len(ensemble.live()):
             if self.shares > 1 and dealt:
@@ -360,6 +378,7 @@ class Lab:
                 progress.close()
             if Signals.caught is not None:   # it came after the last tick
                 Signals.leave(Signals.caught)
+        self.backends = list(dict.fromkeys([*self.backends, *ensemble.backends]))
         rows = ensemble.result().runs
         steps, seconds = ensemble.executed - before, ensemble.seconds - started   # of this command; the rows count all
         n_censored, rest = sum(run["censored"] for run in rows), "not yet" if cells[0].stop_step else "censored"

@@ -21,12 +21,13 @@ class Logbook:
 
     def __init__(self, width: int, folder: Path | None = None):
         self.row, self.count = struct.Struct(f"{width + 2}d"), 0
+        self.sorted: tuple[np.ndarray, np.ndarray] | None = None   # rows by run and then by step, and their runs
         self.file = tempfile.TemporaryFile(dir=folder)   # noqa: SIM115, closed with its last reader
         weakref.finalize(self, self.file.close)
 
     def append(self, run: int, step: int, values: list[float]) -> None:
         self.file.write(self.row.pack(run, step, *values))
-        self.count += 1
+        self.count, self.sorted = self.count + 1, None
 
     def table(self) -> np.ndarray:
         """`(rows, width + 2)` float64, mapped from the file: reading it takes no memory."""
@@ -44,7 +45,7 @@ class Logbook:
         self.file.seek(0)
         self.file.truncate()
         self.file.write(rows.contiguous().numpy().data)
-        self.count = len(rows)
+        self.count, self.sorted = len(rows), None
 
     def rows(self, order: np.ndarray) -> Iterator[tuple[int, int, list[float]]]:
         for i in range(0, len(order), CHUNK):
@@ -56,9 +57,13 @@ class Logbook:
 
     def of(self, runs: np.ndarray) -> Iterator[tuple[int, int, list[float]]]:
         """The rows of `runs`, by run and then by step."""
-        table = self.table()
-        mine = np.flatnonzero(np.isin(table[:, 0], runs))
-        return self.rows(mine[np.lexsort((table[mine, 1], table[mine, 0]))])
+        if self.sorted is None:   # once for all cells, of which there may be hundreds
+            table = self.table()
+            order = np.lexsort((table[:, 1], table[:, 0]))
+            self.sorted = order, table[order, 0]
+        order, sorted_runs = self.sorted
+        for run in np.sort(runs):
+            yield from self.rows(order[slice(*np.searchsorted(sorted_runs, [run, run + 1]))])
 
 
 class Trajectories:

@@ -45,6 +45,7 @@ def cell_key(point: dict) -> str:
     return f"B.cell.{point['loss']}.p{point['p']}.rho{point['rho']:.2f}.tau{point['tau']:.2f}"
 
 
+@plots.drawn
 def mediation(panels: dict[str, list[dict]], known: dict[str, dict], folder: Path, file: str) -> None:
     """Per loss: T_grok and L over tau at the raised norm, each over its baseline (first point), as in the paper."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.2), squeeze=False)
@@ -74,6 +75,7 @@ def mediation(panels: dict[str, list[dict]], known: dict[str, dict], folder: Pat
     save(figure, folder, file)
 
 
+@plots.drawn
 def memorisation(panels: dict[str, list[dict]], known: dict[str, dict], folder: Path, file: str) -> None:
     """T_mem and T_grok over tau at the raised norm: temperature moves the delay, not memorisation."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), squeeze=False)
@@ -90,6 +92,7 @@ def memorisation(panels: dict[str, list[dict]], known: dict[str, dict], folder: 
     save(figure, folder, file)
 
 
+@plots.drawn
 def collapse(grid: list[dict], known: dict[str, dict], folder: Path, file: str) -> None:
     """Median T_grok over the logit scale, one colour and marker per rho: one curve if the logit scale is all that counts."""
     figure, axis = plt.subplots(figsize=(5.6, 4.4))
@@ -108,6 +111,7 @@ def collapse(grid: list[dict], known: dict[str, dict], folder: Path, file: str) 
     save(figure, folder, file)
 
 
+@plots.drawn
 def dose(cells: list[dict], fitted: list[dict], free: list[dict], known: dict[str, dict], folder: Path, file: str) -> None:
     """T_grok over the held norm with the exponential fit, ours and published, the collapse rate above it, and the free runs' frontier."""
     figure, (rate, axis) = plt.subplots(2, 1, figsize=(6, 5.6), sharex=True, gridspec_kw={"height_ratios": [1, 3]})
@@ -135,6 +139,7 @@ def dose(cells: list[dict], fitted: list[dict], free: list[dict], known: dict[st
     save(figure, folder, file)
 
 
+@plots.drawn
 def audit(pairs: list[list[dict]], known: dict[str, dict], folder: Path, file: str) -> None:
     """T_grok and collapse rate in working precision, trained in float32 and float64, cell by cell."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))
@@ -162,6 +167,7 @@ def audit(pairs: list[list[dict]], known: dict[str, dict], folder: Path, file: s
     save(figure, folder, file)
 
 
+@plots.drawn
 def allocation(cells: list[dict], known: dict[str, dict], folder: Path, file: str) -> None:
     """T_grok and logit scale over gamma at fixed total norm."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))

@@ -1,6 +1,8 @@
 """Figures that several experiments share: every member visible, censored runs as open triangles at their budget, published points beside ours."""
+import functools
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -10,12 +12,31 @@ from scipy.stats import CensoredData, ecdf
 import files
 import lab
 import stats
+from common import UsageError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+matplotlib.rcdefaults()   # a matplotlibrc of this machine would change the figures of record, or ask for a TeX that is not there
+FORGIVEN: type[Exception] | tuple = Exception   # what a figure may fail by; the tests forgive nothing
 LINES, MARKERS = ("-", "--", ":", "-."), "osD^vPX*"   # series differ in print without colour, too
+
+
+def drawn(figure: Callable[..., None]) -> Callable[..., None]:
+    """`figure`, whose failure costs a line and not the command: tables and verdicts are written and printed before. Of a folder that was taken
+    away all the same UsageError is raised."""
+    @functools.wraps(figure)
+    def attempt(*args: object, **named: object) -> None:
+        try:
+            figure(*args, **named)
+        except UsageError:
+            raise
+        except FORGIVEN as error:
+            plt.close("all")
+            print(f"a figure, {figure.__name__.replace('_', ' ')}, is not drawn ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+                  "the tables are whole", flush=True)
+    return attempt
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
@@ -50,6 +71,7 @@ def dots(axis: plt.Axes, x: float, runs: list[dict], color: str, spread: float =
     axis.plot([x - 2.2 * spread, x + 2.2 * spread], [middle(runs)] * 2, color=color, lw=2)
 
 
+@drawn
 def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: dict, prefix: str, published: str) -> None:
     """T_grok against rho on a log axis, a colour and a line style per modulus, lines fitted to three doses or more, published medians as
     open squares."""
@@ -86,6 +108,7 @@ def dose(runs: list[dict], arm: str, title: str, folder: Path, file: str, fits: 
     plt.close(figure)
 
 
+@drawn
 def groups(runs: list[dict], names: tuple[str, ...], folder: Path, file: str) -> None:
     """T_grok of a transformer with one of the groups `names` held alone, at one modulus: side by side, our medians with a marker per group and,
     of three doses or more, a line; published medians as open squares."""
@@ -117,6 +140,7 @@ def groups(runs: list[dict], names: tuple[str, ...], folder: Path, file: str) ->
     plt.close(figure)
 
 
+@drawn
 def matrix(runs: list[dict], folder: Path, file: str) -> None:
     """T_grok against learning rate, a colour and a line style per held norm that was run at several, published medians as squares."""
     known = stats.published(lab.ROOT / "published.csv", "A.matrix.")
@@ -150,6 +174,7 @@ def matrix(runs: list[dict], folder: Path, file: str) -> None:
     plt.close(figure)
 
 
+@drawn
 def critical_norm(runs: list[dict], folder: Path, group: str = "") -> None:
     """Total norm at own T_grok of free runs, or that of a group: cell by cell, and against p where there are several. Published W_c as squares."""
     column = f"norm_{group}_at_grok" if group else "norm_at_grok"
@@ -183,6 +208,7 @@ def critical_norm(runs: list[dict], folder: Path, group: str = "") -> None:
     plt.close(figure)
 
 
+@drawn
 def contraction(rows: list[dict], folder: Path) -> None:
     """Delay of free runs against the logarithm that the squared norm V fell through, from T_mem and from its peak."""
     figure, axis = plt.subplots(figsize=(5.5, 4.2))
@@ -199,6 +225,7 @@ def contraction(rows: list[dict], folder: Path) -> None:
     plt.close(figure)
 
 
+@drawn
 def trajectories(trajectories: list[dict], folder: Path) -> None:
     """Median over members of test accuracy, norm (of transformers also the unembedding's) and effective logit scale against step, a line a cell."""
     columns = [key for key in ("test_accuracy", "norm", "norm_unembed", "logit_scale") if key in trajectories[0]]
@@ -216,6 +243,7 @@ def trajectories(trajectories: list[dict], folder: Path) -> None:
     plt.close(figure)
 
 
+@drawn
 def replay(rows: list[dict], folder: Path) -> None:
     """Released T_grok against ours, a marker per folder of released files: on the line they are equal."""
     picture, axis = plt.subplots(figsize=(5.5, 5))
@@ -237,6 +265,7 @@ def replay(rows: list[dict], folder: Path) -> None:
     plt.close(picture)
 
 
+@drawn
 def survival(runs: list[dict], name: str, folder: Path) -> None:
     """Kaplan-Meier curves of T_grok at p=59, tau 1, one line per held norm; censored runs leave at their budget."""
     figure, axis = plt.subplots(figsize=(6.5, 4.2))
@@ -259,6 +288,7 @@ ARM_COLORS = {"lowered": "C2", "free": "C0", "same": "C1", "raised": "C3"}
 ARM_LINES = {"lowered": ":", "free": "--", "same": "-.", "raised": "-"}
 
 
+@drawn
 def fork_arms(arms: dict[str, list[dict]], published: dict[str, float], folder: Path, file: str) -> None:
     """Delay from the fork, log axis, one column per arm; a line joins each member's arms, so that order shows member by member."""
     figure, axis = plt.subplots(figsize=(5.5, 4.2))
@@ -286,6 +316,7 @@ def fork_arms(arms: dict[str, list[dict]], published: dict[str, float], folder: 
     plt.close(figure)
 
 
+@drawn
 def fork_trajectories(trajectories: list[dict], trunk: str, arms: dict[str, list[dict]], folder: Path, file: str) -> None:
     """Norm and test accuracy of every member: the common free run in black up to the fork, then the arms."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
@@ -303,6 +334,7 @@ def fork_trajectories(trajectories: list[dict], trunk: str, arms: dict[str, list
     plt.close(figure)
 
 
+@drawn
 def fork_ratio(ratios: list[dict], over: str, other: str, folder: Path, file: str) -> None:
     """Median delay of the raised over the same arm with its interval, against `over`; a line per modulus and value of `other`."""
     figure, axis = plt.subplots(figsize=(5.5, 4.2))

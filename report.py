@@ -7,10 +7,14 @@ Where several folders answer a number: a verdict goes before none, float32 befor
 MLPs held at multiples of a given norm (--w-c) answer none: they stand beside the others under Sensitivity.
 Equivalence of replayed runs: two one-sided t tests of ln(T_grok ours / released) against a margin of 5%, fixed before the runs.
 """
+if __name__ == "__main__":
+    import early
+    early.guard()
+
 import base64
 import html
-import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import ttest_1samp
 
+import endings
 import files
 import plots
 import stats
@@ -70,13 +75,13 @@ def collect(root: Path) -> list[Folder]:
     found = []
     for path in sorted(root.glob("*/*/summary.json")):
         try:
-            summary = json.loads(path.read_text())
+            summary = files.read_json(path)
             for claim in summary["claims"]:
                 claim["source"], claim["dtype"] = str(path.parent.relative_to(root)), summary["provenance"]["dtype"]
-            config = json.loads((path.parent / "config.json").read_text())
-            if missing := PROVENANCE - set(json.loads((path.parent / "provenance.json").read_text())):
+            config = files.read_json(path.parent / "config.json")
+            if missing := PROVENANCE - set(files.read_json(path.parent / "provenance.json")):
                 raise ValueError(f"provenance.json has no {' '.join(sorted(missing))}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (UsageError, ValueError, KeyError, TypeError) as error:
             what = f"{type(error).__name__}: {error}"
             raise UsageError(f"{path.parent} is not what an experiment leaves ({what}); remove it or make it again") from None
         given = config.get("w_c", 0.0) if config["model"] == "mlp" else 0.0
@@ -237,6 +242,11 @@ def equivalence(rows: list[dict]) -> tuple[float, float, float, float, int]:
     return float(d.mean()), float(low), float(high), float(p), len(d)
 
 
+def figure(path: Path, caption: str) -> list[tuple]:
+    """The block of a figure, if it could be drawn."""
+    return [("figure", (path, caption))] if path.exists() else []
+
+
 def replay_section(root: Path, folder: Path, draw: bool) -> list[tuple]:
     rows = replayed(root)
     if not rows:
@@ -257,7 +267,7 @@ def replay_section(root: Path, folder: Path, draw: bool) -> list[tuple]:
             ("p", "T_grok of released runs against ours; released files that are not listed were not replayed, and a network that the papers "
                   f"released under two names counts once. Equivalence: two one-sided tests against a margin of {100 * MARGIN:g}%; runs whose "
                   "ratios are all equal have no spread to test."),
-            ("figure", (folder / "replay.png", "T_grok as released against T_grok here, every replayed run")), ("table", (header, table))]
+            *figure(folder / "replay.png", "T_grok as released against T_grok here, every replayed run"), ("table", (header, table))]
 
 
 def survival_section(folders: list[Folder], folder: Path, draw: bool) -> list[tuple]:
@@ -269,7 +279,7 @@ def survival_section(folders: list[Folder], folder: Path, draw: bool) -> list[tu
     if draw:
         plots.survival(best.runs, best.name, folder)
     caption = f"Share of members that have not grokked, per held norm; {best.name}"
-    return [("h2", "Time to grok as survival"), ("figure", (folder / "survival.png", caption))]
+    return [("h2", "Time to grok as survival"), *figure(folder / "survival.png", caption)]
 
 
 # ---------------------------------------------------------------- the rest, and rendering
@@ -379,33 +389,39 @@ def stale(root: Path) -> list[str]:
     nothing about them."""
     out = []
     for path in sorted(root.glob("*/*/summary.json")):
-        then = {"runs.csv": None, **(json.loads(path.read_text()).get("data") or {})}
+        then = {"runs.csv": None, **files.made_from(path.parent)}
         out += [str((path.parent / name).relative_to(root)) for name, now in files.digests(path.parent).items() if then.get(name, now) != now]
     return out
+
+
+def check_writable(root: Path) -> None:
+    """Before minutes of work: the pages and the figures have a place, or UsageError."""
+    for folder in (ROOT, root / "report" if (root / "report").exists() else root):
+        if not os.access(folder, os.W_OK):
+            raise UsageError(f"{folder} cannot be written to; make the report in a copy, or use --check, which writes nothing")
 
 
 def main(argv: list[str]) -> int:
     if argv not in ([], ["--check"]):
         raise UsageError(f"report.py takes no flag but --check, got {' '.join(argv)}")
     readme, root = ROOT / "README.md", ROOT / "results"
-    before, _, rest = readme.read_text().partition(BEGIN)
+    if not argv:
+        check_writable(root)
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     table, blocks = build(root, draw=not argv)
     pages = {readme: f"{before}{BEGIN}\n{table}\n{END}{after}", ROOT / "REPORT.md": markdown(blocks)}
+    pages = {path: text.encode("utf-8", "backslashreplace") for path, text in pages.items()}   # names of folders may not be UTF-8
     if argv:
-        wrong = [f"{path.name} differs from the results" for path, text in pages.items() if not path.exists() or path.read_text() != text]
+        wrong = [f"{path.name} differs from the results" for path, page in pages.items() if not path.exists() or path.read_bytes() != page]
         wrong += [f"results/{table}: summary and figures beside it are of another one; draw them again with --figures-only" for table in stale(root)]
         print("\n".join([*wrong, "run report.py"] if wrong else []), end="\n" if wrong else "", file=sys.stderr)
         return int(bool(wrong))
-    for path, text in {**pages, ROOT / "report.html": webpage(blocks)}.items():
-        files.write_atomic(path, text.encode())
+    for path, page in {**pages, ROOT / "report.html": webpage(blocks).encode("utf-8", "backslashreplace")}.items():
+        files.write_atomic(path, page)
     print(f"README.md, REPORT.md and report.html: {len(blocks)} blocks")
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    endings.end(lambda: sys.exit(main(sys.argv[1:])))

@@ -54,6 +54,7 @@ CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "e
 POSITIVE = ("rhos", "lrs", "lr", "taus", "rho", "fork_steps", "budget", "train_fracs")
 
 LARGEST = {"rhos": 100, "rho": 100, "taus": 1e6, "weight_decays": 1e6, "w_c": 1e6}   # far past anything that trains
+SMALLEST = {"rhos": 1e-3, "rho": 1e-3, "taus": 1e-6, "w_c": 1e-6, "lrs": 1e-20, "lr": 1e-20}   # of what must be above 0: less is 0 in float32
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,6 +140,8 @@ def check(config: Machine) -> None:
                 raise UsageError(f"--{f.name.replace('_', '-')} must be at most {LARGEST[f.name]:g}, got {v:g}")
             if f.name in POSITIVE and v <= 0:
                 raise UsageError(f"--{f.name.replace('_', '-')} must be > 0, got {v:g}")
+            if f.name in SMALLEST and 0 < v < SMALLEST[f.name]:
+                raise UsageError(f"--{f.name.replace('_', '-')} must be at least {SMALLEST[f.name]:g}, got {v:g}")
             if f.name == "train_fracs" and v >= 1:
                 raise UsageError(f"--train-fracs must be below 1, got {v:g}: some pairs must be left to test on")
             if f.name == "weight_decays" and v < 0:

@@ -16,7 +16,7 @@ import exp_delay_law
 import files
 import lab
 import stats
-from common import UsageError
+from common import Cell, UsageError, unique
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +42,8 @@ ROOT = Path(__file__).parents[1]
     ("--parts moduli --p 41 --moduli 41", "--p and --moduli both name"),
     ("--moduli-seeds 0", "--moduli-seeds must be between 1"),
     ("--rhos 1e300", "--rhos must be at most 100"),
+    ("--rhos 1e-50", "--rhos must be at least 0.001, got 1e-50"),       # times W_c it is 0 in float32, and holds nothing
+    ("--lrs 1e-50", "--lrs must be at least 1e-20, got 1e-50"),
     ("--seeds 0", "--seeds must be between 1"),
     ("--parts nothing", "--parts must be among dense"),
     ("--preset huge", "--preset must be one of smoke, laptop, paper"),
@@ -69,6 +71,17 @@ def test_conditions_that_differ_never_share_a_name_and_p_narrows_every_part(tmp_
     assert "p59_b12" in text and "wd0_" in text and not any(f"p{p}_" in text for p in (29, 31, 41, 97))
 
 
+def test_doses_that_round_to_one_another_are_cells_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    exp_delay_law.run(["--dry-run", "--rhos", "1.15", "1.154", "1.1500000000000001", "1.1500000000000004", "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert all(text.count(f"_rho{rho}: ") == 1 for rho in ("1.15", "1.154", "1.1500000000000004"))
+    one = Cell("x", p=7, members=(0,), block=1, budget_steps=50, rho=1.15)
+    longer = dataclasses.replace(one, budget_steps=75)
+    assert unique([one, longer, one]) == [longer]
+    with pytest.raises(ValueError, match="two conditions share the name x"):
+        unique([one, dataclasses.replace(one, rho=1.154)])
+
+
 def test_a_flag_that_no_part_reads_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     unread = "note: --weight-decays changes nothing here: it is read with --parts concentration\n"
     for parts, told in (("dense", True), ("concentration", False)):
@@ -84,6 +97,41 @@ def test_a_flag_that_no_part_reads_is_said(tmp_path: Path, capsys: pytest.Captur
 def test_provenance_names_no_folder_outside(tmp_path: Path) -> None:
     words = ["--out", "results/fork/p97", str(tmp_path / "runs"), "../released/metrics", "0.9"]
     assert [lab._without_machine(word) for word in words] == ["--out", "results/fork/p97", "runs", "metrics", "0.9"]
+
+
+def test_provenance_names_the_commit_of_this_very_code_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone; the script not tracked; an archive unpacked inside another repository, which has a file of that name too; git that fails."""
+    outer, script = tmp_path / "outer", "exp_fork.py"
+    inner = outer / "lab"
+    inner.mkdir(parents=True)
+    for name in (script, "lab/exp_fork.py", "lab/mine.py"):
+        (outer / name).write_text("1\n")
+
+    def origin(root: Path, script: str) -> tuple[str, bool | None]:
+        monkeypatch.setattr(lab, "ROOT", root)
+        monkeypatch.setattr(sys, "argv", [str(root / script)])
+        found = lab.origin()
+        return found["commit"], found["dirty"]
+
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        return subprocess.run(["git", *identity, *words], cwd=outer, check=True, capture_output=True, text=True).stdout.strip()
+    git("init", "-q")
+    git("add", script, "lab/exp_fork.py")
+    assert origin(outer, script) == ("unknown", None)   # no commit yet
+    git("commit", "-qm", "one")
+    commit = git("rev-parse", "HEAD")
+    assert origin(outer, script) == (commit, False) and origin(inner, script) == ("unknown", None)
+    assert origin(outer, "lab/mine.py") == ("unknown", None) and origin(outer, "-c") == ("unknown", None)
+    (outer / script).write_text("2\n")
+    assert origin(outer, script) == (commit, True)
+    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))   # inside a hook of the other repository
+    assert origin(inner, script) == ("unknown", None)
+    monkeypatch.delenv("GIT_DIR")
+    (outer / ".git" / "HEAD").write_text("")
+    assert origin(outer, script) == ("unknown", None)
+    monkeypatch.setenv("PATH", "")
+    assert origin(outer, script) == ("unknown", None)
 
 
 def test_exit_code_and_stderr_of_a_bad_command(tmp_path: Path) -> None:
@@ -194,6 +242,19 @@ def test_smoke_preset_end_to_end_interrupted_and_not(tmp_path: Path) -> None:
     os.remove(tmp_path / "a" / "figures" / "dense.png")
     exp_delay_law.run(["--preset", "smoke", "--out", str(tmp_path / "a"), "--figures-only"])
     assert (tmp_path / "a" / "figures" / "dense.png").exists() and tables(tmp_path / "a") == tables(tmp_path / "b")
+
+
+def test_columns_have_types(tmp_path: Path) -> None:
+    """Cells named after released files `1.npz` and `nan.npz`; a table saved by a spreadsheet; text where a number belongs."""
+    rows = [{"cell": "1", "member": 0, "t_grok": 25}, {"cell": "1.50", "member": 1, "t_grok": None}, {"cell": "nan", "member": 2, "t_grok": 2.5}]
+    files.write_csv(tmp_path / "t.csv", rows)
+    assert files.read_csv(tmp_path / "t.csv") == rows
+    text = (tmp_path / "t.csv").read_text()
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert files.read_csv(tmp_path / "t.csv") == rows
+    (tmp_path / "t.csv").write_text(text.replace("25", "soon"))
+    with pytest.raises(UsageError, match=r"t\.csv: 'soon' in column t_grok is no number"):
+        files.read_csv(tmp_path / "t.csv")
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n3", "a,b\n1,2,3\n", "a,b\n1\n"])

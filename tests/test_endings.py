@@ -35,14 +35,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(not endings.HANGUP, reason="no hangups here")
-def test_a_hangup_is_a_stop(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    path = tmp_path / "out" / "checkpoint" / "arms_p11.pt"
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_a_hangup_is_a_stop_and_so_is_the_signal_before_the_end_of_a_job(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
+    path, number = tmp_path / "out" / "checkpoint" / "arms_p11.pt", getattr(signal, name)
     process = start(tmp_path / "out", LONGER, 0.05, f"signal.signal(signal.SIGHUP, signal.SIG_DFL); {QUICK}")
     request.addfinalizer(process.kill)
     wait_for(path.exists, process)
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 129 and errors == STOPPED and files.load_tensors(path)
+    assert process.returncode == 128 + number and errors == STOPPED and files.load_tensors(path)
 
 
 @pytest.mark.skipif(not endings.HANGUP, reason="no hangups here")

@@ -148,6 +148,29 @@ def test_what_is_complete_is_not_trained_again(tmp_path: Path, monkeypatch: pyte
         assert (code, errors) == (0, "") and "the results are in" not in text and tables(out) == before
 
 
+@pytest.mark.parametrize("target", ["there", "gone"])
+def test_a_checkpoint_may_be_a_link_to_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+                                                    target: str) -> None:
+    """It stays where it was put, whether the disk has been cleared or the command is killed when all is written; what it held is gone."""
+    out, scratch, clear = tmp_path / "out", tmp_path / "scratch" / "mine", lab.Lab._clear
+    out.mkdir()
+    (out / "checkpoint").symlink_to(scratch)
+    if target == "there":
+        scratch.mkdir(parents=True)
+
+    def killed(self: lab.Lab, folder: Path) -> None:
+        clear(self, folder) if not self.opened else (_ for _ in ()).throw(SystemExit(9))
+    with monkeypatch.context() as patch:
+        patch.setattr(lab.Lab, "_clear", killed)
+        assert main(monkeypatch, capsys, SHORT, out)[0] == 9 and [*scratch.glob("arms_p11.done.pt")]
+    code, text, errors = main(monkeypatch, capsys, SHORT, out)
+    assert (code, errors) == (0, "") and "the results are in" in text
+    for _ in range(2):
+        assert os.readlink(out / "checkpoint") == str(scratch) and not [*scratch.iterdir()] and not os.path.lexists(out / "checkpoint.spent")
+        (out / "runs.csv").unlink()
+        assert main(monkeypatch, capsys, SHORT, out)[::2] == (0, "")
+
+
 def test_resume_wants_a_checkpoint_not_a_folder_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "arms_p11.fresh.pt.part").touch()
@@ -184,4 +207,4 @@ def test_tables_that_were_edited_are_drawn_or_named(tmp_path: Path, monkeypatch:
     code, text, errors = main(monkeypatch, capsys, [*SHORT, "--figures-only"], out)
     assert code in (0, 2) and len(errors.splitlines()) == (code == 2)
     assert (f"note: the tables in {out} are not the ones" in text) == (table != "cells.csv")
-    assert code == 0 or f"cannot draw from the tables in {out}" in errors or "is not a runs.csv" in errors
+    assert code == 0 or f"cannot draw from the tables in {out}" in errors or "is not a runs.csv" in errors or "is no number" in errors

@@ -127,6 +127,34 @@ def test_a_refused_checkpoint_is_named_and_the_last_good_one_used(tmp_path: Path
     assert {path.name for path in checkpoint.iterdir()} == {"notes.txt", "folder.pt"}   # what is not ours stays
 
 
+@pytest.mark.parametrize("stage", ["trunk_p11_100", "arms_p11"])
+def test_a_checkpoint_moves_to_a_machine_with_another_step_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+                                                                      whole: dict, stage: str) -> None:
+    """Between two stages, and inside one: one machine's step goes by another name here, and computes the same."""
+    once, make, out = lab.Progress.__call__, lab.Ensemble.__init__, tmp_path / "out"
+
+    def elsewhere(self: lab.Ensemble, *args: object) -> None:
+        make(self, *args)
+        self.backend = "faster"
+
+    def stopping(self: lab.Progress, ensemble: object) -> None:
+        once(self, ensemble)
+        if [*(out / "checkpoint").glob(f"{stage}*.pt")]:   # the interrupt saves one more
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lab, "SAVE_EVERY", 0)
+        patch.setattr(lab.Ensemble, "__init__", elsewhere)
+        patch.setattr(lab.Progress, "__call__", stopping)
+        exp_fork.run([*SHORT, "--out", str(out)])
+    code, text, _ = main(monkeypatch, capsys, SHORT, out)
+    said = (f"what {out / 'checkpoint'} holds was trained by the faster step, the rest is by this machine's eager one: their rounding "
+            "differs, and provenance.json names both\n")
+    assert code == 0 and text.count(said) == 1 and tables(out) == whole
+    assert files.read_json(out / "provenance.json")["backend"] == "faster, eager"
+    (out / "runs.csv").unlink()
+    assert "rounding" not in main(monkeypatch, capsys, SHORT, out)[1] and files.read_json(out / "provenance.json")["backend"] == "eager"
+
+
 def executed(marker: Path) -> object:
     class Payload:
         def __reduce__(self) -> tuple:

@@ -119,6 +119,20 @@ def test_a_merge_that_is_cut_short_is_made_again_by_one_process(tmp_path: Path, 
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+def test_ranks_of_another_number_after_ranks_of_which_nothing_is_dealt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+                                                                       commands: dict) -> None:
+    """One of four ends; the control does not grok, so nothing is dealt; then two, who find the control trained, leave no snapshot of their own."""
+    flags = [*LAW, "--budget", "100"]
+    monkeypatch.setattr(plots, "save_figure", lambda *_: None)
+    for out, rank in (("one", None), ("two", (0, 4)), ("two", (0, 2)), ("two", (1, 2))):
+        with monkeypatch.context() as patch:
+            for name, value in zip(("RANK", "WORLD_SIZE"), rank or (), strict=False):
+                patch.setenv(name, str(value))
+            lab.start(exp_delay_law.run, [*flags, "--out", str(tmp_path / out)])
+    assert "has merged" not in capsys.readouterr().out and not (tmp_path / "two" / "checkpoint").exists()
+    assert contents(tmp_path / "two") == contents(tmp_path / "one") and len(contents(tmp_path / "one")) >= 4
+
+
 def test_an_altered_shard_is_named_and_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
                                                      commands: dict) -> None:
     experiment, flags = commands["fork"]

@@ -1,5 +1,6 @@
 """Per-seed replay of released runs, and what replay does with files that are none."""
 import csv
+import dataclasses
 import io
 import os
 import zipfile
@@ -20,7 +21,8 @@ def test_released_runs_come_out_seed_by_seed(tmp_path: Path, capsys: pytest.Capt
     exp_replay.run([str(RELEASED), "--match", "mlp_ce_full_p59_clamp_rho0.85", "mlp_ce_full_p59_base_rho1.00_tau1.00",
                     "mlp_mse_full_p59_base_rho1.00_tau1.00", "--members", "3", "10", "--out", str(tmp_path / "r")])
     rows = list(csv.DictReader((tmp_path / "r" / "replay.csv").read_text().splitlines()))
-    assert len(rows) == 6 and list(rows[0]) == ["cell", "member", "t_mem_released", "t_mem", "t_grok_released", "t_grok", "difference_steps"]
+    assert len(rows) == 6 and list(rows[0]) == ["cell", "member", "t_mem_released", "t_mem", "t_grok_released", "t_grok", "difference_steps",
+                                                    "difference_evaluations"]
     assert all(row["t_mem"] == row["t_mem_released"] for row in rows)
     assert all(abs(int(row["difference_steps"])) <= 25 for row in rows), rows
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("replayed 6 runs: ")
@@ -63,7 +65,9 @@ def zipped(name: str, content: bytes) -> bytes:
     (packed()[:200], "not a readable .npz"),
     (pickled(), "not a readable .npz of plain arrays"),
     (zipped("p.npy", b"\x93NUMPY\x01\x00garbage"), "not a readable .npz"),
-    (zipped("notes.txt", b"hello"), "lacks p, alpha"),
+    (zipped("notes.txt", b"hello"), "no released run that can be trained is among the files; 1 of 1 files are no runs"),
+    (packed(T_grok_per_seed=None), "lacks T_grok_per_seed"),
+    (packed(wc_used=1e-50), "held norm is not positive"),
     (zipped("p.npy", bytes(100 << 20)), "100 MB unpacked, more than the 64"),
     (packed(p=None), "lacks p"),
     (packed(p=np.nan), "p is nan"),
@@ -99,3 +103,45 @@ def test_a_folder_that_is_not_there_or_matches_nothing(tmp_path: Path) -> None:
     for member in ("5", "-1"):
         with pytest.raises(UsageError, match=f"--members.*{member}"):
             exp_replay.run([str(tmp_path), "--members", member, "--out", str(tmp_path / "out")])
+
+
+def test_a_file_that_is_no_run_is_counted_and_left_out_and_changes_no_setting(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Weights beside a run, as paper B released them: with times to grok and nothing that says what was trained."""
+    flags = [str(tmp_path), "--out", str(tmp_path / "r"), "--backend", "eager"]
+    np.savez(tmp_path / "1.npz", **good())
+    exp_replay.run(flags)
+    np.savez(tmp_path / "1_weights.npz", rho=1.0, tau=1.0, **{k: good()[k] for k in ("T_mem_per_seed", "T_grok_per_seed")})
+    capsys.readouterr()
+    exp_replay.run([*flags, "--figures-only"])
+    assert capsys.readouterr().out.splitlines()[0] == "note: 1 of 2 files are no runs and are left out: 1_weights"
+    assert [row["cell"] for row in files.read_csv(tmp_path / "r" / "replay.csv")] == ["1", "1"]
+    (tmp_path / "2.npz").write_bytes(packed()[:-30])
+    with pytest.raises(UsageError, match=r"2: not a readable \.npz"):
+        exp_replay.run(flags)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="other names of files")
+@pytest.mark.parametrize("name", [b"caf\xe9.npz", b"two\nlines.npz"])
+def test_a_file_name_that_no_table_can_hold_is_one_line(tmp_path: Path, name: bytes) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(packed())
+    with pytest.raises(UsageError, match="the name of this file cannot be printed, or is not UTF-8; rename it") as error:
+        exp_replay.run([str(tmp_path), "--out", str(tmp_path / "r")])
+    assert str(error.value).isascii() and "\n" not in str(error.value) and not (tmp_path / "r").exists()
+
+
+def test_the_comparison_walks_through_everything_once_whatever_the_number_of_cells() -> None:
+    class Counted(list):
+        walked = 0
+
+        def __iter__(self):
+            for row in super().__iter__():
+                self.walked += 1
+                yield row
+    item = exp_replay.describe({k: np.asarray(v) for k, v in good().items()}, "0", ())
+    released = [dataclasses.replace(item, cell=dataclasses.replace(item.cell, name=str(i))) for i in range(200)]
+    runs = Counted({"cell": str(i), "member": m, "budget_steps": 50, "t_mem_step": 25, "t_grok_step": None} for i in range(200) for m in range(2))
+    log = Counted({"cell": str(i), "member": m, "step": step, "logit_scale": i + m} for i in range(200) for m in range(2) for step in (1, 50))
+    rows = Counted(exp_replay.compare(released, runs))
+    scales = exp_replay.compare_scales(released, log, rows)
+    assert (runs.walked, log.walked, rows.walked) == (400, 800, 400)
+    assert [(s["cell"], s["n"], s["exact"], s["logit_scale"]) for s in scales] == [(str(i), 2, 2, i + 0.5) for i in range(200)]

@@ -92,6 +92,17 @@ def test_check_notices_a_changed_summary_a_changed_page_and_runs_newer_than_thei
     assert report.main(["--check"]) == 1 and "REPORT.md differs" in capsys.readouterr().err
 
 
+def test_a_checkout_that_cannot_be_written_to_is_one_line(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    monkeypatch.setattr(report.os, "access", lambda path, _: path != copy)
+    monkeypatch.setattr(report.endings.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        report.endings.end(lambda: report.main([]))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {copy} cannot be written to; make the report in a copy, or use --check, which writes nothing\n"
+    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} and report.main(["--check"]) == 0
+
+
 def test_every_published_number_is_accounted_for_and_the_page_needs_no_network(copy: Path) -> None:
     before = (copy / "REPORT.md").read_text()
     assert report.main([]) == 0
