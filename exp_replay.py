@@ -7,11 +7,13 @@ Paper B (arXiv 2606.18465): the CPU's generators, an allocation holds the stored
 (same-state comparison) is trained freely to its fork step, once for all its arms, and continued at the stored target of each member.
 Paper A (arXiv 2606.13753): the draws of its CUDA card (lab/draws.py), measured on its geometric grid of steps; there one step of the grid is about
 3%, and one logged step is what a difference of one evaluation is in paper B.
-A run that is damaged, or of another kind, is refused; a file that is no run, such as weights beside one, is counted and left out.
+A run that is damaged, or of another kind, is refused; a file that is no run, such as weights beside one, is counted and left out, and so is a
+run that there is no trainer for, by name.
 
     python exp_replay.py METRICS_DIR --match 'mediation/*p59*tau1.70*' --members 0 1 2
 
-replay.csv compares step by step; a run censored on one side only counts as grokked at the budget there. The last line sums it up.
+replay.csv compares step by step; a run censored on one side only counts as grokked at the budget there. A table by experiment (the folder that
+the files lie in) and the last line sum it up.
 """
 if __name__ == "__main__":
     from lab import early
@@ -20,6 +22,7 @@ if __name__ == "__main__":
 import dataclasses
 import fnmatch
 import functools
+import math
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -49,6 +52,7 @@ class Released:
     steps: np.ndarray        # logged steps
     logit_scale: np.ndarray | None   # mean over members at those steps; paper A did not measure it
     fork_step: int = 0       # step at which it left the free run of its block; 0 = never
+    experiment: str = ""     # the folder that it lies in
 
 
 NEEDED = ("p", "alpha", "lam", "lr", "max_steps", "arm", "T_mem_per_seed", "T_grok_per_seed", "steps", "logit_scale")
@@ -67,6 +71,10 @@ FORK_BUDGET = 60_000   # steps; fork files store none, the paper has it in its m
 
 class NoRun(UsageError):
     """A readable file that is not meant to be a run."""
+
+
+class NotTrained(UsageError):
+    """A released run of a kind that this project cannot train yet."""
 
 
 def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
@@ -212,7 +220,7 @@ def typed(data: dict[str, np.ndarray], key: str, default: float | None = None) -
 def describe_paper_a(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) -> Released:
     number, experiment, S = functools.partial(typed, data), paper_a_experiment(data), len(data["T_grok_per_seed"])
     if experiment == "parity":
-        raise UsageError(f"{label}: a network that is not replayed (sparse parity); leave it out with --match")
+        raise NotTrained(f"{label} (sparse parity)")
     model = {"tfnoln": "transformer", "tfnormint": "transformer_ln", "tfgrok": "transformer_ln"}.get(experiment, "mlp")
     arm, p, budget, start = str(data.get("arm", "none")), whole(data, "p"), whole(data, "max_steps"), whole(data, "t_int", 0)
     if arm not in PAPER_A_ARMS:
@@ -229,7 +237,7 @@ def describe_paper_a(data: dict[str, np.ndarray], label: str, members: tuple[int
         w_c = number(name) if experiment in ("normint", "efflr", "tfnormint") else scalar(data, name)
         groups = ("all", "embed", "attn", "mlp", "unembed")
         held = tuple(number("rho") * w_c * (group == str(data.get("group", "all"))) for group in groups[: 5 if "group" in data else 1])
-        if not 0 < max(held) < np.inf:
+        if not FLOAT32.tiny <= max(held) <= FLOAT32.max:
             raise ValueError("the held norm is not positive and finite")
     elif arm == "layer":
         scale_once = tuple(number("f") if chosen else 1.0 for chosen in LAYERS[str(data["layer"])])
@@ -261,16 +269,25 @@ def chosen(config: Config) -> dict[str, Path]:
     return {label: paths[label] for label in wanted}
 
 
+def experiment_of(path: Path) -> str:
+    """The folder of a released file: `denserho` of `data/denserho/metrics/x.npz`, `dose` of `metrics/dose/x.npz`."""
+    return next((name for name in reversed(path.resolve().parent.parts) if name != "metrics"), "")
+
+
 def runs_among(paths: dict[str, Path], members: tuple[int, ...]) -> tuple[list[Released], list[str]]:
-    """The released cells in `paths`, and the names of the files that are no runs. Raises UsageError for one that is damaged, or if none is left."""
-    released, skipped = [], []
+    """The released cells in `paths`, and what is said of the others, a line a kind. Raises UsageError for one that is damaged, or if none is left."""
+    released, no_runs, not_trained = [], [], []
     for label, path in paths.items():
         try:
-            released.append(read(path, label, members))
+            released.append(dataclasses.replace(read(path, label, members), experiment=experiment_of(path)))
         except NoRun:
-            skipped.append(label)
+            no_runs.append(label)
+        except NotTrained as which:
+            not_trained.append(str(which))
+    skipped = [f"{len(names)} of {len(paths)} files {what} and are left out: {', '.join(names)[:300]}"
+               for what, names in (("are no runs", no_runs), ("cannot be trained yet", not_trained)) if names]
     if not released:
-        raise UsageError(f"none of the {len(skipped)} files is a run as released with paper B: {', '.join(skipped)[:300]}")
+        raise UsageError(f"no released run that can be trained is among the files; {'; '.join(skipped)}")
     return released, skipped
 
 
@@ -312,8 +329,39 @@ def compare(released: list[Released], runs: list[dict]) -> list[dict]:
             known, end = there(item, run["member"]), run["budget_steps"]
             difference = (run["t_grok_step"] or end) - (known["t_grok_released"] or end)
             rows.append({"cell": item.cell.name, "member": run["member"], "t_mem_released": known["t_mem_released"], "t_mem": run["t_mem_step"],
-                         "t_grok_released": known["t_grok_released"], "t_grok": run["t_grok_step"], "difference_steps": difference})
+                         "t_grok_released": known["t_grok_released"], "t_grok": run["t_grok_step"], "difference_steps": difference,
+                         "difference_evaluations": evaluations_between(item.cell, known["t_grok_released"] or end, run["t_grok_step"] or end)})
     return rows
+
+
+def evaluations_between(cell: Cell, one: int, other: int) -> int:
+    """Evaluations of the cell's schedule from step `one` to step `other`, never negative."""
+    if cell.eval_every:
+        return math.ceil(abs(other - one) / cell.eval_every)
+    before, after = np.searchsorted(geometric_grid(cell.budget_steps), [one, other])
+    return abs(int(after) - int(before))
+
+
+def summary(rows: list[dict], budgets: dict[str, int]) -> dict:
+    """How many of the compared runs agree, and in what. `largest`: difference of T_grok over the released one, or over the budget."""
+    return {"runs": len(rows), "exact_t_mem": sum(r["t_mem"] == r["t_mem_released"] for r in rows),
+            "exact_t_grok": sum(r["t_grok"] == r["t_grok_released"] for r in rows),
+            "within_one": sum(r["difference_evaluations"] <= 1 for r in rows),
+            "largest": max(abs(r["difference_steps"]) / (r["t_grok_released"] or budgets[r["cell"]]) for r in rows),
+            "censored_alike": sum((r["t_grok"] is None) == (r["t_grok_released"] is None) for r in rows)}
+
+
+def table(released: list[Released], rows: list[dict]) -> list[str]:
+    """The agreement by experiment, and of all runs in the last line."""
+    budgets, ours = {item.cell.name: item.cell.budget_steps for item in released}, by_cell(rows)
+    lines = [f"{'experiment':16}{'runs':>6}{'T_mem exact':>13}{'T_grok exact':>14}{'within one':>12}{'largest':>9}{'censored alike':>16}"]
+    for experiment in dict.fromkeys(item.experiment for item in released):
+        s = summary([row for item in released if item.experiment == experiment for row in ours.get(item.cell.name, ())], budgets)
+        lines.append(f"{experiment:16}{s['runs']:6}{s['exact_t_mem']:13}{s['exact_t_grok']:14}{s['within_one']:12}{s['largest']:9.2%}"
+                     f"{s['censored_alike']:16}")
+    s = summary(rows, budgets)
+    return [*lines, f"replayed {s['runs']} runs: T_mem exact in {s['exact_t_mem']}, T_grok exact in {s['exact_t_grok']}, within one logged step in "
+                    f"{s['within_one']}, largest difference {s['largest']:.2%}, censored alike {s['censored_alike']}"]
 
 
 def there(item: Released, m: int) -> dict:
@@ -341,10 +389,11 @@ def compare_scales(released: list[Released], trajectories: Iterable[dict], rows:
         mine, i, here = ours[item.cell.name], places[item.cell.name], scales.get(item.cell.name, [])
         L = float(np.mean(here)) if len(here) == len(mine) else None
         out.append({"cell": item.cell.name, "n": len(mine), "block": item.cell.block, "exact": sum(r["difference_steps"] == 0 for r in mine),
-                    "within_one_evaluation": sum(abs(r["difference_steps"]) <= EVAL_EVERY for r in mine),
+                    "within_one_evaluation": sum(r["difference_evaluations"] <= 1 for r in mine),
                     "t_mem_equal": sum(r["t_mem"] == r["t_mem_released"] for r in mine),
                     "largest_relative": max(abs(r["difference_steps"]) / (r["t_grok_released"] or item.cell.budget_steps) for r in mine),
-                    "step": int(item.steps[i]), "logit_scale_released": float(item.logit_scale[i]), "logit_scale": L})
+                    "step": int(item.steps[i]), "logit_scale_released": None if item.logit_scale is None else float(item.logit_scale[i]),
+                    "logit_scale": L})
     return out
 
 
@@ -353,8 +402,8 @@ def run(argv: list[str]) -> None:
     paths = chosen(config)
     released, skipped = runs_among(paths, config.members)
     desk = Lab("replay", config, given, {}, inputs=files.digest({item.cell.name: paths[item.cell.name] for item in released}))
-    if skipped:
-        print(f"note: {len(skipped)} of {len(paths)} files are no runs and are left out: {', '.join(skipped)[:300]}")
+    for line in skipped:
+        print(f"note: {line}")
     cells = [item.cell for item in released]
     if config.figures_only:
         return desk.redraw(lambda: figures.replay(files.read_csv(desk.out / "replay.csv"), desk.out / "figures"))
@@ -372,15 +421,12 @@ def run(argv: list[str]) -> None:
     files.write_csv(out / "runs.csv", [{"experiment": "replay", **r} for r in result.runs], files.RUN_COLUMNS)
     files.write_json(out / "provenance.json", provenance(desk, result))
     for s in scales:
-        L = f"{100 * (s['logit_scale'] / s['logit_scale_released'] - 1):+.2f}%" if s["logit_scale"] else "-"
+        L = f"{100 * (s['logit_scale'] / s['logit_scale_released'] - 1):+.2f}%" if s["logit_scale"] and s["logit_scale_released"] else "-"
         print(f"{s['cell']}: {s['exact']}/{s['n']} exact, T_mem equal {s['t_mem_equal']}/{s['n']}, "
               f"largest {100 * s['largest_relative']:.2f}%, L {L}" + ("" if s["n"] == s["block"] else " (not all members ran)"))
     figures.replay(rows, out / "figures")
     desk.finish()
-    differences = [abs(row["difference_steps"]) for row in rows]
-    print(f"results in {out}")
-    print(f"replayed {len(rows)} runs: {differences.count(0)} exact, {sum(d <= EVAL_EVERY for d in differences)} within one evaluation, "
-          f"largest difference {max(differences)} steps")
+    print(f"results in {out}", *table(released, rows), sep="\n")
     return None
 
 

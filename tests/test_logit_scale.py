@@ -3,12 +3,12 @@ import json
 import math
 from pathlib import Path
 
+import logit_scale_claims as claims
 import numpy as np
 import pytest
 from test_replay import RELEASED
 
 import exp_logit_scale as experiment
-import logit_scale_claims as claims
 from common import UsageError
 from lab import desk, files, settings, stats
 from lab.answers import Measured

@@ -2,7 +2,9 @@
 import csv
 import dataclasses
 import io
+import itertools
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 
 import exp_replay
-from common import UsageError
+from common import Cell, UsageError, geometric_grid
 from lab import files
+from lab.draws import Card, paper_a_seed
 
 RELEASED = Path(os.environ.get("RELEASED", Path(__file__).parents[2] / "shared" / "released" / "logit-scale" / "metrics"))
 
@@ -21,7 +24,8 @@ def test_released_runs_come_out_seed_by_seed(tmp_path: Path, capsys: pytest.Capt
     exp_replay.run([str(RELEASED), "--match", "mlp_ce_full_p59_clamp_rho0.85", "mlp_ce_full_p59_base_rho1.00_tau1.00",
                     "mlp_mse_full_p59_base_rho1.00_tau1.00", "--members", "3", "10", "--out", str(tmp_path / "r")])
     rows = list(csv.DictReader((tmp_path / "r" / "replay.csv").read_text().splitlines()))
-    assert len(rows) == 6 and list(rows[0]) == ["cell", "member", "t_mem_released", "t_mem", "t_grok_released", "t_grok", "difference_steps"]
+    assert len(rows) == 6 and list(rows[0]) == ["cell", "member", "t_mem_released", "t_mem", "t_grok_released", "t_grok", "difference_steps",
+                                                    "difference_evaluations"]
     assert all(row["t_mem"] == row["t_mem_released"] for row in rows)
     assert all(abs(int(row["difference_steps"])) <= 25 for row in rows), rows
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("replayed 6 runs: ")
@@ -38,6 +42,76 @@ def test_a_file_of_ours_is_compared_with_censored_sides_at_the_budget(tmp_path: 
     exp_replay.run([str(tmp_path), "--out", str(tmp_path / "r"), "--backend", "eager"])
     rows = files.read_csv(tmp_path / "r" / "replay.csv")
     assert [row["t_grok_released"] for row in rows] == [None, 50] and [row["difference_steps"] for row in rows] == [0, 0]
+
+
+def of_paper_a(**changed: object) -> dict:
+    """A file as its dense sweep left them; `changed` values of None are left out."""
+    data = dict(p=7, alpha=np.float32(0.4), lam=np.float32(1), lr=np.float32(1e-3), d_model=128, H=256, max_steps=60, arm="clamp",
+                rho=np.float32(0.9), wc=np.float32(14.3), t_int=10, n_train=20, norm_before_int=np.zeros(2), steps=geometric_grid(60),
+                train_acc=np.zeros((2, 61)), T_mem_per_seed=np.array([40, -1]), T_grok_per_seed=np.array([-1, 60]))
+    return {k: v for k, v in {**data, **changed}.items() if v is not None}
+
+
+CONDITION = {"p": 7, "train_frac": 0.4, "weight_decay": 1.0, "lr": 1e-3}
+
+
+@pytest.mark.parametrize("changed, expected", [
+    ({}, {"arm": "clamp", "model": "mlp", "w_c": float(np.float32(14.3)), "held": ((0.9 * float(np.float32(14.3)),),) * 2, "rho": 0.9,
+          "clamp_start": 10, "clamp_stop": None, "eval_every": 0, "card": Card(), "decay_last": False,
+          "seed0": paper_a_seed("denserho", **CONDITION)}),
+    ({"arm": "none", "wc": np.float32("nan")}, {"arm": "free", "held": (), "rho": None, "w_c": None}),
+    ({"eff_lr_E": np.zeros(2)}, {"w_c": 14.3}),
+    ({"arm": "rescale", "layer": "all", "f": np.float32(1)}, {"arm": "rescale", "clamp_stop": 11, "held": ((0.9 * 14.3,),) * 2, "scale_once": (),
+     "seed0": paper_a_seed("normint", **CONDITION)}),
+    ({"arm": "layer", "layer": "hidden", "f": np.float32(0.8)}, {"arm": "rescale", "held": (), "rho": None, "scale_once": (1.0, 0.8, 1.0)}),
+    ({"arm": None, "role": "fss", "norm_before_int": None}, {"arm": "free", "seed0": paper_a_seed("grokfss", **CONDITION)}),
+    ({"n_heads": 4, "H": 512, "group": "mlp", "wc_group": np.float32(11.2)}, {"model": "transformer_ln", "held": ((0, 0, 0, 0.9 * 11.2, 0),) * 2}),
+    ({"n_heads": 4, "H": 512, "wc": None, "wc_used": np.float32(11.2)}, {"model": "transformer", "held": ((0.9 * float(np.float32(11.2)),),) * 2}),
+    ({"n_heads": 4, "H": 512, "n_layers": 1, "arm": None}, {"model": "transformer_ln", "arm": "free"}),
+])
+def test_files_of_paper_a_say_what_to_train(tmp_path: Path, changed: dict, expected: dict) -> None:
+    np.savez(tmp_path / "a.npz", **of_paper_a(**changed))
+    cell = exp_replay.read(tmp_path / "a.npz", "a", ()).cell
+    expected = {**CONDITION, "n_train": 20, "members": (0, 1), **expected}
+    assert {name: getattr(cell, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"steps": np.arange(61)[:60]}, "not paper A's grid"), ({"n_train": 19}, "n_train is 19, only 20"), ({"arm": "up"}, "arm 'up'"),
+    ({"norm_before_int": None}, "no experiment of paper A"), ({"rho": np.float32(-1)}, "held norm is not positive"),
+    ({"max_steps": None}, "lacks max_steps"), ({"arm": "layer", "layer": "sideways", "f": 1.0}, "sideways"),
+    ({"m_test": 2000}, "1 of 1 files cannot be trained yet and are left out: a (sparse parity)"),
+])
+def test_files_of_paper_a_that_cannot_be_used_are_refused(tmp_path: Path, changed: dict, message: str) -> None:
+    np.savez(tmp_path / "a.npz", **of_paper_a(**changed))
+    with pytest.raises(UsageError, match=re.escape(message)):
+        exp_replay.run([str(tmp_path), "--out", str(tmp_path / "r")])
+
+
+def test_both_releases_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A run of each and sparse parity: trained, compared on its own schedule, told by experiment; what cannot be trained is named."""
+    for folder in ("data/denserho/metrics", "data/parity/metrics", "metrics/dose"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+    np.savez(tmp_path / "in/data/denserho/metrics/a.npz", **of_paper_a())
+    np.savez(tmp_path / "in/data/parity/metrics/x.npz", **of_paper_a(m_test=2000, p=None))
+    np.savez(tmp_path / "in/metrics/dose/b.npz", **good())
+    exp_replay.run([str(tmp_path / "in"), "--out", str(tmp_path / "r"), "--backend", "eager"])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "note: 1 of 3 files cannot be trained yet and are left out: data/parity/metrics/x (sparse parity)"
+    rows = files.read_csv(tmp_path / "r" / "replay.csv")
+    assert [(row["t_grok_released"], row["t_grok"]) for row in rows] == [(None, None), (60, None), (None, None), (50, None)]
+    assert {row["difference_evaluations"] for row in rows} == {0}
+    assert [line.split()[:5] for line in out[-3:-1]] == [["denserho", "2", "1", "1", "2"], ["dose", "2", "1", "1", "2"]]
+    assert out[-1] == ("replayed 4 runs: T_mem exact in 2, T_grok exact in 2, within one logged step in 4, largest difference 0.00%, "
+                       "censored alike 2")
+    logged = [row["step"] for row in files.read_csv(tmp_path / "r" / "trajectories.csv") if row["cell"].endswith("a") and not row["member"]]
+    assert logged == geometric_grid(60).tolist()
+
+
+def test_differences_count_in_evaluations_of_the_cell() -> None:
+    cell = Cell("a", p=7, members=(0,), block=1, budget_steps=8000)
+    for every, one, other, evaluations in ((25, 100, 150, 2), (50, 100, 150, 1), (0, 1495, 1495, 0), (0, 1495, 1458, 1), (0, 1255, 1319, 2)):
+        assert exp_replay.evaluations_between(dataclasses.replace(cell, eval_every=every), one, other) == evaluations
 
 
 def pickled() -> bytes:
@@ -59,12 +133,12 @@ def zipped(name: str, content: bytes) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("content, message", [
+@pytest.mark.parametrize("content, message", [   # named by number: their bytes would fill the screen
     (b"not a zip", "not a readable .npz"),
     (packed()[:200], "not a readable .npz"),
     (pickled(), "not a readable .npz of plain arrays"),
     (zipped("p.npy", b"\x93NUMPY\x01\x00garbage"), "not a readable .npz"),
-    (zipped("notes.txt", b"hello"), "none of the 1 files is a run"),
+    (zipped("notes.txt", b"hello"), "no released run that can be trained is among the files; 1 of 1 files are no runs"),
     (packed(T_grok_per_seed=None), "lacks T_grok_per_seed"),
     (packed(wc_used=1e-50), "held norm is not positive"),
     (zipped("p.npy", bytes(100 << 20)), "100 MB unpacked, more than the 64"),
@@ -83,7 +157,7 @@ def zipped(name: str, content: bytes) -> bytes:
     (packed(arch="tfnoln", H=256), "only 512 is trained"),
     (packed(arch="resnet"), "a network that is not replayed (resnet)"),
     (packed(t_fork=800), "lacks n_seed, N0, target"),
-])
+], ids=itertools.count())
 def test_foreign_files_are_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "bad.npz").write_bytes(content)
