@@ -41,6 +41,11 @@ class CpuKernels:
             self.step = compile_for(self.step, options, *rows, a, b, torch.ones(len(scalar_names(layout.groups)), dtype=dtype))
             self.evaluate = compile_for(self.evaluate, options, rows[0], torch.ones(layout.p**2, dtype=dtype), a, b, torch.ones((), dtype=dtype))
 
+    def steps(self, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor) -> None:
+        """`k` steps in place on one run's rows `(n_params,)`; `a, b (n,)` its training pairs, `scalars (k, 5 + groups)`."""
+        for row in scalars:
+            self.step(params, moment1, moment2, a, b, row)
+
 
 def keep_freed_memory() -> None:
     """Asks glibc to hand the megabytes that a step frees to the next step. Left to itself it returns them to the system, and 2400 page
@@ -73,14 +78,8 @@ class single_thread:
         torch.set_num_threads(self.found)
 
 
-def steps(kernels: CpuKernels, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor) -> None:
-    """`k` steps in place on one run's rows `(n_params,)`. `scalars (k, 5 + groups)`, `a, b (n,)`."""
-    for row in scalars:
-        kernels.step(params, moment1, moment2, a, b, row)
-
-
 def advance(kernels: CpuKernels, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, train: Tensor,
             scalars: Tensor) -> list[float]:
-    """The same, then the run's metrics; `train (p*p,)`."""
-    steps(kernels, params, moment1, moment2, a, b, scalars)
+    """`k` steps in place on one run's rows `(n_params,)`, then its metrics. `scalars (k, 5 + groups)`, `a, b (n,)`, `train (p*p,)`."""
+    kernels.steps(params, moment1, moment2, a, b, scalars)
     return kernels.evaluate(params, train, a, b, scalars[-1, 0]).tolist()

@@ -105,6 +105,11 @@ def normal_pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return radius * np.sin(wide).astype(np.float32), radius * np.cos(wide).astype(np.float32)
 
 
+def key_bits(n: int) -> int:
+    """Bits of the keys that a permutation of `n` sorts by: as many as make the chance of any two being equal a tenth at most."""
+    return math.ceil(math.log2(n - (6 * n**2 + 1) / (12 * math.log(0.9))))
+
+
 class CudaGenerator:
     """`torch.Generator("cuda").manual_seed(seed)` of a card: the same draws in the same order give the same numbers."""
 
@@ -134,13 +139,12 @@ class CudaGenerator:
 
     def randperm(self, n: int) -> np.ndarray:
         """A permutation `(n,)` int64 of `0 .. n - 1`, for `n` up to about 30000."""
-        bits = math.ceil(math.log2(n - (6 * n**2 + 1) / (12 * math.log(0.9))))
         if self.card.wide:
             words = self._fill(n, 2).astype(np.uint64)                      # (passes, 4, threads)
             raw = ((words[:, 0::2] << np.uint64(32)) | words[:, 1::2]).reshape(-1)[:n]
         else:
             raw = self._fill(n, 4).astype(np.uint64).reshape(-1)[:n]
-        keys = (raw % np.uint64(2**32 - 1)) & np.uint64(2**bits - 1)
+        keys = (raw % np.uint64(2**32 - 1)) & np.uint64(2**key_bits(n) - 1)
         order = np.argsort(keys, kind="stable")
         self._shuffle_equal(keys[order], order)
         self.offset += -(-n // 4) * 4

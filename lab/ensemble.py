@@ -322,7 +322,7 @@ class Ensemble:
         measured, scaled = bool(self.measured(np.array([run]), np.array([until]))[0]), until == self.scale_at[run]
         if measured and not scaled:
             return cpu.advance(self.kernels, *rows, scalars)
-        cpu.steps(self.kernels, *rows[:5], scalars)
+        self.kernels.steps(*rows[:5], scalars)
         if scaled:
             self.scale(rows[0], run)
         return self.measure(run) if measured else None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import EVAL_EVERY, Cell, UsageError
+from common import EVAL_EVERY, Cell, UsageError, geometric_grid
 from kernels import cpu
 from kernels.layout import mlp_layout
 from kernels.step import METRICS
@@ -163,6 +163,100 @@ def test_stopping_and_continuing_gives_the_same_bits() -> None:
         Ensemble([dataclasses.replace(CELL, lr=1e-3)], "cpu", "eager", torch.float32, "ieee").restore(kept)
     with pytest.raises(UsageError, match="another ensemble"):
         Ensemble([dataclasses.replace(CELL, members=(0,))], "cpu", "eager", torch.float32, "ieee").restore(kept)
+
+
+def test_the_grid_of_paper_a() -> None:
+    """Lengths of its released logs, by budget, and some T_grok of its dense sweep."""
+    for budget, points in {8000: 253, 12_000: 259, 20_000: 266, 27_000: 270, 40_000: 275, 60_000: 279}.items():
+        grid = geometric_grid(budget)
+        assert len(grid) == points and grid[:4].tolist() == [0, 1, 2, 3] and grid[-1] == budget
+    assert {153, 1255, 1495, 7802} <= {*geometric_grid(8000).tolist()}
+    with pytest.raises(UsageError, match="divide 200"):
+        dataclasses.replace(CELL, eval_every=30)
+
+
+class Counting:
+    """Kernels that count steps in `params[0]` and know all pairs of run `params[1]` from the step `grok_at` of it on."""
+
+    def __init__(self, ensemble: Ensemble, grok_at: dict[int, int]):
+        self.grok_at, ensemble.kernels = grok_at, self
+        ensemble.state.params[:, 0] = 0
+        ensemble.state.params[:, 1] = torch.arange(len(ensemble.step))
+
+    def steps(self, params: torch.Tensor, *rest: torch.Tensor) -> None:
+        params[0] += len(rest[-1])
+
+    def evaluate(self, params: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        known = float(params[0] >= self.grok_at.get(int(params[1]), math.inf))
+        return torch.tensor([known if name in ("train_accuracy", "test_accuracy") else 1.0 for name in METRICS], dtype=torch.float64)
+
+
+def test_every_cell_keeps_its_own_schedule() -> None:
+    """Crossings at steps 110 and 3310, where the grid's steps are 90 apart: seen at the next evaluation of the cell's own; logs; the cell's end;
+    nobody is far ahead."""
+    grid = geometric_grid(20_000)
+    cells = [dataclasses.replace(CELL, name=str(every), members=(0, 1), budget_steps=20_000, eval_every=every) for every in (25, 50, 0)]
+    ensemble = Ensemble(cells, "cpu", "eager", torch.float32, "ieee")
+    Counting(ensemble, {0: 110, 1: 3310, 2: 110, 3: 3310, 4: 110, 5: 3310})
+    ensemble.train(quiet)
+    first, last = (int(grid[grid >= step][0]) for step in (110, 3310))
+    assert [run["t_grok_step"] for run in ensemble.result().runs] == [125, 3325, 150, 3350, first, last]
+    assert [run["steps_run"] for run in ensemble.result().runs] == [3325] * 2 + [3350] * 2 + [last] * 2
+    assert ensemble.result().executed <= ensemble.result().needed + 6 * 2 * EVAL_EVERY
+    logs = {cell.name: [row["step"] for row in ensemble.result().trajectories if row["cell"] == cell.name and row["member"] == 1] for cell in cells}
+    multiples = [1, *range(200, 3400, 200)]
+    assert logs == {"25": multiples, "50": multiples, "0": grid[grid <= last].tolist()}
+
+
+def test_schedules_leave_each_other_s_bits() -> None:
+    cells = [dataclasses.replace(CELL, name=str(every), members=(0, 1), budget_steps=110, eval_every=every) for every in (25, 50, 0)]
+    company = trained(cells)
+    assert company.step.tolist() == [100] * 4 + [110] * 2
+    for cell in cells:
+        assert same(bits(company, cell.name, 1), bits(trained([cell]), cell.name, 1))
+
+
+def test_a_grid_is_interrupted_and_continued_to_the_same_bits() -> None:
+    cell = dataclasses.replace(CELL, members=(0, 2), budget_steps=120, eval_every=0)
+    whole, ensemble, again = (Ensemble([cell], "cpu", "eager", torch.float32, "ieee") for _ in range(3))
+    whole.train(quiet)
+    kept = {}
+
+    def save(snapshot: dict) -> None:
+        kept.update({k: v.clone() for k, v in snapshot.items()})
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        ensemble.train(quiet, save, save_every=0.1)
+    again.restore(kept)
+    assert again.step.max() > 0 and again.step.min() < 120
+    again.train(quiet)
+    assert torch.equal(again.state.params, whole.state.params) and sorted(again.log) == sorted(whole.log)
+
+
+@pytest.mark.parametrize("at", [60, 75])
+def test_groups_are_scaled_once_before_the_step_is_measured(at: int) -> None:
+    """As if the run had been stopped at that step, scaled by hand and continued; at a step of the schedule the scaled weights are measured."""
+    seen = {}
+
+    class Watched(Ensemble):
+        def record(self, runs: np.ndarray, k: int, metrics: np.ndarray) -> None:
+            seen[int(runs[0]), int(self.step[runs[0]]) + k] = metrics[0, METRICS.index("norm")]
+            super().record(runs, k, metrics)
+    before = trained([dataclasses.replace(CELL, budget_steps=at, eval_every=0)]).state
+    for row in before.params:
+        E, _, W2, _, _ = mlp_layout(13).views(row)
+        E *= 0.8
+        W2 *= 0.5
+    start = State(before.params, before.moment1, before.moment2, np.full(3, at))
+    norms = start.norms(mlp_layout(13))
+    scaled = dataclasses.replace(CELL, budget_steps=125, clamp_start=at, scale_once=(0.8, 1.0, 0.5))
+    ensemble = Watched([scaled], "cpu", "eager", torch.float32, "ieee")
+    ensemble.train(quiet)
+    by_hand = Ensemble([dataclasses.replace(CELL, budget_steps=125)], "cpu", "eager", torch.float32, "ieee", start)
+    by_hand.train(quiet)
+    assert torch.equal(ensemble.state.params, by_hand.state.params) and torch.equal(ensemble.state.moment2, by_hand.state.moment2)
+    assert [seen.get((r, at)) for r in range(3)] == (pytest.approx(norms) if at == 75 else [None] * 3)
+    assert ensemble.result().runs[0]["clamp_start"] == at
 
 
 @pytest.mark.parametrize("step, left", [(0, 400), (300, 100), (380, 40), (400, 40), (700, 300), (1100, 300), (1400, 0)])

@@ -1,12 +1,13 @@
 """A start that misses the released values is wrong before any science. Values: released per-seed outputs of arXiv 2606.18465, seed0 = 0.
 
-The released runs applied weight decay after the Adam update, ours before it (as torch does): a difference of order lr^2 a step.
+Those runs applied weight decay after the Adam update, ours before it (as torch does): a difference of order lr^2 a step.
 """
 import numpy as np
 import pytest
 import torch
 
 from common import Cell
+from lab.draws import Card, paper_a_seed
 from lab.ensemble import Ensemble
 
 
@@ -41,3 +42,13 @@ def test_free_run_of_the_block_of_twelve() -> None:
 def test_t_grok_of_the_two_fastest_members() -> None:
     runs = trained(59, 12, 4300, members=(10, 11), backend="auto").result().runs
     assert [run["t_grok_step"] for run in runs] == [3725, 4225]
+
+
+def test_t_mem_and_t_grok_of_two_members_of_paper_a() -> None:
+    """Held at 0.85 of its W_c, drawn as on its CUDA card and read off its grid (released per-seed outputs of arXiv 2606.13753)."""
+    condition = {"p": 59, "train_frac": 0.4, "weight_decay": 1.0, "lr": 1e-3}
+    cell = Cell("a", members=(1, 10), block=16, budget_steps=8000, seed0=paper_a_seed("denserho", **condition), card=Card(), eval_every=0,
+                clamp_start=500, held=((0.85 * 54.513328552246094,),) * 2, **condition)
+    ensemble = Ensemble([cell], "cpu", "auto", torch.float32, "ieee")
+    ensemble.train(lambda _: None)
+    assert [(run["t_mem_step"], run["t_grok_step"]) for run in ensemble.result().runs] == [(153, 1255), (153, 1135)]

@@ -47,7 +47,8 @@ def test_a_library_that_cannot_be_loaded_is_one_line_and_a_fault_of_ours_is_show
 @pytest.mark.parametrize("flags, code", [("--dry-run", 0), ("--rho 0", 2)])
 def test_closed_streams_cost_nothing_and_are_taken_by_no_file(tmp_path: Path, flags: str, code: int) -> None:
     """Number 2 of a process without stderr would be the next file opened: a table or checkpoint, which libraries then print into."""
-    (tmp_path / "probe.py").write_text("import os, sys\nfrom lab import early\nearly.guard()\nopen(sys.argv[1], 'w').write(os.readlink('/proc/self/fd/2'))")
+    probe = "import os, sys\nfrom lab import early\nearly.guard()\nopen(sys.argv[1], 'w').write(os.readlink('/proc/self/fd/2'))"
+    (tmp_path / "probe.py").write_text(probe)
     if Path("/proc/self/fd").exists():
         subprocess.run(f"{sys.executable!r} {tmp_path / 'probe.py'} {tmp_path / 'second'} 2>&-", shell=True, check=True,
                        env={**os.environ, "PYTHONPATH": str(ROOT)})

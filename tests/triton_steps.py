@@ -232,6 +232,15 @@ def assert_the_trainer_agrees(cells: list[Cell], steps: list[int]) -> None:
         assert (mine - other).norm() <= 1e-5 * other.norm()
 
 
+def test_the_trainer_keeps_every_cell_s_schedule_on_the_kernels(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid as paper A's, but sparse, with a group scaled at a step off it, beside the default with one scaled at a step of its own."""
+    monkeypatch.setattr(ensemble, "geometric_grid", lambda budget: np.array([0, 1, 2, 7, 19, budget]))
+    once = {"budget_steps": 50, "scale_once": (0.5, 1.0, 1.0)}
+    cells = [Cell("a", p=5, members=(0,), block=2, eval_every=0, clamp_start=11, **once),
+             Cell("b", p=5, members=(1,), block=2, clamp_start=25, **once)]
+    assert_the_trainer_agrees(cells, [0, 0])
+
+
 @pytest.mark.bits
 def test_the_trainer_drives_the_kernels_as_it_drives_the_definition(small: None) -> None:
     """Two cells that start at different steps, one retiring first."""
