@@ -212,7 +212,7 @@ def power_of_p(table: Table, row: dict) -> tuple | None:
     norms = table.values(cells, "norm_at_grok")                                             # (cells, members)
     if len(set(moduli)) < 3:
         return None
-    return (cells, lambda picks: stats.line(np.log(moduli), np.log(np.nanmedian(norms[:, picks], -1)).T)[0],
+    return (cells, lambda picks: stats.line(np.log(moduli), np.log(stats.finite_median(norms[:, picks])).T)[0],
             lacking(moduli, FITTED_MODULI[row["experiment"]], "moduli"))
 
 

@@ -34,7 +34,7 @@ import numpy as np
 from common import MODELS, Cell, Result, UsageError, exactly, unique
 from kernels.layout import TransformerLayout
 from lab import console, delay, figures, settings, stats
-from lab.answers import SAME, Statistic, Table, answer, published
+from lab.answers import SAME, Statistic, Table, answer, at_doses, published
 from lab.desk import Lab, main
 
 PARTS = ("dense", "groups", "concentration", "temperature")
@@ -180,12 +180,6 @@ def total_held(table: Table, **conditions: object) -> list[str]:
     return table.pick(arm="clamp", group="", tau=1, train_frac=0.40, **conditions)
 
 
-def tau_effect(table: Table, row: dict) -> tuple | None:
-    """Median T_grok at the raised norm, tau 1 over tau 1.7."""
-    cells = [name for tau in (1.0, TAUS[-1]) for name in table.like(row, arm="clamp", rho=RAISED, tau=tau)]
-    return (cells, table.ratio(*cells), "") if len(cells) == 2 else None
-
-
 def series(table: Table, varied: str, **conditions: object) -> list[str]:
     """Free cells that differ in `varied` alone: the longest such series."""
     found: dict[tuple, list[str]] = {}
@@ -217,10 +211,11 @@ def unembed_power(table: Table, row: dict) -> tuple | None:
     """k of the unembedding's norm at own T_grok ~ p^k."""
     cells = series(table, "p", model=row["model"], lr=MODELS[row["model"]], train_frac=0.40)
     norms, log_p = table.values(cells, column("unembed")), np.log([table.first[name]["p"] for name in cells])
-    return (cells, lambda picks: stats.line(log_p, np.log(np.nanmedian(norms[:, picks], -1)).T)[0], "") if len(cells) >= 3 else None
+    return (cells, lambda picks: stats.line(log_p, np.log(stats.finite_median(norms[:, picks])).T)[0], "") if len(cells) >= 3 else None
 
 
-STATISTICS = {**delay.statistics({"tfnoln_long": FITTED}, SATURATED, lr=MODELS["transformer"], train_frac=0.40), "ratio": tau_effect,
+STATISTICS = {**delay.statistics({"tfnoln_long": FITTED}, SATURATED, lr=MODELS["transformer"], train_frac=0.40),
+              "ratio": at_doses([(RAISED, 1.0), (RAISED, TAUS[-1])], lambda table, cells: table.ratio(*cells)),
               "cv_total": cv_over_fractions(""), "cv_unembed": cv_over_fractions("unembed"), "power_unembed": unembed_power}
 
 
@@ -279,7 +274,7 @@ def concentration(table: Table, config: Config) -> None:
         norms, norm = table.values(cells, column(group)), f"{group or 'total'} norm at own T_grok"
         if len(cells) >= 2 and np.isfinite(norms).any(1).all():
             def cv_of_medians(picks: np.ndarray, norms: np.ndarray = norms) -> np.ndarray:
-                medians = np.nanmedian(norms[:, picks], -1)                                  # (cells, B)
+                medians = stats.finite_median(norms[:, picks])                                # (cells, B)
                 return np.std(medians, 0, ddof=1) / np.mean(medians, 0)
             label = f"{group or 'total'}.over_{what}.p{table.first[cells[0]]['p']}"
             table.finding(f"cv.{label}", f"CV of the {norm}, members of {len(cells)} {what}s together", cells, cv(norms))
@@ -308,9 +303,9 @@ def temperature(table: Table, base: str, cells: list[str]) -> None:
         table.finding(key, f"recovery fraction on {'log time' if log else 'time'}, L at {f'step {step}' if step else 'grokking'}; interval with "
                       f"the logit {'axis resampled' if joint else 'curve held fixed'}", (base, *cells),
                       table.recovery((base, *cells), step, log, joint))
-    bits = 64 if table.first[up].get("dtype") == "float64" else 32
-    table.finding(f"collapse.float{bits}.{where}.rho{rho:.2f}", "share of training pairs in collapse in working precision, "
-                  f"{table.first[up]['model']}, trained in float{bits}, tau 1", (up,), table.at(up, f"collapse{bits}"))
+    dtype = table.first[up].get("dtype") or "float32"
+    table.finding(f"collapse.{dtype}.{where}.rho{rho:.2f}", "share of training pairs in collapse in working precision, "
+                  f"{table.first[up]['model']}, trained in {dtype}, tau 1", (up,), table.at(up, dtype.replace("float", "collapse")))
     doses = f"rho {rho:g}, tau 1 over {tau:g}"
 
     def delay_share(picks: np.ndarray) -> np.ndarray:

@@ -77,7 +77,7 @@ def test_lack_of_fit_tells_a_bend_from_noise() -> None:
     assert stats.lack_of_fit(rho, straight - 8 * (rho[:, None] - 1.05) ** 2) < 1e-6
 
 
-ROW = {"id": "x", "quantity": "q", "value": 100.0, "printed": "100", "lo": None, "hi": None, "n_seeds": 16}
+ROW = {"id": "x", "quantity": "q", "statistic": "T_grok", "value": 100.0, "printed": "100", "lo": None, "hi": None, "n_seeds": 16}
 BEYOND = {**ROW, "value": None, "printed": "not within 20000"}
 INFINITE = (INF, INF, INF)
 
