@@ -41,7 +41,7 @@ class Beside:
 @pytest.fixture(autouse=True)
 def figures_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """What costs a user a line is a fault here."""
-    monkeypatch.setattr("figures.FORGIVEN", ())
+    monkeypatch.setattr("lab.figures.FORGIVEN", ())
 
 
 def pytest_configure(config: pytest.Config) -> None:
