@@ -8,10 +8,9 @@ Claims (section or table of the paper)
   Table 8   the raised cells are not artefacts of float32: rho 1.15 groks alike in float64; rho 1.25 lies in softmax collapse
   appendix  at equal total norm the split between embedding and unembedding moves T_grok
 
-Verdicts: REPLICATED if our 95% interval over members meets the published one (or value +- 3%). A run that does not grok within its budget is
-censored there and counts as later; none is dropped. W_c is the median, over the members that grok, of the norm at their own T_grok in the free
-control of the same p, loss and block. L of a cell: mean over members of the effective logit scale at the logged step nearest the cell's
-median T_grok, as the paper has it.
+REPLICATED: our 95% interval over members meets the published one (or value +- 3%). A run that does not grok within its budget is censored there and
+counts as later; none is dropped. W_c: median, over the members that grok, of the norm at own T_grok in the free control of the same p, loss and
+block. L of a cell: mean over members of the effective logit scale at the logged step nearest the cell's median T_grok, as the paper has it.
 
     python exp_logit_scale.py                     laptop preset: mediation under cross-entropy and MSE at p=59, 3 members, about 6 minutes
     python exp_logit_scale.py --preset paper      all tables; meant for a GPU
@@ -65,9 +64,6 @@ class Config(settings.Config):
     w_c: float = settings.option(0.0, "hold multiples of this norm and train no control; 0 = the control's")
     budget: int = settings.option(120_000, "largest step at which a run that has not grokked is censored; parts with a smaller one keep it")
 
-    def offered(self) -> tuple[str, ...]:
-        return tuple(part for part in PARTS if part != "allocation" or self.model == "mlp")
-
     def tables(self) -> list[tuple[str, int, str, int]]:
         """`(part, p, loss, block)` of every table that the command makes."""
         tables = [(part, p, "mse" if part == "mse" else "ce", self.seeds) for p in self.p for part in ("mediation", "grid", "allocation", "mse")]
@@ -82,7 +78,7 @@ class Config(settings.Config):
         if part == "dose":
             return [{"rho": rho} for rho in sorted(self.rhos or DOSE_RHOS)]
         if part == "allocation":
-            return [{"arm": "alloc", "rho": 1.0, "gamma": gamma} for gamma in self.gammas]
+            return [{"arm": "alloc", "rho": 1.0, "gamma": gamma} for gamma in sorted(self.gammas)]
         if part == "audit":
             doses = settings.doses("--audit-cells", self.audit_cells)
             return [{"rho": rho, "tau": tau, "dtype": dtype} for rho, tau in doses for dtype in self.audit_dtypes]
@@ -100,12 +96,12 @@ def checked(config: Config, given: dict) -> Config:
     """`--p` narrows every part. Raises UsageError for values that do not fit each other."""
     if "p" in given:
         config = dataclasses.replace(config, moduli=given.get("moduli", config.p))
-    if not set(config.parts) <= set(config.offered()):
+    if "allocation" in config.parts and config.model != "mlp":
         raise UsageError(f"--parts allocation splits the norm between E and W2 of the MLP; leave it out with --model {config.model}")
     if ("w_c" in given and config.w_c <= 0) or (config.w_c and (len(config.p) > 1 or not set(config.parts) <= {"mediation", "grid", "audit"})):
         raise UsageError("--w-c is one positive norm: it goes with one --p and with --parts mediation, grid and audit")
     config.doses("audit")
-    settings.check_members(config, {part: block for part, _, _, block in sorted(config.tables(), key=lambda table: -table[-1])})   # the smallest
+    settings.check_members(config, {part: min(block for of, _, _, block in config.tables() if of == part) for part in config.parts})
     return config
 
 
@@ -119,12 +115,11 @@ def cell(config: Config, p: int, loss: str, block: int, budget: int, arm: str = 
     name = [arm, f"p{p}", f"b{block}", loss, *(short + exactly(value, text) for short, text, value in conditions if value is not None)]
     T, alpha, power = (3700, 8, -2) if loss == "ce" else (1175, 4.3, -0.7)   # by the paper's tables: for the estimate of time, never for a result
     steps = T * (59 / p) ** (1.5 if p >= 59 else 3) * math.exp(alpha * (min(rho or 1.04, 3) - 1)) * max(tau, 0.05) ** power
-    steps *= (1e-3 / max(config.lr, 1e-9)) ** 0.4 / max(weight_decay, 0.3) ** 0.7
+    steps = max(int(steps * (1e-3 / max(config.lr, 1e-9)) ** 0.4 / max(weight_decay, 0.3) ** 0.7), 1000)
     members = config.members or tuple(range(block))
-    return Cell("_".join(name + [dtype] * bool(dtype)), p=p, members=members, block=block, budget_steps=min(config.budget, budget), arm=arm,
-                loss=loss, model=config.model, seed0=config.seed0, rho=rho, tau=tau, gamma=gamma, lr=config.lr, weight_decay=weight_decay,
-                w_c=w_c, held=(allocated(w_c, gamma, shares),) * len(members) if shares else (), expected_steps=max(int(steps), 1000),
-                after_grok=config.after_grok, dtype=dtype)
+    return Cell("_".join(name + [dtype] * bool(dtype)), p=p, members=members, block=block, budget_steps=min(config.budget, budget), arm=arm, rho=rho,
+                loss=loss, model=config.model, seed0=config.seed0, tau=tau, gamma=gamma, lr=config.lr, weight_decay=weight_decay, dtype=dtype,
+                held=(allocated(w_c, gamma, shares),) * len(members) if shares else (), w_c=w_c, expected_steps=steps, after_grok=config.after_grok)
 
 
 def held(config: Config, w_c: dict[str, float], shares: dict[str, tuple[float, ...]]) -> list[Cell]:
@@ -157,7 +152,7 @@ def ran(table: Table, config: Config) -> Iterator[tuple[str, int, list[str]]]:
         row = {"arm": "clamp", "model": config.model, "p": p, "loss": loss, "block": block, "lr": config.lr, "wd": 1.0, "dtype": config.dtype}
         cells = [table.match({**row, **dose}) for dose in config.doses(part)]
         if any(cells) and (None not in cells or part in ("dose", "audit", "allocation")):
-            yield part, p, sorted(filter(None, cells), key=lambda name: table.first[name]["gamma"] or 0)
+            yield part, p, [name for name in cells if name]
 
 
 def explained(table: Table, cells: list[str], by: str, score: int = 0) -> Statistic:
@@ -193,9 +188,7 @@ def table1(statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], least: int
 STATISTICS = {
     "ratio": at_doses([(UP, 1.0), (1.0, 1.0)], lambda table, cells: table.ratio(*cells)),
     "recovery": at_doses([(1.0, 1.0), *((UP, tau) for tau in TAUS)], Table.recovery),
-    "r2_logit": at_doses(GRID, lambda table, cells: explained(table, cells, "L")),
-    "r2_rho": at_doses(GRID, lambda table, cells: explained(table, cells, "rho")),
-    "r2_both": at_doses(GRID, lambda table, cells: explained(table, cells, "L+rho")),
+    "r2_logit": at_doses(GRID, explained, by="L"), "r2_rho": at_doses(GRID, explained, by="rho"), "r2_both": at_doses(GRID, explained, by="L+rho"),
     "dr2": at_doses(GRID, lambda *cells: lambda picks: explained(*cells, "L+rho")(picks) - explained(*cells, "L")(picks)),
     "alpha_norm": table1(stats.slope, 2), "r2_norm": table1(stats.r2, 2), "daic": table1(stats.favours("power", "saddle_node"), 4),
 }
@@ -246,21 +239,20 @@ def dose(table: Table, p: int, cells: list[str]) -> None:
     fitted, W = collapse_free(table, cells), {name: table.first[name]["held_norm"] for name in cells}
     w_c, block = table.first[cells[0]]["w_c"], table.first[cells[0]]["block"]
     if len(fitted) >= 2:
-        slope = table.over("held_norm", fitted, stats.slope)
-        table.finding(f"alpha.p{p}", "slope of ln T_grok on the held norm", fitted, slope, law=f"p={p}, {len(fitted)} cells: slope of ln T_grok on "
-                      "the held norm", paper=f"B.dose.alpha.p{p}")
-        table.finding(f"alpha_wc.p{p}", "slope of ln T_grok on the held norm times W_c", fitted, lambda picks: slope(picks) * w_c)
+        slope, text = table.over("held_norm", fitted, stats.slope), "slope of ln T_grok on the held norm"
+        table.finding(f"alpha.p{p}", text, fitted, slope, law=f"p={p}, {len(fitted)} cells: {text}", paper=f"B.dose.alpha.p{p}")
+        table.finding(f"alpha_wc.p{p}", f"{text} times W_c", fitted, lambda picks: slope(picks) * w_c)
     if len(fitted) >= 4:
         for form, text in (("power", "the power law, offset between 0 and the least norm"), ("saddle_node", "the saddle node"),
                            ("power_above", "a power law that diverges at an offset above the norms, which the paper does not try")):
-            table.finding(f"daic.{form}.p{p}", f"AIC of {text}, minus that of the exponential", fitted, table.over("held_norm", fitted, stats.favours(form)))
+            table.finding(f"daic.{form}.p{p}", f"AIC of {text}, minus that of the exponential", fitted,
+                          table.over("held_norm", fitted, stats.favours(form)))
         times = np.array([table.grok[name] for name in fitted])
         if np.isfinite(times).all() and times.shape[1] >= 2:
             table.finding(f"lack_of_fit.p{p}", "p-value: ln T_grok is a straight line in the held norm, against seed noise", fitted,
                           stats.lack_of_fit(np.array([W[name] for name in fitted]), np.log(times)))
     for low, high in itertools.pairwise(fitted):
-        between = f"{table.first[low]['rho']:g} and {table.first[high]['rho']:g}"
-        table.finding(f"local_slope.{high}", f"slope of ln T_grok between rho {between}", (low, high),
+        table.finding(f"local_slope.{high}", f"slope of ln T_grok between {low} and this cell", (low, high),
                       lambda picks, low=low, high=high: np.log(table.ratio(high, low)(picks)) / (W[high] - W[low]))
     norms = {name: table.values((name,), "norm_at_grok") for name in table.pick(arm="free", p=p, loss="ce", block=block)}
     free = {name: float(np.nanmax(own)) for name, own in norms.items() if np.isfinite(own).any()}
@@ -299,9 +291,6 @@ def allocation(table: Table, p: int, cells: list[str]) -> None:
         table.finding(f"{key}.p{p}", text := f"largest over smallest {text} over the allocations", cells, spread, law=f"p={p}, one norm: {text}")
 
 
-MEASURED = {"mediation": mediation, "mse": mediation, "grid": grid, "dose": dose, "audit": audit, "allocation": allocation}
-
-
 # ---------------------------------------------------------------- figures
 
 def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], read: dict[str, list[dict]]) -> None:
@@ -333,11 +322,11 @@ def over_held_norm(axis: Axes, what: str, table: Table, points: list[dict]) -> N
     """T_grok over the held norm with the exponential fit, ours and published, and the free runs; or the collapse rate."""
     axis.set(xlabel="held norm ||W|| (free runs: norm at T_grok)", title=f"Dose, p={points[0]['p']}")
     if what == "collapse":
-        figures.values(axis, points, "held_norm", "collapse32", "", "o-", "C3", "in float32")
-        return collapse_axis(axis)
+        figures.values(axis, points, "held_norm", "collapse32", "", "o-", "C3", "float32: share of training pairs in softmax collapse")
+        axis.axhline(CONFOUNDED, color="gray", ls=":", lw=1, label="confounded from here")
+        return
     figures.members(axis, points, "held_norm")
-    fitted = collapse_free(table, [point["cell"] for point in points])
-    if len(fitted) >= 2:
+    if len(fitted := collapse_free(table, [point["cell"] for point in points])) >= 2:
         W, T = (np.array([point[key] for point in points if point["cell"] in fitted]) for key in ("held_norm", "median"))
         slope, intercept, r2 = map(float, stats.line(W, np.log(T)))
         axis.plot(W, np.exp(intercept + slope * W), color="C0", lw=1, label=f"ours: slope {slope:.3f}, R2 {r2:.3f}, {len(W)} cells")
@@ -347,12 +336,6 @@ def over_held_norm(axis: Axes, what: str, table: Table, points: list[dict]) -> N
     for i, name in enumerate(table.pick(arm="free", loss="ce", p=points[0]["p"], block=points[0]["block"])):
         axis.plot(table.values((name,), "norm_at_grok")[0], table.grok[name], figures.MARKERS[i % 8], mfc="none", color="C1", ms=5,
                   label=f"free, weight decay {table.first[name]['weight_decay']:g}")
-    return None
-
-
-def collapse_axis(axis: Axes) -> None:
-    axis.axhline(CONFOUNDED, color="gray", ls=":", lw=1, label="float32-confounded from here")
-    axis.set(ylabel="share of training pairs in softmax collapse", ylim=(-0.03, 1))
 
 
 def precisions(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
@@ -367,19 +350,20 @@ def precisions(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
     axis.set_xticks(range(len(doses)), [f"rho {rho:g}" + (f", tau {tau:g}" if tau != 1 else "") for rho, tau in doses])
     axis.set(xlim=(-0.5, len(doses) - 0.5), title=f"Audit, p={points[0]['p']}")
     if what == "collapse":
-        collapse_axis(axis)
+        axis.axhline(CONFOUNDED, color="gray", ls=":", lw=1, label="float32-confounded from here")
+        axis.set(ylabel="share of training pairs in softmax collapse", ylim=(-0.03, 1))
 
 
 def over_split(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
     """T_grok, or the logit scale, over gamma at fixed total norm."""
     axis.set(xlabel="gamma: power moved from E to W2", title=f"Allocation at fixed total norm, p={points[0]['p']}")
     if what == "T_grok":
-        figures.members(axis, points, "gamma")
-    else:
-        figures.values(axis, points, "gamma", "logit_scale", "L", label="effective logit scale")
-        axis.set(ylabel="effective logit scale L at grokking", ylim=(0, 1.1 * axis.get_ylim()[1]))
+        return figures.members(axis, points, "gamma")
+    figures.values(axis, points, "gamma", "logit_scale", "L", label="effective logit scale")
+    return axis.set(ylabel="effective logit scale L at grokking", ylim=(0, 1.1 * axis.get_ylim()[1]))
 
 
+MEASURED = {"mediation": mediation, "mse": mediation, "grid": grid, "dose": dose, "audit": audit, "allocation": allocation}
 FIGURES = {"grid": ("collapse_p{p}", ["T_grok"], over_logit_scale), "dose": ("dose_p{p}", ["T_grok", "collapse"], over_held_norm),
            "audit": ("audit", ["T_grok", "collapse"], precisions), "allocation": ("allocation_p{p}", ["T_grok", "L"], over_split)}
 
@@ -389,8 +373,8 @@ FIGURES = {"grid": ("collapse_p{p}", ["T_grok"], over_logit_scale), "dose": ("do
 def publish(desk: Lab, result: Result | None) -> None:
     """Tables, figures and summary from the rows alone; `--figures-only` comes here with the rows of OUT/runs.csv."""
     part, p, *_ = desk.config.tables()[0]
-    figure = FIGURES.get(part, ("mediation_p{p}",))[0].format(p=p) + ".png"
-    desk.publish(measure, draw, result, {"around_grok.csv": stats.around_grok}, main_figure=figure)
+    desk.publish(measure, draw, result, {"around_grok.csv": stats.around_grok},
+                 main_figure=FIGURES.get(part, ("mediation_p{p}",))[0].format(p=p) + ".png")
 
 
 def run(argv: list[str]) -> None:
@@ -408,10 +392,9 @@ def run(argv: list[str]) -> None:
     desk.open()
     result = desk.train("control", free)
     w_c = w_c or stats.critical_norms(result.runs)
-    for control in free:
-        print(f"{control.name}: " + (f"W_c = {w_c[control.name]:.2f}" if control.name in w_c else f"no member grokked within {control.budget_steps} "
-                                     "steps: no W_c, so the cells held relative to it are not run"))
-    result += desk.train("cells", held(config, w_c, stats.power_shares(result.runs)), deal=True)
+    console.say_norms(free, w_c)
+    shares = stats.power_shares(result.runs) if "allocation" in config.parts else {}
+    result += desk.train("cells", held(config, w_c, shares), deal=True)
     publish(desk, result)
     return desk.finish()
 

@@ -221,13 +221,13 @@ READOUTS: dict[str, Callable[[Table, str], Statistic]] = {
 }
 
 
-def at_doses(doses: Iterable[tuple[float, float]], statistic: Callable[[Table, list[str]], Statistic]) -> Callable[[Table, dict], tuple | None]:
-    """For `answer`: `statistic` of the cells held at exactly these `(rho, tau)`, if all of them ran."""
+def at_doses(doses: Iterable[tuple[float, float]], statistic: Callable[..., Statistic], **more: object) -> Callable[[Table, dict], tuple | None]:
+    """For `answer`: `statistic(table, cells, **more)` of the cells held at exactly these `(rho, tau)`, if all of them ran."""
     doses = tuple(doses)
 
     def found(table: Table, row: dict) -> tuple | None:
         cells = [table.match({**row, "arm": "clamp", "rho": rho, "tau": tau}) for rho, tau in doses]
-        return (cells, statistic(table, cells), "") if table.have(*cells) else None
+        return (cells, statistic(table, cells, **more), "") if table.have(*cells) else None
     return found
 
 

@@ -85,6 +85,13 @@ def announce(config: settings.Machine, cells: list[Cell], given: dict) -> None:
           f"about {duration(seconds)} of training", flush=True)
 
 
+def say_norms(controls: list[Cell], w_c: dict[str, float]) -> None:
+    """The critical norm of each free cell, or that it has none."""
+    for cell in controls:
+        print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}" if cell.name in w_c else
+              f"{cell.name}: no member grokked within {cell.budget_steps} steps: no W_c, so the cells held relative to it are not run")
+
+
 def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 

@@ -50,9 +50,9 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
         files.write_atomic(folder / f"{name}.{kind}", image.getvalue())
 
 
-def steps(axis: matplotlib.axis.Axis) -> None:
-    """Ticks of a logarithmic axis of steps: 1, 2 and 5 times powers of ten, as plain numbers."""
-    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+def steps(axis: matplotlib.axis.Axis, subs: tuple[float, ...] = (1, 2, 5)) -> None:
+    """Ticks of a logarithmic axis of steps: `subs` times powers of ten, as plain numbers."""
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
@@ -108,7 +108,7 @@ def members(axis: plt.Axes, points: list[dict], x: str, color: str = "C0", marke
     theirs = over["published"].get(known) if over else 1.0
     squares(axis, [(point[x], y / theirs) for point in points if theirs and (y := point["published"].get(known))], color=published)
     axis.set(yscale="log", ylabel=f"{known} (steps)")
-    steps(axis.yaxis)
+    steps(axis.yaxis, (1, 1.5, 2, 3, 5, 7) if over else (1, 2, 5))
 
 
 def values(axis: plt.Axes, points: list[dict], x: str, what: str, known: str, style: str = "D--", color: str = "C0", label: str = "",
