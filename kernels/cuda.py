@@ -16,7 +16,7 @@ from .layout import Layout, TransformerLayout
 from .step import metric_names
 
 ARITHMETIC = ("ieee", "tf32x3")
-LARGEST_P = 256     # a program holds whole rows of logits: 64 pairs of 512 columns are past what a multiprocessor has
+MOST_CLASSES = 256  # a program holds whole rows of logits: 64 pairs of 512 columns are past what a multiprocessor has
 
 
 class State(NamedTuple):
@@ -153,8 +153,8 @@ class CudaKernels:
 
 def _check(layout: Layout | TransformerLayout, loss: str, dtype: torch.dtype, arithmetic: str, params: Tensor, moment1: Tensor, moment2: Tensor,
            a: Tensor, b: Tensor, train: Tensor) -> None:
-    if layout.p > LARGEST_P:
-        raise ValueError(f"p must be at most {LARGEST_P} on CUDA, got {layout.p}; use the CPU")
+    if layout.classes > MOST_CLASSES:
+        raise ValueError(f"p must be at most {layout.p + MOST_CLASSES - layout.classes} on CUDA, got {layout.p}; use the CPU")
     runs, n = a.shape
     wanted = {"params": (runs, layout.n_params), "moment1": (runs, layout.n_params), "moment2": (runs, layout.n_params), "b": (runs, n),
               "train": (runs, layout.p**2)}

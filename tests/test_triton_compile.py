@@ -51,6 +51,14 @@ def test_sizes_of_the_kernels_tests(layout: object) -> None:
     assert_sound({key: found[key] for key in sorted(found)[::4]})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("p", [2, 5, 8, 255])
+def test_warps(p: int, dtype: torch.dtype) -> None:
+    """A power of two from 1 to 32, for the narrowest row of logits and the widest."""
+    for layout in (mlp_layout(p, 16, 32, dtype), transformer_layout(p, 16, 32, dtype)):
+        assert {launch.options["num_warps"] for launch in step_launches(layout, dtype, "ieee", "ce", n=min(p, 64))} <= {1, 2, 4, 8, 16, 32}
+
+
 def test_measurements() -> None:
     found = kinds(launch for launch in of_bench() if launch.kernel.fn.__module__ == "bench.gpu_measurements")
     assert len(found) == 9          # products at two widths in three modes, adds at two moduli, the empty one

@@ -184,7 +184,9 @@ def test_arguments_are_checked() -> None:
     row = case.params
     for change, message in ((dict(loss="hinge"), "ce or mse"), (dict(moment2=row[:1]), "moment2: expected shape"),
                             (dict(params=row.double()), "params: expected contiguous"), (dict(arithmetic="tf32"), "tf32x3"),
-                            (dict(layout=mlp_layout(5, 12, 32)), "expected shape")):
+                            (dict(layout=mlp_layout(5, 12, 32)), "expected shape"),
+                            (dict(layout=mlp_layout(257, 16, 32)), "at most 256 on CUDA, got 257"),
+                            (dict(layout=transformer_layout(256, 16, 32)), "at most 255 on CUDA, got 256")):
         given = dict(layout=case.layout, loss="ce", dtype=torch.float32, arithmetic="ieee", params=row, moment1=row, moment2=row, a=case.a,
                      b=case.b, train=case.train)
         with pytest.raises(ValueError, match=message):
@@ -229,7 +231,9 @@ def assert_the_trainer_agrees(cells: list[Cell], steps: list[int]) -> None:
     assert sorted(ours.log_table()[:, :2].tolist()) == sorted(theirs.log_table()[:, :2].tolist())
     for mine, other in zip(ours.state.params, theirs.state.params, strict=True):
         # 75 Adam steps carry rounding of 6e-8 each; a missed step, clamp or run is 1e-3 or more
-        assert (mine - other).norm() <= 1e-5 * other.norm()
+        off = float((mine - other).norm() / other.norm())
+        print(f"off by {off:.2g} of the norm after {end} steps, {off / 1e-5:.0%} of the budget")
+        assert off <= 1e-5
 
 
 def test_the_trainer_keeps_every_cell_s_schedule_on_the_kernels(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
