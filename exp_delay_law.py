@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from common import Cell, Result, UsageError, exactly, unique
-from lab import console, delay, figures, settings, stats
+from lab import console, delay, figures, own, settings, stats
 from lab.answers import Table, answer, lacking, published
 from lab.desk import Lab, main
 
@@ -58,8 +58,9 @@ class Config(settings.Config):
 PRESETS = {
     "smoke": {"parts": ("dense",), "rhos": (0.85, 1.0), "lrs": (8e-3,), "members": (0, 1)},
     "laptop": {"parts": ("dense",), "rhos": (0.85, 0.95, 1.05, 1.15), "members": (0, 1, 2)},
-    "paper": {"parts": PARTS},
+    "paper": {"parts": PARTS, "networks": ("published", "fresh")},
 }
+RELEASED = {"dense": "denserho", "matrix": "efflr", "moduli": "pscan", "oneshot": "normint", "concentration": "grokfss"}   # the paper's runs
 DENSE_RHOS = (0.85, 0.90, 0.95, 1.00, 1.05, 1.10, 1.15, 1.20, 1.25, 1.30)     # Figure 3
 MATRIX_RHOS = (0.85, 1.00, 1.15, 1.30)                                        # Table 1
 MODULI_RHOS = (0.85, 1.00, 1.15)                                              # section 6, and 1.30 at two moduli
@@ -162,6 +163,16 @@ def held_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
     return unique(cells)
 
 
+def own_cells(config: Config, given: dict) -> list[Cell]:
+    """The paper's own networks: those of its cells that the flags leave."""
+    rows = [row for part in config.parts for row in published("A.").values() if row["experiment"] == RELEASED[part]]
+    top = next(row for row in published("A.").values() if row["id"] == "A.dense.rho1.25")
+    rows += [{**top, "rho": 1.30, "statistic": "", "value": None}] if "dense" in config.parts else []     # behind A.saturation.p59 alone
+    only = {column: given[flag] for column, flag in (("p", "p"), ("p", "moduli"), ("rho", "rhos"), ("lr", "lrs"), ("wd", "weight_decays"),
+                                                      ("train_frac", "train_fracs")) if flag in given}
+    return own.cells(rows, given.get("members", ()), **only)
+
+
 # ---------------------------------------------------------------- what is measured
 
 FIT = {"dense": DENSE_RHOS[:-1], "moduli": MODULI_RHOS}       # doses of alpha: above 1.25 the delay saturates
@@ -235,10 +246,15 @@ STATISTICS = {
 }
 
 
+def networks(table: Table, part: str) -> str:
+    return RELEASED[part] if table.networks == "published" else "fresh"
+
+
 def curves(table: Table, config: Config, arm: str = "clamp") -> dict[str, list[str]]:
     """Dose-response curves by part: cells of all moduli at the first learning rate."""
     parts = {"dense": (config.p, config.seeds), "moduli": (config.moduli if "moduli" in config.parts else (), config.moduli_seeds)}
-    found = {part: [cell for p in moduli for cell in table.pick(arm=arm, group="", p=p, block=block, lr=config.lrs[0])]
+    found = {part: [cell for p in moduli for cell in table.pick(arm=arm, group="", p=p, block=block, lr=config.lrs[0],
+                                                                networks=networks(table, "oneshot" if arm == "rescale" else part))]
              for part, (moduli, block) in parts.items()}
     return {part: cells for part, cells in found.items() if cells}
 
@@ -269,7 +285,8 @@ def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
                 rhos = np.array([table.first[cell]["rho"] for cell in mine], dtype=float)
                 table.finding(f"lack_of_fit.dense.p{p}", f"p-value: ln T_grok is a straight line in rho, against seed noise, {len(mine)} doses",
                               mine, stats.lack_of_fit(rhos, times))
-    delay.findings(table, read)
+    if table.networks == "fresh":
+        delay.findings(table, read)
 
 
 # ---------------------------------------------------------------- figures
@@ -281,7 +298,8 @@ def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], r
     for cells in curves(table, config, "rescale").values():
         figures.dose(table, cells, (), rows["oneshot"], "One rescale at step 500", folder, "oneshot")
     for p in config.p if "matrix" in config.parts else ():
-        draw_matrix(table, table.pick(arm="clamp", p=p, block=config.seeds), folder, f"matrix_p{p}")
+        cells = table.pick(arm="clamp", p=p, block=config.seeds, networks=networks(table, "matrix"))
+        draw_matrix(table, cells, folder, f"matrix_p{p}")
     figures.critical_norm(table, published("A.").values(), folder)
     figures.contraction(read["contraction.csv"], folder)
     if trajectories:
@@ -321,13 +339,14 @@ def run(argv: list[str]) -> None:
     desk = Lab("delay_law", config, given, PRESETS)
     if config.figures_only:
         return desk.redraw(lambda: publish(desk, None))
-    controls, others = control_cells(config), other_free_cells(config)
+    theirs = own_cells(config, given) if "published" in config.networks else []
+    controls, others = (control_cells(config), other_free_cells(config)) if "fresh" in config.networks else ([], [])
     guess = {cell.name: 54.8 * (cell.p / 59) ** 0.4 for cell in controls}   # for the dry run's list only; the real W_c comes from the control
-    console.announce(config, [*controls, *others, *held_cells(config, guess)], given)
+    console.announce(config, [*theirs, *controls, *others, *held_cells(config, guess)], given)
     if config.dry_run:
         return None
     desk.open()
-    result = desk.train("control", controls)
+    result = desk.train("published", theirs, deal=True) + desk.train("control", controls)
     w_c = stats.critical_norms(result.runs)
     for cell in controls:
         print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}" if cell.name in w_c else

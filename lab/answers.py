@@ -121,6 +121,10 @@ class Table:
         values = self.values((cell,), column)[0]
         return lambda picks: stats.finite_median(values[picks])
 
+    def mean_of(self, cell: str, column: str) -> Statistic:
+        values = self.values((cell,), column)[0]
+        return lambda picks: values[picks].mean(-1)
+
     def at(self, cell: str, column: str = "logit_scale", step: int | None = None) -> Statistic:
         """Mean over members of a logged column: at `step`, or at the logged step nearest the median T_grok of the members that grok
         (paper B's L of a cell)."""
@@ -213,11 +217,12 @@ READOUTS: dict[str, Callable[[Table, str], Statistic]] = {
     "T_mem": Table.T_mem,
     "L": Table.at,
     "W_c": lambda table, cell: table.median_of(cell, "norm_at_grok"),
-    "W_c_end": lambda table, cell: table.median_of(cell, "norm_at_grok"),        # fresh networks: at own T_grok, everywhere
+    # of paper B's own networks where it read them, at the end of the control; of fresh ones at own T_grok, as everywhere
+    "W_c_end": lambda table, cell: table.mean_of(cell, "norm_at_end") if table.networks == "published" else table.median_of(cell, "norm_at_grok"),
     "W_c_unembed": lambda table, cell: table.median_of(cell, "norm_unembed_at_grok"),
     "delay": Table.delay,
-    "collapse32_max": lambda table, cell: table.at(cell, "collapse32"),
-    "collapse64_max": lambda table, cell: table.at(cell, "collapse64"),
+    "collapse32_max": lambda table, cell: table.mean_of(cell, "collapse32_max"),   # of each member's largest rate
+    "collapse64_max": lambda table, cell: table.mean_of(cell, "collapse64_max"),
 }
 
 
@@ -240,7 +245,7 @@ def answer(table: Table, rows: Iterable[dict], statistics: dict[str, Callable[[T
         else:
             cell = table.match(row) if row["statistic"] in READOUTS else None
             found = ((cell,), READOUTS[row["statistic"]](table, cell), "") if cell else None
-        if found and not (row["statistic"].startswith("W_c") and not np.isfinite(found[1](np.arange(table.count(found[0])[0])[None])).any()):
+        if found and not (row["statistic"].startswith(("W_c", "collapse")) and not np.isfinite(found[1](np.arange(table.count(found[0])[0])[None])).any()):
             table.claim(row, *found)
             if row["statistic"] in ("T_grok", "delay"):
                 table.medians.setdefault(found[0][0], row["value"])

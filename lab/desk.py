@@ -343,7 +343,8 @@ class Lab:
         files.write_summary(out, *merged(answered))
         self._last_words(answered, main_figure)
         for table in answered:
-            figures.drawn(draw)(table, config, out / "figures", trajectories, read)
+            folder = out / "figures" / ("published" if table.networks == "published" and len(answered) > 1 else "")
+            figures.drawn(draw)(table, config, folder, trajectories, read)
 
     def _last_words(self, answered: list[Table], main_figure: str) -> None:
         """At most fifteen lines: the law in a sentence, a row a condition, where the main figure is."""

@@ -23,13 +23,14 @@ from kernels.adamw import BETA1, BETA2, group_norms_ref
 from kernels.layout import Layout, TransformerLayout, model_layout
 from kernels.step import metric_names
 from lab.draws import initial_rows, splits
-from lab.stats import nearest_log
+from lab.stats import nearest_log, without_nan
 
 SAVE_SHARE = 0.01      # of the time may go into checkpoints
 NEVER = 2**62          # a step that no run reaches
 CROSSINGS = (("train_accuracy", T_MEM_ACCURACY), ("test_accuracy", 0.80), ("test_accuracy", T_GROK_ACCURACY), ("test_accuracy", 0.95))
 MEM, CROSS_80, GROK, CROSS_95 = range(4)
 FOURIER = ("fourier_top5", "fourier_gini")
+COLLAPSE = ("collapse32", "collapse64")
 CELL_COLUMNS = ("networks", "model", "loss", "p", "train_frac", "block", "seed0", "arm", "group", "rho", "tau", "gamma", "lr", "weight_decay",
                 "clamp_start", "clamp_stop", "w_c", "budget_steps")
 
@@ -103,13 +104,14 @@ class Ensemble:
     Hyperparameters are vectors over runs. On a CPU each worker advances the run that is furthest behind by one interval, so runs
     need no barrier; a run's own bits never depend on the others. On CUDA all runs advance in lockstep.
     """
-    PROGRESS = ("step", "crossed", "at_grok", "norm_at_mem", "below_after_grok", "diverged", "retire")   # arrays that change while training
+    PROGRESS = ("step", "crossed", "at_grok", "norm_at_mem", "below_after_grok", "diverged", "retire", "last", "before", "collapse_max")
 
     def __init__(self, cells: list[Cell], device: str, backend: str, dtype: torch.dtype, arithmetic: str, start: State | None = None):
         self.cells, first = cells, cells[0]
         self.layout = model_layout(first.model, first.p, dtype)
         self.metrics = metric_names(self.layout.groups)
         self.reported = ("norm", "logit_scale", *(f"norm_{group}" for group in self.layout.groups), "saturated", "collapse32", "collapse64")
+        self.collapse_columns = [1 + self.metrics.index(name) for name in COLLAPSE]     # of `last` and `before`
         self.n = first.n_train
         self.dtype, self.loss, self.decay_last = dtype, first.loss, first.decay_last
         runs = [(c, m) for c, cell in enumerate(cells) for m in cell.members]
@@ -144,6 +146,9 @@ class Ensemble:
         self.step = self.start.copy()
         self.crossed = np.full((R, len(CROSSINGS)), -1)                  # first step of each crossing, -1 = not yet
         self.at_grok = np.full((R, len(self.metrics)), np.nan)
+        # step and metrics of the last two evaluations: a run may be one past the step at which its cell turns out to retire
+        self.last, self.before = np.full((2, R, 1 + len(self.metrics)), np.nan)
+        self.collapse_max = np.zeros((R, len(COLLAPSE)))                 # largest rates over all evaluations but the last
         self.norm_at_mem = np.full(R, np.nan)
         self.below_after_grok = np.zeros(R, dtype=int)                   # evaluations under 0.90 after T_grok
         self.diverged = np.full(R, -1)                                   # step at which loss or norm was found not finite
@@ -230,6 +235,9 @@ class Ensemble:
                 self.at_grok[runs[new]] = metrics[new]
             elif column == MEM:
                 self.norm_at_mem[runs[new]] = metrics[new, self.metrics.index("norm")]
+        self.before[runs[due]] = self.last[runs[due]]
+        self.last[runs[due]] = np.column_stack([step[due], metrics[due]])
+        self.collapse_max[runs] = np.fmax(self.collapse_max[runs], self.before[runs][:, self.collapse_columns])
         after = due & (self.crossed[runs, GROK] >= 0) & (metrics[:, self.metrics.index("test_accuracy")] < T_GROK_ACCURACY)
         self.below_after_grok[runs] += after
         for c in np.unique(self.cell_of[runs]):
@@ -476,6 +484,8 @@ class Ensemble:
             diverged = within(self.diverged[r])
             steps = int(min(self.step[r], last))
             out.needed += steps - int(self.start[r])
+            end = self.last[r] if self.last[r, 0] <= last else self.before[r]
+            most = np.fmax(self.collapse_max[r], end[self.collapse_columns])
             at_grok = dict(zip(self.metrics, self.at_grok[r].tolist(), strict=True)) if t_grok is not None else {}
             held = [h or None for h in self.held[r].tolist()]
             out.runs.append({
@@ -486,6 +496,8 @@ class Ensemble:
                 "censored": int(t_grok is None), "diverged": int(diverged is not None), "steps_run": steps,
                 "norm_at_mem": float(self.norm_at_mem[r]) if t_mem is not None else None,
                 **{f"{name}_at_grok": at_grok.get(name) for name in self.reported},
+                **{f"{name}_at_end": value for name, value in zip(self.metrics, without_nan(end[1:]), strict=True) if name.startswith("norm")},
+                **{f"{name}_max": value for name, value in zip(COLLAPSE, without_nan(most), strict=True)},
                 "evals_below_after_grok": int(self.below_after_grok[r]) if t_grok is not None and cell.after_grok else None,
             })
             if not any(held) and not cell.scale_once:

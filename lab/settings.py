@@ -37,8 +37,10 @@ class Config(Machine):
     """What the experiments share besides. A tuple takes several values on the command line."""
     preset: str = option("", "smoke (seconds), laptop (minutes on 2 cores) or paper (the papers' tables); default: paper on CUDA, else laptop")
     p: tuple[int, ...] = option((59,), "moduli; any p >= 2 works, the papers use primes")
+    networks: tuple[str, ...] = option(("fresh",), "fresh: networks of our own; published: the paper's own, by its draws, held norms and protocol, whole "
+                                       "blocks unless --members are given; or both")
     seeds: int = option(16, "block size: members drawn from one generator; member 3 of 12 is not member 3 of 8")
-    seed0: int = option(0, "first seed: weights use seed0, the split of member s uses 1000 + seed0 + s")
+    seed0: int = option(1000, "first seed of fresh networks: weights use seed0, the split of member s uses 1000 + seed0 + s")
     parts: tuple[str, ...] = option((), "parts of the experiment to run")
     model: str = option("mlp", "mlp, transformer, transformer_ln (with LayerNorm) or transformer_b (as in paper B's released runs); "
                         "learning rates default to the model's")
@@ -51,7 +53,7 @@ class Config(Machine):
 
 NOT_SCIENCE = ("out", "resume", "dry_run", "figures_only", "metrics_dir", "twin_of")   # settings that change no number
 CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "eager", "triton"), "dtype": ("float32", "float64"),
-           "arithmetic": ("ieee", "tf32x3"), "model": tuple(MODELS), "audit_dtypes": ("float32", "float64")}
+           "arithmetic": ("ieee", "tf32x3"), "model": tuple(MODELS), "audit_dtypes": ("float32", "float64"), "networks": ("fresh", "published")}
 POSITIVE = ("rhos", "lrs", "lr", "taus", "rho", "fork_steps", "budget", "train_fracs")
 
 LARGEST = {"rhos": 100, "rho": 100, "taus": 1e6, "weight_decays": 1e6, "w_c": 1e6, "gammas": 100}   # far past anything that trains

@@ -206,6 +206,10 @@ def finite(x: float | None) -> float | None:
     return None if x is None or not math.isfinite(x) else float(f"{x:.9g}")
 
 
+def without_nan(values: np.ndarray) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
 def short(x: float | None) -> str:
     """A number for a person: four significant digits, steps in full."""
     if x is None or math.isnan(x):
