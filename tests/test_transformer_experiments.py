@@ -38,8 +38,6 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, run: object, f
 def test_a_note_names_parts_of_the_model_only_and_a_preset_keeps_its_doses_to_its_part(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     exp_delay_law.run(["--model", "transformer_ln", "--parts", "concentration", "--rhos", "1.1", "--dry-run", "--out", str(tmp_path / "out")])
     assert "note: --rhos changes nothing here: it is read with --parts dense or groups\n" in capsys.readouterr().out
-    exp_logit_scale.run(["--model", "transformer", "--gammas", "0.1", "--dry-run", "--out", str(tmp_path / "out")])
-    assert "note: --gammas changes nothing here: no part of --model transformer reads it\n" in capsys.readouterr().out
     exp_delay_law.run(["--model", "transformer_ln", "--parts", "groups", "--dry-run", "--out", str(tmp_path / "out")])
     assert "clamp_unembed_p71_b16_rho1.30" in (text := capsys.readouterr().out) and "rho0.95" not in text
     exp_delay_law.run(["--parts", "moduli", "--moduli", "41", "--dry-run", "--out", str(tmp_path / "out")])
@@ -214,6 +212,4 @@ def test_mediation_at_a_given_norm_trains_no_control(tmp_path: Path) -> None:
         ("clamp", rho, tau, 5e-4, 600) for rho, tau in ((1, 1), (1.15, 1), (1.15, 1.7))}
     assert all("unlearned" in run for run in runs)
     assert [run["held_norm"] for run in runs] == pytest.approx([30, 34.5, 34.5]) and all(run["w_c"] == 30 for run in runs)
-    claims = {claim["id"]: claim["verdict"] for claim in json.loads((out / "summary.json").read_text())["claims"]}
-    assert "B.tf.effect" in claims and not any(key.startswith("B.cell") for key in claims)
-    assert set(claims.values()) == {"NOT RUN"}                           # another norm than the paper's, another p
+    assert json.loads((out / "summary.json").read_text())["claims"] == []   # the paper's transformer table is not this experiment's
