@@ -217,12 +217,12 @@ def mediation(table: Table, p: int, cells: list[str]) -> None:
     if loss == "ce":
         table.finding(f"collapse.{dtype}.{where}.rho{rho:.2f}", f"share of training pairs in collapse in working precision, {model}, trained in "
                       f"{dtype}, tau 1", (up,), table.at(up, dtype.replace("float", "collapse")))
-    cool, delays = (up, last), {name: table.grok[name] - table.mem[name] for name in (up, last)}
+    cool, delay = (up, last), lambda name, picks: table.median((table.grok[name] - table.mem[name])[picks])
     table.finding(f"tau_effect.{where}", f"median T_grok at rho {rho:g}, tau 1 over {tau:g}", cool, table.ratio(up, last))
     table.finding(f"logit_movement.{where}", f"logit scale at rho {rho:g}, tau 1 over {tau:g}", cool, over(table.at(up), table.at(last)))
     table.finding(f"memorisation.{where}", f"median T_mem at rho {rho:g}, tau {tau:g} over 1", cool, over(table.T_mem(last), table.T_mem(up)))
     table.finding(f"delay_share.{where}", "share of the tau effect on T_grok that is in the delay T_grok - T_mem", cool, over(
-        lambda picks: table.median(delays[up][picks]) - table.median(delays[last][picks]), lambda picks: table.T(up)(picks) - table.T(last)(picks)))
+        lambda picks: delay(up, picks) - delay(last, picks), lambda picks: table.T(up)(picks) - table.T(last)(picks)))
 
 
 def grid(table: Table, p: int, cells: list[str]) -> None:
