@@ -7,7 +7,7 @@
 //     dE = dU W1[:d]' + dV W1[d:]',  dW1 = [E' dU; E' dV],  then AdamW and the projection on the flat row
 //
 // Order of summation: every product adds over its inner index in ascending order, one fused multiply-add after the other, in registers; sums
-// over pairs go tile by tile in ascending order, dU six pairs at a time. Nothing depends on addresses, on the thread or on how many steps
+// over pairs are those of the tiles, in ascending order. Nothing depends on addresses, on the thread or on how many steps
 // a call takes. Vectors are the compiler's own extension, as wide as its target has them: AVX-512, AVX2, SSE2 and NEON from one source.
 //
 // Given at compile time: REAL (float or double), ROWS = p, D = d and HIDDEN = H (multiples of 16), CLASSES, P_PAD (stored logit columns).
@@ -315,23 +315,26 @@ template <class T> INLINE void softmax_row(const T* scaled, T* exponentials, T& 
     total = sum<T>(sums);
 }
 
-// z -> dz, the gradient of the mean loss over `n` pairs, for `rows` pairs of a tile; db2 gets its column sums.
+// z -> dz, the gradient of the mean loss over `n` pairs, for `rows` pairs of a tile; its column sums are added to db2 (C).
 void loss_gradient(int rows, const int64_t* labels, Real tau, int64_t n, int loss, Scratch& s, Real* db2) {
     const Real inverse = 1 / tau, mean = 1 / (tau * Real(n));
+    Real column_sums[ZC] = {};
     for (int row = 0; row < rows; ++row) {
         Real* z = s.z + row * ZC;
+        Real top, total, factor = 2 * mean;
         for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * inverse);
         if (loss == CROSS_ENTROPY) {
-            Real top, total;
             softmax_row<Real>(z, z, top, total);
-            for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * (mean / total));
+            factor = mean / total;
+            for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * factor);
             z[labels[row]] -= mean;
         } else {
             z[labels[row]] -= 1;
-            for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * (2 * mean));
+            for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * factor);
         }
-        for (int c = 0; c < C; ++c) db2[c] += z[c];
+        for (int c = 0; c < ZC; c += L) store(column_sums + c, load(column_sums + c) + load(z + c));
     }
+    for (int c = 0; c < C; ++c) db2[c] += column_sums[c];
 }
 
 // -- backward
