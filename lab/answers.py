@@ -245,7 +245,10 @@ def answer(table: Table, rows: Iterable[dict], statistics: dict[str, Callable[[T
         else:
             cell = table.match(row) if row["statistic"] in READOUTS else None
             found = ((cell,), READOUTS[row["statistic"]](table, cell), "") if cell else None
-        if found and not (row["statistic"].startswith(("W_c", "collapse")) and not np.isfinite(found[1](np.arange(table.count(found[0])[0])[None])).any()):
+        if found and row["statistic"].startswith(("W_c", "collapse")):      # some member must have a value
+            n = table.count(found[0])[0]
+            found = found if np.isfinite(found[1](np.arange(n)[None])).any() else None
+        if found:
             table.claim(row, *found)
             if row["statistic"] in ("T_grok", "delay"):
                 table.medians.setdefault(found[0][0], row["value"])

@@ -276,11 +276,11 @@ class Ensemble:
     def train(self, tick: Callable[["Ensemble"], None], save: Callable[[dict], None] | None = None, save_every: float = 180) -> None:
         """Train until every cell has retired. `tick` is called a few times a second from the main thread; `save` gets a snapshot
         every `save_every` seconds, later if that would take more than its share of the time, and one if Ctrl-C or SIGTERM ends training early."""
-        if len(self.live()) and self.backend not in self.backends[-1:]:
-            self.backends.append(self.backend)
         advance = self._train_lockstep if self.backend == "triton" else self._train_workers
         if self.backend != "triton" and len(self.live()):
-            self.compile()
+            self.compile()                                               # the backend is what came of it
+        if len(self.live()) and self.backend not in self.backends[-1:]:
+            self.backends.append(self.backend)
         try:
             while len(self.live()):
                 started = time.monotonic()

@@ -25,7 +25,9 @@ RUN_COLUMNS = ("experiment", "cell", "model", "loss", "p", "train_frac", "n_trai
                "lr", "weight_decay", "clamp_start", "clamp_stop", "held_norm", "w_c", "budget_steps", "t_mem_step", "t_grok_step",
                "censored", "norm_at_grok", "logit_scale_at_grok", "steps_run", "diverged")
 
-TEXT = {"experiment", "cell", "task", "model", "loss", "arm", "dtype", "file", "name", "device", "backend", "arithmetic", "kernel"}   # columns
+CONDITIONS = {"train_frac", "rho", "tau", "gamma", "lr", "weight_decay", "w_c"}   # columns whose numbers are compared for equality
+TEXT = {"experiment", "networks", "cell", "task", "model", "loss", "arm", "group", "dtype", "file", "name", "device", "backend", "arithmetic",
+        "kernel"}
 
 
 @contextlib.contextmanager
@@ -54,11 +56,14 @@ def write_atomic(path: Path, data: bytes) -> None:
         f.write(data)
 
 
-def cell_text(value: object) -> object:
-    """CSV text: empty for what was not reached; floats to 9 significant digits, which keeps float32 exactly."""
+def cell_text(value: object, exact: bool = False) -> object:
+    """CSV text: empty for what was not reached; floats to 9 significant digits, which keeps float32 exactly, or so that they read back equal."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return f"{value:.9g}" if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    short = f"{value:.9g}"
+    return repr(value) if exact and float(short) != value else short
 
 
 def write_csv(path: Path, rows: Iterable[dict], first: tuple[str, ...] = ()) -> None:
@@ -68,7 +73,7 @@ def write_csv(path: Path, rows: Iterable[dict], first: tuple[str, ...] = ()) -> 
         text = io.TextIOWrapper(f, "utf-8", newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(names)
-        writer.writerows([cell_text(row.get(name)) for name in names] for row in rows)
+        writer.writerows([cell_text(row.get(name), name in CONDITIONS) for name in names] for row in rows)
         text.detach()
 
 

@@ -37,8 +37,8 @@ class Config(Machine):
     """What the experiments share besides. A tuple takes several values on the command line."""
     preset: str = option("", "smoke (seconds), laptop (minutes on 2 cores) or paper (the papers' tables); default: paper on CUDA, else laptop")
     p: tuple[int, ...] = option((59,), "moduli; any p >= 2 works, the papers use primes")
-    networks: tuple[str, ...] = option(("fresh",), "fresh: networks of our own; published: the paper's own, by its draws, held norms and protocol, whole "
-                                       "blocks unless --members are given; or both")
+    networks: tuple[str, ...] = option(("fresh",), "fresh: networks of our own; published: the paper's own, by its draws, held norms and protocol, "
+                                       "whole blocks unless --members are given; or both")
     seeds: int = option(16, "block size: members drawn from one generator; member 3 of 12 is not member 3 of 8")
     seed0: int = option(1000, "first seed of fresh networks: weights use seed0, the split of member s uses 1000 + seed0 + s")
     parts: tuple[str, ...] = option((), "parts of the experiment to run")

@@ -3,7 +3,6 @@ import json
 import math
 from pathlib import Path
 
-import logit_scale_claims as claims
 import numpy as np
 import pytest
 from test_replay import RELEASED
