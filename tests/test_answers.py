@@ -60,8 +60,9 @@ def test_a_group_held_alone_answers_rows_of_that_group_only() -> None:
 def test_read_outs_of_one_cell() -> None:
     runs = cell("c", 1000, 1200, None, norm_at_mem=1.0)
     runs[0]["norm_at_grok"], runs[1]["norm_at_grok"], runs[2]["norm_at_grok"] = 50.0, 52.0, None
-    log = [{"cell": "c", "member": m, "step": s, "logit_scale": s / 100 + m, "collapse32": 0.1 * m, "collapse64": 0.0}
-           for m in range(3) for s in (800, 1000, 1200)]
+    for m, run in enumerate(runs):
+        run["collapse32_max"] = 0.1 * m
+    log = [{"cell": "c", "member": m, "step": s, "logit_scale": s / 100 + m} for m in range(3) for s in (800, 1000, 1200)]
     table = Table(runs, log)
     rows = [{**ROW, "id": statistic, "statistic": statistic} for statistic in ("T_grok", "T_mem", "L", "W_c", "collapse32_max", "alpha")]
     answer(table, rows, {})
