@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import initial_rows, split
+from common import n_train
 from kernels import build, cpu
 from kernels.layout import Layout, mlp_layout
 from kernels.step import METRICS, evaluate_ref, train_step_ref
+from lab.draws import initial_rows, split
 
 pytestmark = pytest.mark.skipif(not cpu.has_compiler(), reason="no C++ compiler here: the C++ step cannot be tested")
 
@@ -90,7 +91,7 @@ class Problem:
         # moments as they are in mid-training: at zero, Adam's quotient would turn the rounding of a small gradient into a whole step
         rows = row, 1e-2 * gradient, 1e-4 * (1 + gradient.square()) * (gradient != 0)
         self.rows = [x.float().to(dtype) for x in rows]      # the same numbers in every type
-        index = split(p, 0.4 if p < 50 else 0.1, 0, 0) if p > 2 else torch.tensor([0, 3])
+        index = split(p, n_train(p, 0.4 if p < 50 else 0.1), 0, 0) if p > 2 else torch.tensor([0, 3])
         self.a, self.b = index // p, index % p
         self.train = torch.zeros(p * p, dtype=dtype)
         self.train[index] = 1
