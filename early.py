@@ -2,11 +2,20 @@
 import os
 import signal
 import sys
+import tempfile
 
+try:
+    import resource
+except ImportError:   # Windows
+    resource = None
+
+ROOM = 1400 << 20   # bytes of address space
 
 def guard() -> None:
     """First statement of a script, until `endings.end` takes over. Of this project and others it has imported nothing yet."""
     streams()
+    home()
+    room()
     signal.signal(signal.SIGINT, interrupted)
     sys.excepthook = failed
 
@@ -22,6 +31,22 @@ def streams() -> None:
             setattr(sys, name, open(number, "w", encoding="utf-8"))   # noqa: SIM115, as long as the process
         if hasattr(stream := getattr(sys, name), "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def home() -> None:
+    """A user without a home, as in some containers, has the folder for temporary files: libraries keep settings and caches there."""
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = tempfile.gettempdir()
+        os.environ.setdefault("USER", "nobody")
+
+
+def room() -> None:
+    """Refuses a limit on memory that the imports alone would reach: at some, OpenBLAS was seen to ask for memory without end."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0] if resource else -1
+    if 0 <= limit < ROOM:
+        print(f"error: memory is limited to {limit >> 20} MB (ulimit -v), and the libraries alone map {ROOM >> 20} MB; allow more", file=sys.stderr,
+              flush=True)
+        os._exit(2)
 
 
 def interrupted(*_: object) -> None:

@@ -57,6 +57,24 @@ def test_closed_streams_cost_nothing_and_are_taken_by_no_file(tmp_path: Path, fl
     assert done.returncode == code and ("error" in done.stdout, done.stderr) == (False, "") and not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such limit")
+def test_a_limit_that_the_libraries_alone_reach_is_one_line() -> None:
+    done = subprocess.run("ulimit -v 900000; exec " + f"{sys.executable!r} exp_fork.py", shell=True, cwd=ROOT, capture_output=True, text=True,
+                          check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2, "", "error: memory is limited to 878 MB (ulimit -v), and the libraries alone map 1400 MB; allow more\n")
+
+
+def test_a_user_without_a_home_goes_on(tmp_path: Path) -> None:
+    """HOME unset and no entry in the password file, as in a container with a user number of its own."""
+    code = ("import os, pwd, runpy, sys\n[os.environ.pop(k, None) for k in ('HOME', 'USER', 'LOGNAME', 'MPLCONFIGDIR', 'XDG_CONFIG_HOME')]\n"
+            "def none(*_): raise KeyError\npwd.getpwuid = pwd.getpwnam = none\nsys.path.insert(0, '.')\n"
+            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code, "exp_fork.py", "--dry-run", "--out", str(tmp_path / "out")], cwd=ROOT, capture_output=True,
+                          text=True, check=False, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (0, "") and "cells" in done.stdout
+
+
 def test_what_a_stream_cannot_encode_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two folder names, one beyond the stream's encoding and one that is not UTF-8."""
     said = io.BytesIO()
