@@ -112,6 +112,7 @@ class Ensemble:
     def compile(self) -> None:
         """The CPU's kernels; nothing is compiled for an ensemble that has finished."""
         self.kernels = self.kernels or cpu.CpuKernels(self.layout, self.n, self.loss, self.dtype, self.backend == "compiled", self.decay_last)
+        self.backend = self.kernels.backend
 
     # -- one interval
 

@@ -1,45 +1,158 @@
-"""The CPU path: the definitions, compiled where there is a C++ compiler, walked run by run by one single-threaded worker per core.
+"""The CPU path: one run after the other by a worker per core, each on one thread.
 
-Seen on 2 cores at p=59: 2.6 ms a run-step on one core compiled, 9 ms eagerly; two workers take twice the runs in the same time, which
-two threads inside one operation do not. A run of 1 MB stays in the cache for a whole interval.
+The MLP's step is `fused_step.cpp`, compiled on first use and called through ctypes, which releases the interpreter lock. Where no compiler
+makes one that agrees with the definition, the definition itself runs. A transformer's is its definition through Inductor.
+Seen on 2 cores with a floating-point peak of 117 GFLOP/s each, at p=59: 1.8 ms a run-step on one core, 12 ms eagerly; two workers take
+twice the runs in the same time, which two threads inside one operation do not. A run of 1 MB stays in the cache for a whole interval.
 """
 import contextlib
 import ctypes
 import functools
-import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .adamw import scalar_names
+from . import build
+from .adamw import BETA1, BETA2, EPS, scalar_names
 from .layout import Layout, TransformerLayout
-from .step import evaluate_ref, train_step_ref
+from .step import evaluate_ref, metric_names, train_step_ref
 
-# cpp_wrapper: one C++ call a step, which also releases the interpreter lock; threshold: keep gelu' instead of evaluating erf twice.
-COMPILE_OPTIONS = {"cpp_wrapper": True, "realize_opcount_threshold": 8, "cpp.threads": 1}
-# The weighted sum of eight table rows as one loop, attention weights kept rather than divided again in it: 4% of a step, 15% of an evaluation.
-TRANSFORMER_OPTIONS = {"realize_acc_reads_threshold": 64, "realize_reads_threshold": 3}
+LOSSES = ("ce", "mse")     # as fused_step.cpp numbers them
+# cpp_wrapper: one C++ call a step, which also releases the interpreter lock; threshold: keep gelu' instead of evaluating erf twice. The last two:
+# the weighted sum of eight table rows as one loop, attention weights kept rather than divided again in it: 4% of a step, 15% of an evaluation.
+COMPILE_OPTIONS = {"cpp_wrapper": True, "realize_opcount_threshold": 8, "cpp.threads": 1, "realize_acc_reads_threshold": 64,
+                   "realize_reads_threshold": 3}
 
 
 def has_compiler() -> bool:
-    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    return bool(build.compilers())
 
 
 class CpuKernels:
-    """`step` and `evaluate` for runs of one shape, after one warm-up call each so that nothing compiles inside a worker."""
+    """`steps` and `evaluate` for runs of one shape. `backend` says what came of it: compiled or eager."""
 
     def __init__(self, layout: Layout | TransformerLayout, n_train: int, loss: str, dtype: torch.dtype, compiled: bool, decay_last: bool = False):
-        keep_freed_memory()
+        self.backend = "compiled" if compiled else "eager"
         self.step = functools.partial(train_step_ref, layout=layout, loss=loss, decay_last=decay_last)
         self.evaluate = functools.partial(evaluate_ref, layout=layout, loss=loss)
-        if compiled:
+        if compiled and isinstance(layout, Layout):
+            try:
+                fused = FusedStep(fused_library(layout, dtype), layout, loss, dtype, decay_last)
+                self.steps, self.evaluate = fused.steps, fused.evaluate
+            except build.BuildError as error:
+                self.backend = "eager"
+                print(f"the step runs eagerly, about 7 times slower: {error}", file=sys.stderr, flush=True)
+        elif compiled:
+            keep_freed_memory()
             rows = [torch.zeros(layout.n_params, dtype=dtype) for _ in range(3)]
             a, b = torch.zeros(2, n_train, dtype=torch.int64)
-            options = COMPILE_OPTIONS | (TRANSFORMER_OPTIONS if isinstance(layout, TransformerLayout) else {})
-            self.step = compile_for(self.step, options, *rows, a, b, torch.ones(len(scalar_names(layout.groups)), dtype=dtype))
-            self.evaluate = compile_for(self.evaluate, options, rows[0], torch.ones(layout.p**2, dtype=dtype), a, b, torch.ones((), dtype=dtype))
+            self.step = compile_for(self.step, *rows, a, b, torch.ones(len(scalar_names(layout.groups)), dtype=dtype))
+            self.evaluate = compile_for(self.evaluate, rows[0], torch.ones(layout.p**2, dtype=dtype), a, b, torch.ones((), dtype=dtype))
+
+    def steps(self, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor) -> None:
+        """`k` steps in place on one run's rows `(n_params,)`; `a, b (n,)` its training pairs, `scalars (k, 5 + groups)`."""
+        for row in scalars:
+            self.step(params, moment1, moment2, a, b, row)
+
+
+class FusedStep:
+    """`fused_step.cpp` for one shape, type, loss and order of decay."""
+
+    def __init__(self, library: ctypes.CDLL, layout: Layout, loss: str, dtype: torch.dtype, decay_last: bool = False):
+        self.library, self.layout, self.dtype = library, layout, dtype
+        self.loss, self.decay_last = LOSSES.index(loss), int(decay_last)
+        self.labels = pair_labels(layout.p)
+
+    def steps(self, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor) -> None:
+        """As `CpuKernels.steps`; fastest when the pairs that share `a` lie together."""
+        assert scalars.dtype == params.dtype == moment1.dtype == moment2.dtype == self.dtype
+        self.library.steps(*map(address, (params, moment1, moment2, a, b)), len(a), address(self.labels), address(scalars), len(scalars),
+                           self.loss, self.decay_last, BETA1, BETA2, EPS)
+
+    def evaluate(self, params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tensor) -> Tensor:
+        """As `evaluate_ref`, `(metrics,)` float64. The training pairs are those of `train (p*p,)`."""
+        assert params.dtype == train.dtype == self.dtype
+        out = torch.empty(len(metric_names(self.layout.groups)), dtype=torch.float64)
+        self.library.evaluate(address(params), address(train), address(self.labels), float(tau), self.loss, address(out))
+        return out
+
+
+def pair_labels(p: int) -> Tensor:
+    """The label of every pair, `(p*p,)` int64."""
+    pair = torch.arange(p * p)
+    return (pair // p + pair % p) % p
+
+
+def address(tensor: Tensor) -> int:
+    """Of a tensor's first element, which is all that C++ is told."""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    return tensor.data_ptr()
+
+
+@functools.cache
+def fused_library(layout: Layout, dtype: torch.dtype) -> ctypes.CDLL:
+    """The compiled `fused_step.cpp`. Raises build.BuildError."""
+    real, ctype = ("float", ctypes.c_float) if dtype == torch.float32 else ("double", ctypes.c_double)
+    constants = {"REAL": real, "ROWS": layout.p, "D": layout.d, "HIDDEN": layout.H, "CLASSES": layout.classes, "P_PAD": layout.p_pad}
+    start, train = trial_problem(layout, dtype)
+    with single_thread():
+        library = build.load(Path(__file__).with_name("fused_step.cpp"), constants,
+                             lambda library: trial(declare(library, ctype), layout, start, train), lambda found: verdict(found, layout, start, train))
+    return declare(library, ctype)
+
+
+def declare(library: ctypes.CDLL, real: type) -> ctypes.CDLL:
+    """The arguments of its functions: addresses, sizes, and the run's own type for `tau`."""
+    at, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    library.steps.argtypes = [at] * 5 + [size, at, at, size, ctypes.c_int, ctypes.c_int, number, number, number]
+    library.evaluate.argtypes = [at, at, at, real, ctypes.c_int, at]
+    library.steps.restype = library.evaluate.restype = None
+    return library
+
+
+def trial_problem(layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A start `(n_params,)` of small weights, and a mask `(p*p,)` of about 100 training pairs."""
+    generator = torch.Generator().manual_seed(0)
+    row = 0.1 * torch.randn(layout.n_params, generator=generator, dtype=dtype)
+    _, _, W2, _, b2 = layout.views(row)
+    W2[:, layout.classes:], b2[layout.classes:], row[sum(layout.sizes):] = 0, 0, 0
+    train = torch.zeros(layout.p**2, dtype=dtype)
+    train[:: -(-layout.p**2 // 100)] = 1
+    return row, train
+
+
+def trial(library: ctypes.CDLL | None, layout: Layout, start: Tensor, train: Tensor) -> list[Tensor]:
+    """Rows and metrics after two steps of either loss and either order of decay: by `library`, or by the definition in float64."""
+    out, pairs = [], train.nonzero()[:, 0]
+    a, b = pairs // layout.p, pairs % layout.p
+    dtype = start.dtype if library else torch.float64
+    scalars = torch.tensor([[1.25, 0.999, 0.01, 0.0316, 9.0, 0.0, 5.0, 0.0], [1.25, 0.999, 0.005, 0.0447, 0.0, 0.0, 0.0, 0.0]], dtype=dtype)
+    for loss, decay_last in (("ce", False), ("mse", True)):
+        rows = [row.to(dtype, copy=True) for row in (start, torch.zeros_like(start), torch.zeros_like(start))]
+        if library:
+            fused = FusedStep(library, layout, loss, dtype, decay_last)
+            fused.steps(*rows, a, b, scalars)
+            metrics = fused.evaluate(rows[0], train, a, b, scalars[-1, 0])
+        else:
+            for row in scalars:
+                train_step_ref(*rows, a, b, row, layout, loss, decay_last)
+            metrics = evaluate_ref(rows[0], train.double(), a, b, scalars[-1, 0], layout, loss)
+        out += [*rows, metrics]
+    return out
+
+
+def verdict(found: list[Tensor], layout: Layout, start: Tensor, train: Tensor) -> str:
+    """Whether `found` is what the definition gives, to far more than rounding and far less than any mistake; a few words if not.
+
+    Adam's first steps divide by |g|: single elements may differ by as much as the learning rate, a whole row does not."""
+    tolerance = 1e-3 if start.dtype == torch.float32 else 1e-9
+    exact = trial(None, layout, start, train)
+    wrong = [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)]
+    return "" if max(wrong) < tolerance else f"its code is wrong (relative error {max(wrong):.1g})"
 
     def steps(self, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor) -> None:
         """`k` steps in place on one run's rows `(n_params,)`; `a, b (n,)` its training pairs, `scalars (k, 5 + groups)`."""
@@ -48,8 +161,8 @@ class CpuKernels:
 
 
 def keep_freed_memory() -> None:
-    """Asks glibc to hand the megabytes that a step frees to the next step. Left to itself it returns them to the system, and 2400 page
-    faults a step were seen to double the transformers' time. Elsewhere nothing happens."""
+    """Asks glibc to hand the megabytes that a transformer's step frees to the next step. Left to itself it returns them to the system, and
+    2400 page faults a step were seen to double the time. Elsewhere nothing happens."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt, trim_threshold, top_pad, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -2, -3
         mallopt(mmap_threshold, 32 << 20)                               # the most that every glibc takes
@@ -57,12 +170,12 @@ def keep_freed_memory() -> None:
         mallopt(top_pad, 64 << 20)
 
 
-def compile_for(definition: Callable, options: dict, *example: Tensor) -> Callable:
+def compile_for(definition: Callable, *example: Tensor) -> Callable:
     """`definition` through Inductor for arguments of exactly these shapes, called once here. The graph is traced without Dynamo, whose
     guards cost 50 us a call and count calls in a variable that all threads share."""
     with single_thread(), torch.no_grad():
         graph = make_fx(lambda *args: () if (out := definition(*args)) is None else out, tracing_mode="fake")(*example)
-        compiled = torch._inductor.compile(graph, list(example), options=options)
+        compiled = torch._inductor.compile(graph, list(example), options=COMPILE_OPTIONS)
         compiled(*example)
     return compiled
 

@@ -1,0 +1,541 @@
+// The training step and the evaluation of one MLP on one core: the twin of the Triton kernels. The definitions are `train_step_ref` and
+// `evaluate_ref` of step.py; `cpu.py` compiles this file once per shape and element type, tries it against them, and calls it.
+//
+//     U = E W1[:d] + b1,  V = E W1[d:]                                        tables, (P, H) each
+//     a tile of pairs:  x = U[a] + V[b],  h = gelu(x),  z = h W2 + b2,  dz    (TILE, H) and (TILE, ZC); they live in the L2 cache
+//                       dW2' += dz' h,  dx = (dz W2') gelu'(x),  dU[a] += dx,  dV[b] += dx
+//     dE = dU W1[:d]' + dV W1[d:]',  dW1 = [E' dU; E' dV],  then AdamW and the projection on the flat row
+//
+// Order of summation: every product adds over its inner index in ascending order, one fused multiply-add after the other, in registers; sums
+// over pairs are those of the tiles, in ascending order. Nothing depends on addresses, on the thread or on how many steps
+// a call takes. Vectors are the compiler's own extension, as wide as its target has them: AVX-512, AVX2, SSE2 and NEON from one source.
+//
+// Given at compile time: REAL (float or double), ROWS = p, D = d and HIDDEN = H (multiples of 16), CLASSES, P_PAD (stored logit columns).
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, MOST_COLUMNS = 4;      // of a vector; vectors in a row of a product's register block: 24 sums in 32 registers
+#elif defined(__AVX__)
+constexpr int BYTES = 32, MOST_COLUMNS = 2;      // 12 sums in 16 registers
+#elif defined(__aarch64__)
+constexpr int BYTES = 16, MOST_COLUMNS = 4;
+#else
+constexpr int BYTES = 16, MOST_COLUMNS = 2;
+#endif
+constexpr int BLOCK_ROWS = 6, TILE = 96;         // rows of a register block; pairs in a tile, a multiple of it
+
+// -- vectors of float or double: `Vec<T>`, and the integers as wide, `Bits<T>`
+
+template <class T> struct Lanes;
+template <> struct Lanes<float> {
+    typedef float Vec __attribute__((vector_size(BYTES)));
+    typedef int32_t Bits __attribute__((vector_size(BYTES)));
+    typedef float Loose __attribute__((vector_size(BYTES), aligned(4), may_alias));
+};
+template <> struct Lanes<double> {
+    typedef double Vec __attribute__((vector_size(BYTES)));
+    typedef int64_t Bits __attribute__((vector_size(BYTES)));
+    typedef double Loose __attribute__((vector_size(BYTES), aligned(8), may_alias));
+};
+template <class T> using Vec = typename Lanes<T>::Vec;
+template <class T> using Bits = typename Lanes<T>::Bits;
+template <class T> constexpr int LANES = BYTES / sizeof(T);
+#define INLINE inline __attribute__((always_inline))
+
+template <class T> INLINE Vec<T> load(const T* from) { return *reinterpret_cast<const typename Lanes<T>::Loose*>(from); }
+template <class T> INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename Lanes<T>::Loose*>(to) = x; }
+template <class T> INLINE Vec<T> all(T x) { return x - Vec<T>{}; }
+
+// Sum or maximum of the lanes, by halves: lane i with lane i + LANES / 2 and so on.
+template <class T, class Join> INLINE T join(Vec<T> x, Join both) {
+    T lanes[LANES<T>];
+    store(lanes, x);
+    for (int half = LANES<T> / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] = both(lanes[i], lanes[i + half]);
+    return lanes[0];
+}
+template <class T> INLINE T sum(Vec<T> x) { return join<T>(x, [](T a, T b) { return a + b; }); }
+template <class T> INLINE T largest(Vec<T> x) { return join<T>(x, [](T a, T b) { return a > b ? a : b; }); }
+
+// -- exp and GELU. Polynomials are Chebyshev interpolants in powers of their argument; errors are relative.
+
+template <class T> struct Constants;
+template <> struct Constants<float> {
+    static constexpr int bias = 127, mantissa = 23;
+    static constexpr float to_integer = 12582912.f;                                // 1.5 * 2^23: adding it rounds to a whole number
+    static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+    static constexpr float least = -104.f, farthest = 13.2f;                       // exp(least) is 0; phi(farthest) is a normal number
+    static constexpr int32_t upper_half = ~0xfff, all_but_sign = 0x7fffffff;       // of the mantissa
+    static constexpr float exp[] = {0.50000000135f, 0.16666576643f, 0.041666464167f, 0.0083632353846f, 0.0013933733216f};      // 1e-8
+    static constexpr float mills_scale = 0.35f;
+    static constexpr float mills[] = {                                             // 2e-8
+        0.2532442734f, 0.1714957313f, 0.07109915074f, 0.01023571196f, -0.005111105261f, -0.001766486688f, 0.0007014078179f, 0.000242802231f,
+        -0.0001387672256f, -2.265856925e-5f, 1.994157915e-5f};
+};
+template <> struct Constants<double> {
+    static constexpr int bias = 1023, mantissa = 52;
+    static constexpr double to_integer = 6755399441055744.;                        // 1.5 * 2^52
+    static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
+    static constexpr double least = -746., farthest = 37.6;
+    static constexpr int64_t upper_half = ~0x7ffffff, all_but_sign = 0x7fffffffffffffff;
+    static constexpr double exp[] = {0.50000000000000010315, 0.1666666666666667103, 0.041666666666623815998, 0.0083333333333260825535,
+                                     0.0013888888917368964054, 0.00019841269875003973789, 0.000024801521055364205099,
+                                     2.7557255168123061037e-6, 2.7620202631315898907e-7, 2.5105313423078522597e-8};             // 2e-17
+    static constexpr double mills_scale = 0.3;
+    static constexpr double mills[] = {                                                                                        // 8e-17
+        0.22197061383443278743, 0.16457948408616270002, 0.086549637418464573839, 0.027760365473730608072, 0.0018171357953587255434,
+        -0.0024238965482285275631, -0.00057564251345547476879, 0.00028363691869613581075, 0.00009013989137386104091,
+        -0.000049746361118421146265, -0.000011125397151193670206, 0.000010731295192826161073, 2.4386782672174273264e-7,
+        -2.2496644088389880744e-6, 5.2025236347179425436e-7, 3.5327890555866315775e-7, -2.3438119317186575649e-7,
+        -8.0237651630070503315e-9, 6.3136908143924128626e-8, -1.7674817502658975e-8, -1.0739370146391651488e-8,
+        5.9086302834945217516e-9, 8.9465659872186472275e-10, -7.4919480818226516718e-10};
+};
+
+template <class T, int N> INLINE Vec<T> polynomial(const T (&c)[N], Vec<T> x) {
+    Vec<T> y = all(c[N - 1]);
+#pragma GCC unroll 32
+    for (int i = N - 2; i >= 0; --i) y = y * x + c[i];
+    return y;
+}
+
+// exp(x) = 2^n e^r with n returned and e^r, |r| <= ln(2) / 2, in `power`; `low` is added to x where that has lost digits.
+template <class T> INLINE Bits<T> reduced_exp(Vec<T> x, Vec<T> low, Vec<T>& power) {
+    using C = Constants<T>;
+    Vec<T> shifted = x * T(1.44269504088896340736) + C::to_integer;
+    Vec<T> n = shifted - C::to_integer;
+    Vec<T> r = (x - n * C::ln2_high) - n * C::ln2_low + low;
+    power = T(1) + (r + r * r * polynomial<T>(C::exp, r));
+    return (Bits<T>)shifted - (Bits<T>)all(C::to_integer);
+}
+template <class T> INLINE Vec<T> two_to_the(Bits<T> n) { return (Vec<T>)((n + Constants<T>::bias) << Constants<T>::mantissa); }
+
+// exp(x) for x <= 0, down to the smallest denormal number.
+template <class T> INLINE Vec<T> exp_shifted(Vec<T> x) {
+    x = x < Constants<T>::least ? all(Constants<T>::least) : x;
+    Vec<T> power;
+    Bits<T> n = reduced_exp<T>(x, Vec<T>{}, power), half = n >> 1;
+    return power * two_to_the<T>(half) * two_to_the<T>(n - half);
+}
+
+// h = x Phi(x) and gelu'(x) = Phi(x) + x phi(x) of `N` vectors at once, four in the main loop. With y = |x|, t = 1 / (1 + c y) and u = 2 t - 1
+//     1 - Phi(y) = e^(-y y / 2) t mills(u),
+// so both come from one exponential and nothing cancels. y y is split into an exact part and a rest, as far as a float's digits go.
+template <class T, bool DERIVATIVE, int N> INLINE void gelu(const Vec<T> (&x)[N], Vec<T> (&h)[N], Vec<T> (&derivative)[N]) {
+    using C = Constants<T>;
+    Vec<T> square[N], rest[N], t[N], gauss[N], power[N], upper[N];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+        Vec<T> y = (Vec<T>)((Bits<T>)x[i] & C::all_but_sign);
+        y = y > C::farthest ? all(C::farthest) : y;
+        t[i] = T(1) / (T(1) + C::mills_scale * y);
+        Vec<T> high = (Vec<T>)((Bits<T>)y & C::upper_half);
+        square[i] = T(-0.5) * high * high;
+        rest[i] = T(-0.5) * (y - high) * (y + high);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+        Bits<T> n = reduced_exp<T>(square[i], rest[i], power[i]);
+        gauss[i] = power[i] * two_to_the<T>(n);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) upper[i] = gauss[i] * (t[i] * polynomial<T>(C::mills, t[i] + t[i] - T(1)));
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+        Vec<T> Phi = x[i] < T(0) ? upper[i] : T(1) - upper[i];
+        h[i] = x[i] * Phi;
+        if (DERIVATIVE) derivative[i] = Phi + x[i] * (gauss[i] * T(0.398942280401432677940));
+    }
+}
+
+// -- shapes
+
+using Real = REAL;
+constexpr int L = LANES<Real>;
+constexpr int P = ROWS, d = D, H = HIDDEN, C = CLASSES;
+constexpr int ZC = (C + 15) / 16 * 16;                           // columns of a row of logits, in memory
+constexpr int LEFT_OVER = C % L <= 2 ? C % L : 0;                // columns of logits that are cheaper as dot products than as a padded vector
+constexpr int ZV = (C - LEFT_OVER + L - 1) / L;                  // vectors of the others
+constexpr int HS = H + L, DS = d + L;                            // row lengths in scratch: no power of two, which would crowd a few cache sets
+constexpr int W1_AT = P * d, W2_AT = W1_AT + 2 * d * H, B1_AT = W2_AT + H * P_PAD, B2_AT = B1_AT + H, SIZE = B2_AT + P_PAD;
+constexpr int GROUPS = 3, ENDS[] = {0, W1_AT, W2_AT, B1_AT};     // of the groups of weight matrices in the row
+enum { TAU, DECAY, STEP_SIZE, BIAS2_SQRT, TARGETS, SCALARS = TARGETS + 1 + GROUPS };
+enum Loss { CROSS_ENTROPY, MSE };
+static_assert(d % 16 == 0 && H % 16 == 0, "whole vectors of every width");
+
+struct Scratch {
+    Real tables[2][P * HS], dtables[2][P * HS];                  // U, V and their gradients
+    Real h[TILE * HS], derivative[TILE * HS], z[TILE * ZC];      // of a tile; z becomes dz
+    Real W2[H * ZC], W2_transposed[C * HS], dW2_transposed[C * HS], b2[ZC];   // b2 is -inf past the classes, so their exponentials are 0
+    Real W1_transposed[H * DS];
+    Real gradient[SIZE + 16];
+};
+alignas(64) thread_local Scratch scratch;
+
+// Its address, hidden from the optimiser, which would look it up again in inner loops.
+INLINE Scratch& own_scratch() {
+    Scratch* s = &scratch;
+    asm("" : "+r"(s));
+    return *s;
+}
+
+// -- products
+
+// A block of registers, `R` rows and `V` vectors: sums = A B over `inner`, A read element by element, B row by row; `finish` takes it away.
+template <int R, int V, class Start, class Finish>
+INLINE void block(int row, int column, int inner, const Real* A, int a_row, int a_inner, const Real* B, int b_row, Start start, Finish finish) {
+    Vec<Real> sums[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sums[r][v] = start(row + r, column + v * L);
+    A += row * a_row, B += column;
+    for (int k = 0; k < inner; ++k, A += a_inner, B += b_row) {
+        Vec<Real> right[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) right[v] = load(B + v * L);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) sums[r][v] += A[r * a_row] * right[v];
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        Vec<Real> line[V];                                       // a copy, so that the sums themselves have no address and stay in registers
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) line[v] = sums[r][v];
+        finish(row + r, column, line);
+    }
+}
+
+// `rows` x `VECTORS` vectors from `column` on, in panels of nearly equal width: a panel of B stays in the L1 cache for all rows.
+// `LAST` is what `rows` leaves of blocks of six.
+template <int LAST, int VECTORS, class Start, class Finish>
+INLINE void product(int rows, int inner, const Real* A, int a_row, int a_inner, const Real* B, int b_row, Start start, Finish finish, int column = 0) {
+    if constexpr (VECTORS > 0) {
+        constexpr int V = VECTORS / ((VECTORS + MOST_COLUMNS - 1) / MOST_COLUMNS);
+        int row = 0;
+        for (; row + BLOCK_ROWS <= rows; row += BLOCK_ROWS) block<BLOCK_ROWS, V>(row, column, inner, A, a_row, a_inner, B, b_row, start, finish);
+        if constexpr (LAST > 0) block<LAST, V>(row, column, inner, A, a_row, a_inner, B, b_row, start, finish);
+        product<LAST, VECTORS - V>(rows, inner, A, a_row, a_inner, B, b_row, start, finish, column + V * L);
+    }
+}
+
+// What a product starts from and where it goes.
+INLINE auto from_zero() { return [](int, int) { return Vec<Real>{}; }; }
+INLINE auto from(const Real* at, int at_row) { return [=](int row, int column) { return load(at + row * at_row + column); }; }
+INLINE auto into(Real* to, int to_row) {
+    return [=](int row, int column, auto& line) {
+        Real* at = to + row * to_row + column;
+        for (auto& x : line) store(at, x), at += L;
+    };
+}
+
+INLINE auto added_to(Real* to, int to_row) {
+    return [=](int row, int column, auto& line) {
+        Real* at = to + row * to_row + column;
+        for (auto& x : line) store(at, load(at) + x), at += L;
+    };
+}
+int padded(int rows) { return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS; }   // of a tile, so that its products need no remainder
+
+// `to (columns, >= rows) = from'`, 16 x 16 at a time.
+void transpose(const Real* from, int from_row, int rows, int columns, Real* to, int to_row) {
+    for (int i = 0; i < rows; i += 16)
+        for (int j = 0; j < columns; j += 16)
+            for (int jj = j; jj < j + 16 && jj < columns; ++jj)
+                for (int ii = i; ii < i + 16 && ii < rows; ++ii) to[jj * to_row + ii] = from[ii * from_row + jj];
+}
+
+// -- forward
+
+void prepare(const Real* params, Scratch& s) {
+    const Real *E = params, *W1 = params + W1_AT, *W2 = params + W2_AT;
+    const Real no_bias[H] = {};
+    for (int half = 0; half < 2; ++half)
+        product<P % BLOCK_ROWS, H / L>(P, d, E, d, 1, W1 + half * d * H, H, from(half ? no_bias : params + B1_AT, 0), into(s.tables[half], HS));
+    for (int unit = 0; unit < H; ++unit) {
+        std::memcpy(s.W2 + unit * ZC, W2 + unit * P_PAD, C * sizeof(Real));
+        for (int c = C; c < ZC; ++c) s.W2[unit * ZC + c] = 0;
+    }
+    for (int c = 0; c < ZC; ++c) s.b2[c] = c < C ? params[B2_AT + c] : -INFINITY;
+    transpose(W2, P_PAD, H, C, s.W2_transposed, HS);
+}
+
+// h and gelu' of `N` vectors of one pair from its rows of the tables.
+template <bool DERIVATIVE, int N> INLINE void hidden_units(const Real* U, const Real* V, Real* h, Real* derivative) {
+    Vec<Real> x[N], y[N], slope[N];
+    for (int i = 0; i < N; ++i) x[i] = load(U + i * L) + load(V + i * L);
+    gelu<Real, DERIVATIVE>(x, y, slope);
+    for (int i = 0; i < N; ++i) store(h + i * L, y[i]);
+    if (DERIVATIVE)
+        for (int i = 0; i < N; ++i) store(derivative + i * L, slope[i]);
+}
+
+template <bool DERIVATIVE> __attribute__((noinline)) void hidden(const Real* U, const Real* V, Real* h, Real* derivative) {
+    int unit = 0;
+    for (; unit + 4 * L <= H; unit += 4 * L) hidden_units<DERIVATIVE, 4>(U + unit, V + unit, h + unit, derivative + unit);
+    if constexpr (H / L % 4 > 0) hidden_units<DERIVATIVE, H / L % 4>(U + unit, V + unit, h + unit, derivative + unit);
+}
+
+// z of `rows` pairs of a tile whose h is there.
+void logits(int rows, Scratch& s) {
+    product<0, ZV>(padded(rows), H, s.h, HS, 1, s.W2, ZC, from(s.b2, 0), into(s.z, ZC));
+    for (int row = 0; row < rows; ++row) {
+        for (int c = ZV * L; c < ZC; ++c) s.z[row * ZC + c] = -INFINITY;
+        for (int c = C - LEFT_OVER; c < C; ++c) {
+            Vec<Real> sums[4] = {};
+#pragma GCC unroll 8
+            for (int i = 0; i < H / L; ++i) sums[i % 4] += load(s.h + row * HS + i * L) * load(s.W2_transposed + c * HS + i * L);
+            s.z[row * ZC + c] = sum<Real>((sums[0] + sums[1]) + (sums[2] + sums[3])) + s.b2[c];
+        }
+    }
+}
+
+// -- loss
+
+// Exponentials of `scaled (ZC)`, shifted by its maximum, which comes back with their sum.
+template <class T> INLINE void softmax_row(const T* scaled, T* exponentials, T& top, T& total) {
+    Vec<T> most = load(scaled), sums = {};
+    for (int c = LANES<T>; c < ZC; c += LANES<T>) {
+        Vec<T> x = load(scaled + c);
+        most = x > most ? x : most;
+    }
+    top = largest<T>(most);
+    for (int c = 0; c < ZC; c += LANES<T>) {
+        Vec<T> e = exp_shifted<T>(load(scaled + c) - top);
+        store(exponentials + c, e);
+        sums += e;
+    }
+    total = sum<T>(sums);
+}
+
+// z -> dz, the gradient of the mean loss over `n` pairs, for `rows` pairs of a tile; its column sums are added to db2 (C).
+void loss_gradient(int rows, const int64_t* labels, Real tau, int64_t n, int loss, Scratch& s, Real* db2) {
+    const Real inverse = 1 / tau, mean = 1 / (tau * Real(n));
+    Real column_sums[ZC] = {};
+    for (int row = 0; row < rows; ++row) {
+        Real* z = s.z + row * ZC;
+        Real top, total, factor = 2 * mean;
+        for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * inverse);
+        if (loss == CROSS_ENTROPY) {
+            softmax_row<Real>(z, z, top, total);
+            factor = mean / total;
+            for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * factor);
+            z[labels[row]] -= mean;
+        } else {
+            z[labels[row]] -= 1;
+            for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * factor);
+        }
+        for (int c = 0; c < ZC; c += L) store(column_sums + c, load(column_sums + c) + load(z + c));
+    }
+    for (int c = 0; c < C; ++c) db2[c] += column_sums[c];
+}
+
+// -- backward
+
+void backward(const Real* params, Scratch& s) {
+    const Real *E = params, *W1 = params + W1_AT;
+    Real *dE = s.gradient, *dW1 = s.gradient + W1_AT, *db1 = s.gradient + B1_AT;
+    for (int half = 0; half < 2; ++half) {
+        transpose(W1 + half * d * H, H, d, H, s.W1_transposed, DS);
+        product<d % BLOCK_ROWS, H / L>(d, P, E, 1, d, s.dtables[half], HS, from_zero(), into(dW1 + half * d * H, H));
+        product<P % BLOCK_ROWS, d / L>(P, H, s.dtables[half], HS, 1, s.W1_transposed, DS, from_zero(), added_to(dE, d));
+    }
+    for (int row = 0; row < P; ++row)
+        for (int unit = 0; unit < H; ++unit) db1[unit] += s.dtables[0][row * HS + unit];
+    transpose(s.dW2_transposed, HS, C, H, s.gradient + W2_AT, P_PAD);
+}
+
+void gradient(const Real* params, const int64_t* a, const int64_t* b, const int64_t* labels, int64_t n, Real tau, int loss, Scratch& s) {
+    prepare(params, s);
+    std::memset(s.dtables, 0, sizeof s.dtables);
+    std::memset(s.dW2_transposed, 0, sizeof s.dW2_transposed);
+    std::memset(s.gradient, 0, sizeof s.gradient);
+    for (int64_t first = 0; first < n; first += TILE) {
+        const int rows = n - first < TILE ? n - first : TILE;
+        int64_t left[TILE] = {}, right[TILE] = {}, label[TILE];
+        for (int row = 0; row < rows; ++row) {
+            left[row] = a[first + row], right[row] = b[first + row], label[row] = labels[left[row] * P + right[row]];
+            hidden<true>(s.tables[0] + left[row] * HS, s.tables[1] + right[row] * HS, s.h + row * HS, s.derivative + row * HS);
+        }
+        logits(rows, s);
+        loss_gradient(rows, label, tau, n, loss, s, s.gradient + B2_AT);
+        for (int row = rows; row < padded(rows); ++row) {              // rows of no pair add 0 to the first rows of dU and dV
+            std::memset(s.z + row * ZC, 0, ZC * sizeof(Real));
+            std::memset(s.derivative + row * HS, 0, H * sizeof(Real));
+        }
+        product<C % BLOCK_ROWS, H / L>(C, rows, s.z, 1, ZC, s.h, HS, from_zero(), added_to(s.dW2_transposed, HS));
+        // six rows of dx: each into its row of dV, and together into dU where they share a, as in a sorted split nearly all do
+        product<0, H / L>(padded(rows), C, s.z, ZC, 1, s.W2_transposed, HS, from_zero(), [&](int row, int column, auto& line) {
+            Real *dU = s.dtables[0] + left[row] * HS + column, *dV = s.dtables[1] + right[row] * HS + column;
+            const Real* slope = s.derivative + row * HS + column;
+            for (auto& x : line) {
+                const Vec<Real> dx = x * load(slope);
+                store(dU, load(dU) + dx);
+                store(dV, load(dV) + dx);
+                slope += L, dU += L, dV += L;
+            }
+        });
+    }
+    backward(params, s);
+}
+
+// -- AdamW, norms in float64, projection
+
+double squared_norm(const Real* from, int size) {
+    double sums[32] = {};                                           // sizes are multiples of 16
+    for (int i = 0; i < size; i += 32)
+        for (int j = 0; j < (size - i < 32 ? 16 : 32); ++j) sums[j] += double(from[i + j]) * double(from[i + j]);
+    double total = 0;
+    for (double x : sums) total += x;
+    return total;
+}
+
+void update(Real* __restrict params, Real* __restrict moment1, Real* __restrict moment2, const Real* __restrict gradient, const Real* scalars,
+            double beta1, double beta2, Real eps, bool decay_last) {
+    const Real step_size = scalars[STEP_SIZE], bias2 = 1 / scalars[BIAS2_SQRT], decay = scalars[DECAY];
+    const Real keep2 = beta2, take1 = 1 - beta1, take2 = 1 - beta2;
+    const Real before[] = {decay_last ? Real(1) : decay, 1}, after[] = {decay_last ? decay : Real(1), 1};
+    for (int part = 0; part < 2; ++part) {                          // weight matrices, biases
+        const Real first = before[part], last = after[part];
+        for (int i = part ? B1_AT : 0; i < (part ? SIZE : B1_AT); ++i) {
+            const Real g = gradient[i], m = moment1[i] + take1 * (g - moment1[i]), v = moment2[i] * keep2 + take2 * g * g;
+            moment1[i] = m;
+            moment2[i] = v;
+            params[i] = (params[i] * first - step_size * m / (std::sqrt(v) * bias2 + eps)) * last;
+        }
+    }
+}
+
+void norms(const Real* params, double* groups, double& total) {
+    double squares = 0;
+    for (int g = 0; g < GROUPS; ++g) {
+        const double square = squared_norm(params + ENDS[g], ENDS[g + 1] - ENDS[g]);
+        groups[g] = std::sqrt(square);
+        squares += groups[g] * groups[g];
+    }
+    total = std::sqrt(squares);
+}
+
+void project(Real* params, const Real* targets) {
+    bool held = false;
+    for (int i = 0; i <= GROUPS; ++i) held |= targets[i] > 0;
+    if (!held) return;
+    double groups[GROUPS], total;
+    norms(params, groups, total);
+    const auto ratio = [](Real target, double norm) { return target > 0 ? Real(double(target) / (norm > 0 ? norm : 2.2250738585072014e-308)) : Real(1); };
+    for (int g = 0; g < GROUPS; ++g) {
+        const Real factor = ratio(targets[0], total) * ratio(targets[1 + g], groups[g]);
+        for (int i = ENDS[g]; i < ENDS[g + 1]; ++i) params[i] *= factor;
+    }
+}
+
+
+// -- evaluation
+
+template <class T> INLINE T largest_of(const T* from) {
+    Vec<T> most = load(from);
+    for (int c = LANES<T>; c < ZC; c += LANES<T>) {
+        Vec<T> x = load(from + c);
+        most = x > most ? x : most;
+    }
+    return largest<T>(most);
+}
+
+// Exponentials of z / tau in T, whatever the run's own type is.
+template <class T> INLINE void softmax_as(const Real* z, Real tau, T* exponentials, T& total) {
+    T scaled[ZC], top;
+    for (int c = 0; c < ZC; ++c) scaled[c] = T(z[c]) / T(tau);
+    softmax_row<T>(scaled, exponentials, top, total);
+}
+
+enum Metric { TRAIN_ACCURACY, TEST_ACCURACY, TRAIN_LOSS, TEST_LOSS, LOGIT_SCALE, SATURATED, NORM, NORM_GROUPS,
+              COLLAPSE32 = NORM_GROUPS + GROUPS, COLLAPSE64, SUM_EXP_IS_ONE, ZERO_GRADIENT_ROWS, MAX_GRADIENT_DIFFERENCE };
+
+// `softmax_audit_ref` of one training pair, added to `out`.
+void audit(const Real* z, int label, Real tau, double* out) {
+    float exp32[ZC], total32, gradient32[ZC];
+    double exp64[ZC], total64, difference[ZC];
+    softmax_as<float>(z, tau, exp32, total32);
+    softmax_as<double>(z, tau, exp64, total64);
+    const double inverse64 = 1 / total64;
+    for (int c = 0; c < ZC; ++c) gradient32[c] = exp32[c] / total32;
+    out[COLLAPSE32] += gradient32[label] >= 1;
+    out[COLLAPSE64] += exp64[label] / total64 >= 1;
+    out[SUM_EXP_IS_ONE] += total32 == 1;
+    gradient32[label] -= 1;
+    exp64[label] -= total64;
+    for (int c = 0; c < ZC; ++c) difference[c] = std::fabs(gradient32[c] - exp64[c] * inverse64);
+    for (int c = 0; c < ZC; ++c) gradient32[c] = std::fabs(gradient32[c]);
+    out[ZERO_GRADIENT_ROWS] += largest_of(gradient32) == 0;
+    const double most = largest_of(difference);
+    if (most > out[MAX_GRADIENT_DIFFERENCE]) out[MAX_GRADIENT_DIFFERENCE] = most;
+}
+
+// The metrics of one pair, added to `out`; its logits are `z (ZC)`.
+void measure(const Real* z, int label, bool train, Real tau, int loss, double* out) {
+    Bits<Real> column;
+    for (int i = 0; i < L; ++i) column[i] = i;
+    Real scaled[ZC], exponentials[ZC], top, total;
+    Vec<Real> rivals = all<Real>(-INFINITY), squares = {}, residuals = {};
+    for (int c = 0; c < ZC; c += L, column += L) {
+        const Vec<Real> x = load(z + c), s = x / tau, live = column < C ? s : Vec<Real>{}, rival = column == label ? all<Real>(-INFINITY) : x;
+        const Vec<Real> residual = column == label ? live - Real(1) : live;
+        store(scaled + c, s);
+        rivals = rival > rivals ? rival : rivals;
+        squares += live * live;
+        residuals += residual * residual;
+    }
+    softmax_row<Real>(scaled, exponentials, top, total);
+    const double cross_entropy = std::log(double(total)) + (double(top) - double(scaled[label]));
+    out[train ? TRAIN_ACCURACY : TEST_ACCURACY] += z[label] > largest<Real>(rivals);
+    out[train ? TRAIN_LOSS : TEST_LOSS] += loss == CROSS_ENTROPY ? cross_entropy : double(sum<Real>(residuals));
+    out[LOGIT_SCALE] += std::sqrt(sum<Real>(squares));
+    out[SATURATED] += 1 / total > Real(0.999);
+    if (train) audit(z, label, tau, out);
+}
+
+}  // namespace
+
+// `k` steps in place on one run's rows. `a, b (n)`: its training pairs, fastest when those that share a lie together; `labels (P * P)`: of every
+// pair; `scalars (k, SCALARS)` as `adamw.scalar_names` has them.
+extern "C" void steps(Real* params, Real* moment1, Real* moment2, const int64_t* a, const int64_t* b, int64_t n, const int64_t* labels,
+                      const Real* scalars, int64_t k, int loss, int decay_last, double beta1, double beta2, double eps) {
+    Scratch& s = own_scratch();
+    for (; k > 0; --k, scalars += SCALARS) {
+        gradient(params, a, b, labels, n, scalars[TAU], loss, s);
+        update(params, moment1, moment2, s.gradient, scalars, beta1, beta2, eps, decay_last);
+        project(params, scalars + TARGETS);
+    }
+}
+
+// Everything that `metric_names` lists, at these parameters. `train (P * P)` is 1 on training pairs; a pair whose label is -1 is no data.
+extern "C" void evaluate(const Real* params, const Real* train, const int64_t* labels, Real tau, int loss, double* out) {
+    Scratch& s = own_scratch();
+    double n_train = 0, n_test = 0;
+    for (int i = 0; i <= MAX_GRADIENT_DIFFERENCE; ++i) out[i] = 0;
+    prepare(params, s);
+    for (int first = 0; first < P * P; first += TILE) {
+        const int rows = P * P - first < TILE ? P * P - first : TILE;
+        for (int row = 0; row < rows; ++row)
+            hidden<false>(s.tables[0] + (first + row) / P * HS, s.tables[1] + (first + row) % P * HS, s.h + row * HS, nullptr);
+        logits(rows, s);
+        for (int row = 0; row < rows; ++row) {
+            const int64_t label = labels[first + row];
+            if (label < 0) continue;
+            const bool on_train = train[first + row] > 0;
+            (on_train ? n_train : n_test) += 1;
+            measure(s.z + row * ZC, label, on_train, tau, loss, out);
+        }
+    }
+    norms(params, out + NORM_GROUPS, out[NORM]);
+    for (int i : {TRAIN_ACCURACY, TRAIN_LOSS, COLLAPSE32, COLLAPSE64, SUM_EXP_IS_ONE, ZERO_GRADIENT_ROWS}) out[i] /= n_train;
+    for (int i : {TEST_ACCURACY, TEST_LOSS}) out[i] /= n_test;
+    for (int i : {LOGIT_SCALE, SATURATED}) out[i] /= n_train + n_test;
+}
