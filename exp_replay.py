@@ -241,7 +241,7 @@ def describe_paper_a(data: dict[str, np.ndarray], label: str, members: tuple[int
         w_c = number(name) if experiment in ("normint", "efflr", "tfnormint") else scalar(data, name)
         groups = ("all", "embed", "attn", "mlp", "unembed")
         held = tuple(number("rho") * w_c * (group == str(data.get("group", "all"))) for group in groups[: 5 if "group" in data else 1])
-        if not FLOAT32.tiny <= max(held) <= FLOAT32.max:
+        if not SMALLEST_NORM <= max(held) <= LARGEST_NORM:
             raise ValueError("the held norm is not positive and finite")
     elif arm == "layer":
         scale_once = tuple(number("f") if chosen else 1.0 for chosen in LAYERS[str(data["layer"])])

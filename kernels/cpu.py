@@ -154,11 +154,6 @@ def verdict(found: list[Tensor], layout: Layout, start: Tensor, train: Tensor) -
     wrong = [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)]
     return "" if max(wrong) < tolerance else f"its code is wrong (relative error {max(wrong):.1g})"
 
-    def steps(self, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor) -> None:
-        """`k` steps in place on one run's rows `(n_params,)`; `a, b (n,)` its training pairs, `scalars (k, 5 + groups)`."""
-        for row in scalars:
-            self.step(params, moment1, moment2, a, b, row)
-
 
 def keep_freed_memory() -> None:
     """Asks glibc to hand the megabytes that a transformer's step frees to the next step. Left to itself it returns them to the system, and
