@@ -93,7 +93,7 @@ def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
     except UsageError:
         raise
     except Exception as error:  # whatever is wrong with a file, it is refused by name
-        raise UsageError(f"{label}: not a readable .npz of plain arrays ({type(error).__name__}); expected a file as released with one of the papers") from None
+        raise UsageError(f"{label}: not a readable .npz of plain arrays ({type(error).__name__}); expected a released file") from None
     if not RUN & set(data):
         raise NoRun(f"{label}: no run, it has none of {', '.join(sorted(RUN))}")
     forked, paper_a = "t_fork" in data, "train_acc" in data and "logit_scale" not in data   # which every run of paper B has
@@ -107,7 +107,7 @@ def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
         raise
     except Exception as error:
         why = " ".join(str(error).split())[:200]
-        raise UsageError(f"{label}: a value in it cannot be used ({why}); expected a file as released with one of the papers") from None
+        raise UsageError(f"{label}: a value in it cannot be used ({why}); expected a released file") from None
 
 
 def scalar(data: dict[str, np.ndarray], key: str, default: float | None = None) -> float:
