@@ -90,10 +90,10 @@ def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
     except UsageError:
         raise
     except Exception as error:  # whatever is wrong with a file, it is refused by name
-        raise UsageError(f"{label}: not a readable .npz of plain arrays ({type(error).__name__}); expected a file as released with paper B") from None
+        raise UsageError(f"{label}: not a readable .npz of plain arrays ({type(error).__name__}); expected a released file") from None
     if not RUN & set(data):
         raise NoRun(f"{label}: no run, it has none of {', '.join(sorted(RUN))}")
-    forked, paper_a = "t_fork" in data, "train_acc" in data   # (S, logged steps) in every file of paper A, and in none of paper B
+    forked, paper_a = "t_fork" in data, "train_acc" in data and "logit_scale" not in data   # which every run of paper B has
     if missing := [key for key in (PAPER_A_NEEDED if paper_a else FORK_NEEDED if forked else NEEDED) if key not in data]:
         raise UsageError(f"{label}: not a released run, it lacks {', '.join(missing)}")
     try:
@@ -104,7 +104,7 @@ def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
         raise
     except Exception as error:
         why = " ".join(str(error).split())[:200]
-        raise UsageError(f"{label}: a value in it cannot be used ({why}); expected a file as released with paper B") from None
+        raise UsageError(f"{label}: a value in it cannot be used ({why}); expected a released file") from None
 
 
 def scalar(data: dict[str, np.ndarray], key: str, default: float | None = None) -> float:
@@ -238,7 +238,7 @@ def describe_paper_a(data: dict[str, np.ndarray], label: str, members: tuple[int
         w_c = number(name) if experiment in ("normint", "efflr", "tfnormint") else scalar(data, name)
         groups = ("all", "embed", "attn", "mlp", "unembed")
         held = tuple(number("rho") * w_c * (group == str(data.get("group", "all"))) for group in groups[: 5 if "group" in data else 1])
-        if not FLOAT32.tiny <= max(held) <= FLOAT32.max:
+        if not SMALLEST_NORM <= max(held) <= LARGEST_NORM:
             raise ValueError("the held norm is not positive and finite")
     elif arm == "layer":
         scale_once = tuple(number("f") if chosen else 1.0 for chosen in LAYERS[str(data["layer"])])

@@ -179,7 +179,7 @@ class Counting:
     """Kernels that count steps in `params[0]` and know all pairs of run `params[1]` from the step `grok_at` of it on."""
 
     def __init__(self, ensemble: Ensemble, grok_at: dict[int, int]):
-        self.grok_at, ensemble.kernels = grok_at, self
+        self.grok_at, self.backend, ensemble.kernels = grok_at, "eager", self
         ensemble.state.params[:, 0] = 0
         ensemble.state.params[:, 1] = torch.arange(len(ensemble.step))
 

@@ -145,6 +145,7 @@ def zipped(name: str, content: bytes) -> bytes:
     (packed(p=None), "lacks p"),
     (packed(p=np.nan), "p is nan"),
     (packed(p=1), "out of its range"),
+    (packed(p=1, train_acc=np.zeros(2)), "out of its range"),
     (packed(lr=-1.0), "out of its range"),
     (packed(tau=0.0), "out of its range"),
     (packed(max_steps=10**12), "out of its range"),
