@@ -185,6 +185,9 @@ class Table:
             self.claims[row["id"]] = stats.reproduced(row, ours, n, censored, missing)
         else:
             self.claims[row["id"]] = stats.replicated(row, ours, n, censored, missing, 1.0 if missing else worst)
+            norm = self.first[cells[0]].get("w_c")
+            if norm and row["w_c"] and abs(norm / row["w_c"] - 1) > 5e-4:
+                self.claims[row["id"]]["why"] += f"; our W_c is {100 * (norm / row['w_c'] - 1):+.1f}% off the paper's"
 
     def finding(self, key: str, quantity: str, cells: Iterable[str], statistic: Statistic | float, law: str = "", paper: str = "",
                 **where: object) -> None:

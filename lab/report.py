@@ -252,6 +252,11 @@ def replayed(root: Path) -> list[dict]:
     return list(rows.values())
 
 
+def within_one(row: dict) -> bool:
+    """Whether T_grok is equal or one evaluation away: 25 steps, unless the run has a schedule of its own."""
+    return row.get("difference_evaluations", math.ceil(abs(row["difference_steps"]) / 25)) <= 1
+
+
 def equivalence(rows: list[dict]) -> tuple[float, float, float, float, int]:
     """Mean of ln(ours / released), its 90% interval, the larger p-value of the two one-sided tests, and n (pairs grokked on both sides).
     Ratios that are all equal have no spread: the interval is their value, and p is not a number."""
@@ -276,7 +281,7 @@ def replay_section(root: Path, folder: Path, draw: bool) -> list[str]:
         mean, low, high, p, n = equivalence(mine)
         relative = max(d / (r["t_grok_released"] or r["t_grok"] or math.inf) for d, r in zip(differences, mine, strict=True))
         unequal = "all equal" if low == high else f"{p:.2g}"
-        lines.append([cell or "all", str(len(mine)), str(differences.count(0)), str(sum(d <= 25 for d in differences)), f"{100 * relative:.2f}%",
+        lines.append([cell or "all", str(len(mine)), str(differences.count(0)), str(sum(within_one(r) for r in mine)), f"{100 * relative:.2f}%",
                       f"{100 * mean:+.3f}% [{100 * low:+.3f}, {100 * high:+.3f}]" if n else "-", unequal if n > 1 else "-"])
     if draw:
         figures.replay(rows, folder)
