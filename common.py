@@ -10,6 +10,7 @@ what is computed; tests differentiate them in float64. Source: arXiv 2606.13753 
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -152,10 +153,15 @@ class Cell:
                              f"p {self.p}, tau {self.tau}, train_frac {self.train_frac}")
         put("block", self.block or max(self.members) + 1)
         put("lr", self.lr or MODELS[self.model])
+        if not (0 < self.lr < math.inf and self.weight_decay >= 0 and self.budget_steps >= 1):
+            raise UsageError(f"lr must be above 0, weight_decay at least 0 and budget_steps at least 1, got lr {self.lr}, "
+                             f"weight_decay {self.weight_decay}, budget_steps {self.budget_steps}")
         if self.clamp_start < 0:
             put("clamp_start", clamp_start(self.model, self.loss))
         if self.rho is not None and self.w_c is not None and not self.held:
             put("held", ((self.rho * self.w_c,),) * len(self.members))
+        if self.held and len(self.held) != len(self.members):
+            raise UsageError(f"held must have norms for each of the {len(self.members)} members, got {len(self.held)}")
         put("arm", self.arm or ("clamp" if any(map(any, self.held)) else "free"))
         put("name", self.name or self._described())
 
@@ -216,8 +222,8 @@ class Trajectories:
 
 @dataclass
 class Result:
-    """What training left. `runs`: a dict per network, the columns of runs.csv (`results/README.md`); `trajectories`: its logged rows; `state`: all
-    parameters and moments (`lab.ensemble.State`); run-steps executed and needed; seconds."""
+    """What training left. `runs`: a dict per network, the columns of runs.csv (`results/README.md`); `trajectories`: its logged rows; `state`:
+    parameters and moments, a row per run (`lab.ensemble.State`), where all runs have one shape; run-steps executed and needed; seconds."""
     runs: list[dict] = field(default_factory=list)
     trajectories: Trajectories = field(default_factory=Trajectories)
     state: object = None
@@ -241,12 +247,17 @@ def train(cells: Iterable[Cell], device: str = "auto", backend: str = "auto", dt
     The experiments do the same in an output folder, with checkpoints (`lab/desk.py`)."""
     from lab.console import Progress  # they know `Cell`, so they are asked for when there are some
     from lab.ensemble import Ensemble, by_shape
+    from lab.settings import place
     cells = list(cells)
+    device = place({"device": device, "backend": backend, "dtype": dtype, "arithmetic": arithmetic}, flag="")
+    if not cells:
+        raise UsageError("no cells: there is nothing to train")
     if twice := [name for name, group in itertools.groupby(sorted(cell.name for cell in cells)) if len(list(group)) > 1]:
         raise UsageError(f"two cells are named {twice[0]}; give them names")
-    device = ("cuda" if torch.cuda.is_available() and backend in ("auto", "triton") else "cpu") if device == "auto" else device
-    rows, total = {}, Result()
-    for group in by_shape(cells, range(len(cells))):
+    if loose := [cell.name for cell in cells if cell.rho is not None and not cell.held and not cell.scale_once]:
+        raise UsageError(f"{loose[0]} has a rho and no norm that it refers to; give its w_c, the critical norm, or held norms")
+    rows, total, groups = {}, Result(), by_shape(cells, range(len(cells)))
+    for group in groups:
         mine = [cells[i] for i in group]
         ensemble = Ensemble(mine, device, backend, getattr(torch, mine[0].dtype or dtype), arithmetic)
         progress = Progress("training", len(ensemble.step), ensemble.steps_left())
@@ -256,4 +267,5 @@ def train(cells: Iterable[Cell], device: str = "auto", backend: str = "auto", dt
             progress.close()
         rows |= {i: ensemble.rows(c) for c, i in enumerate(group)}
         total.executed, total.seconds = total.executed + ensemble.executed, total.seconds + ensemble.seconds
-    return sum((rows[i] for i in range(len(cells))), total)
+    whole = sum((rows[i] for i in range(len(cells))), total)
+    return dataclasses.replace(whole, state=ensemble.result().state) if len(groups) == 1 else whole

@@ -307,19 +307,19 @@ def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], r
         logged.setdefault(row["cell"], {}).setdefault(row["member"], []).append(row)
     for where, arms, name in forks(table, config):
         file = name.replace(".fork", "_fork").replace(".rho", "_rho")
-        draw_arms(table, where, arms, folder, f"arms_{file}")
+        figures.sheet(folder, f"arms_{file}", [where], draw_arms, table=table, arms=arms)
         if logged:
-            draw_trajectories(logged, where["fork_step"], {TRUNK: f"trunk_p{where['p']}_b{config.seeds}", **arms}, folder, f"trajectories_{file}")
+            cells = {TRUNK: f"trunk_p{where['p']}_b{config.seeds}", **arms}
+            figures.sheet(folder, f"trajectories_{file}", ["norm", "test_accuracy"], draw_trajectories, logged=logged, cells=cells,
+                          fork_step=where["fork_step"])
     ratios = [row for row in table.findings if row["id"].startswith("raised_over_same.")]
     for over, other in (("fork_step", "rho"), ("rho", "fork_step")):
         if len({row[over] for row in ratios}) > 1:
-            draw_ratio(ratios, over, other, folder)
+            figures.sheet(folder, f"ratio_over_{over}", [over], draw_ratio, ratios=ratios, other=other)
 
 
-@figures.drawn
-def draw_arms(table: Table, where: dict, arms: dict[str, str], folder: Path, file: str) -> None:
+def draw_arms(axis: plt.Axes, where: dict, table: Table, arms: dict[str, str]) -> None:
     """Delay from the fork, log axis, one column per arm; a line joins each member's arms, so that order shows member by member."""
-    figure, axis = plt.subplots(figsize=(5.5, 4.2))
     late = delays(table, arms.values())                                                        # (arms, members)
     shown = np.minimum(late, table.first[arms[next(iter(arms))]]["budget_steps"] - where["fork_step"])
     axis.plot(shown, color="gray", lw=0.6, alpha=0.6, zorder=0)
@@ -336,32 +336,21 @@ def draw_arms(table: Table, where: dict, arms: dict[str, str], folder: Path, fil
     axis.set(yscale="log", ylabel="T_grok - fork step (steps)", title=f"Same state, p={where['p']}, fork at step {where['fork_step']}"
              + (f", rho {exactly(where['rho'], 'g')}" if set(SCALED) & set(arms) else ""))
     figures.steps(axis.yaxis)
-    axis.legend(fontsize=7)
-    figures.save_figure(figure, folder, file)
-    plt.close(figure)
 
 
-@figures.drawn
-def draw_trajectories(logged: dict[str, dict[int, list[dict]]], fork_step: int, cells: dict[str, str], folder: Path, file: str) -> None:
-    """Norm and test accuracy of every member: the common free run in black up to the fork, then the arms."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for axis, key in zip(axes, ("norm", "test_accuracy"), strict=True):
-        for arm, cell in cells.items():
-            for i, rows in enumerate(logged.get(cell, {}).values()):
-                points = [(t["step"], t[key]) for t in rows if t["step"] >= fork_step / 8 and (arm != TRUNK or t["step"] <= fork_step)]
-                axis.plot(*zip(*points, strict=True), color=COLORS[arm], ls=DASHES[arm], lw=1, alpha=0.8, label=None if i else arm)
-        axis.axvline(fork_step, color="gray", ls=":", lw=1)
-        axis.set(xscale="log", xlabel="step", title=key.replace("_", " "))
-        figures.steps(axis.xaxis)
-    axes[0].legend(fontsize=7)
-    figures.save_figure(figure, folder, file)
-    plt.close(figure)
+def draw_trajectories(axis: plt.Axes, key: str, logged: dict[str, dict[int, list[dict]]], cells: dict[str, str], fork_step: int) -> None:
+    """`key` of every member against step: the common free run in black up to the fork, then the arms."""
+    for arm, cell in cells.items():
+        for i, rows in enumerate(logged.get(cell, {}).values()):
+            points = [(t["step"], t[key]) for t in rows if t["step"] >= fork_step / 8 and (arm != TRUNK or t["step"] <= fork_step)]
+            axis.plot(*zip(*points, strict=True), color=COLORS[arm], ls=DASHES[arm], lw=1, alpha=0.8, label=None if i else arm)
+    axis.axvline(fork_step, color="gray", ls=":", lw=1)
+    axis.set(xscale="log", xlabel="step", title=key.replace("_", " "))
+    figures.steps(axis.xaxis)
 
 
-@figures.drawn
-def draw_ratio(ratios: list[dict], over: str, other: str, folder: Path) -> None:
+def draw_ratio(axis: plt.Axes, over: str, ratios: list[dict], other: str) -> None:
     """Median delay of the raised over the same arm with its interval, against `over`; a line per modulus and value of `other`."""
-    figure, axis = plt.subplots(figsize=(5.5, 4.2))
     for i, (p, value) in enumerate(dict.fromkeys((row["p"], row[other]) for row in ratios)):
         mine = sorted((row for row in ratios if (row["p"], row[other]) == (p, value)), key=lambda row: row[over])
         x, y, lo, hi = np.array([[row[key] for key in (over, "ours", "lo", "hi")] for row in mine], dtype=float).T   # None -> not a number
@@ -370,9 +359,6 @@ def draw_ratio(ratios: list[dict], over: str, other: str, folder: Path) -> None:
     censored = sum(row["ours"] is None for row in ratios)
     title = f"Raised over same ({censored} censored, not shown)" if censored else "Raised over same"
     axis.set(xlabel=over.replace("_", " "), ylabel="median delay, raised / same", title=title)
-    axis.legend(fontsize=7)
-    figures.save_figure(figure, folder, f"ratio_over_{over}")
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------- run

@@ -34,7 +34,8 @@ def drawn(figure: Callable[..., None]) -> Callable[..., None]:
             raise
         except FORGIVEN as error:
             plt.close("all")
-            print(f"a figure, {figure.__name__.replace('_', ' ')}, is not drawn ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+            what = " ".join([figure.__name__.replace("_", " "), *(word for word in args if isinstance(word, str))])
+            print(f"a figure, {what}, is not drawn ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
                   "the tables are whole", flush=True)
     return attempt
 
@@ -56,6 +57,7 @@ def steps(axis: matplotlib.axis.Axis) -> None:
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
+@drawn
 def sheet(folder: Path, name: str, panels: list, draw: Callable[..., None], **more: object) -> None:
     """A figure: `draw(axis, panel, **more)` for each of `panels`, side by side, with a legend each."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), squeeze=False)

@@ -79,20 +79,9 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
             kind = type(f.default[0]) if many and f.default else f.metadata["kind"] if many else type(f.default)
             parser.add_argument(flag, type=kind, nargs="+" if many else None, default=None, help=f.metadata["help"])
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    for name, allowed in {**CHOICES, "preset": tuple(presets)}.items():
-        for value in (given[name] if isinstance(given.get(name), tuple) else (given[name],)) if name in given else ():
-            if value not in allowed:
-                raise UsageError(f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}, got {value!r}")
-    device = given.get("device", "auto")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
-    model = given.get("model", getattr(cls, "model", "mlp"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() and given.get("backend", "auto") in ("auto", "triton") else "cpu"
-    if (given.get("backend") == "triton") != (device == "cuda") and given.get("backend", "auto") != "auto":
-        raise UsageError(f"--backend {given['backend']} does not run on --device {device}; triton needs cuda, compiled and eager need cpu")
-    if given.get("backend") == "compiled" and not has_compiler():
-        raise UsageError("--backend compiled needs a C++ compiler (g++ or clang++) on the PATH; use --backend eager")
+    if presets and given.get("preset", next(iter(presets))) not in presets:
+        raise UsageError(f"--preset must be one of {', '.join(presets)}, got {given['preset']!r}")
+    device, model = place(given), given.get("model", getattr(cls, "model", "mlp"))
     settings = {**given, "device": device}
     if presets:
         preset = given.get("preset", "paper" if device == "cuda" else "laptop")
@@ -105,6 +94,26 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
     if presets:
         check_grid(config, parts)
     return config, given
+
+
+def place(given: dict, flag: str = "--") -> str:
+    """The device, cpu or cuda, that the choices in `given` come to. Raises UsageError for one that there is not, or that this machine lacks."""
+    for name, allowed in CHOICES.items():
+        for value in (given[name] if isinstance(given.get(name), tuple) else (given[name],)) if name in given else ():
+            if value not in allowed:
+                raise UsageError(f"{flag}{name.replace('_', '-')} must be one of {', '.join(allowed)}, got {value!r}")
+    device, backend = given.get("device", "auto"), given.get("backend", "auto")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"{flag}device cuda: no CUDA device is visible here; use {flag}device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() and backend in ("auto", "triton") else "cpu"
+    if (backend == "triton") != (device == "cuda") and backend != "auto":
+        raise UsageError(f"{flag}backend {backend} does not run on {flag}device {device}; triton needs cuda, compiled and eager need cpu")
+    if backend == "compiled" and not has_compiler():
+        raise UsageError(f"{flag}backend compiled needs a C++ compiler (g++ or clang++) on the PATH; use {flag}backend eager")
+    if given.get("arithmetic") == "tf32x3" and device != "cuda":
+        raise UsageError(f"{flag}arithmetic tf32x3 is a mode of the CUDA kernels; use ieee on a CPU")
+    return device
 
 
 def doses(flag: str, texts: tuple[str, ...]) -> list[tuple[float, float]]:
@@ -162,8 +171,6 @@ def check(config: Machine) -> None:
                 raise UsageError(f"--train-fracs must be below 1, got {v:g}: some pairs must be left to test on")
             if f.name == "weight_decays" and v < 0:
                 raise UsageError(f"--weight-decays must be >= 0, got {v:g}")
-    if config.arithmetic == "tf32x3" and config.device != "cuda":
-        raise UsageError("--arithmetic tf32x3 is a mode of the CUDA kernels; use ieee on a CPU")
 
 
 def check_grid(config: Config, parts: tuple[str, ...]) -> None:

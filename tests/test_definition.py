@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import n_train
+from common import Mlp, n_train
 from kernels.adamw import SCALARS, adamw_project_ref, group_norms_ref
 from kernels.layout import Layout, mlp_layout
 from kernels.loss import AUDIT, loss_gradient_ref, loss_ref, softmax_audit_ref
@@ -21,14 +21,16 @@ def start(p: int, d: int = 128, H: int = 256, dtype: torch.dtype = torch.float64
     return layout, row, pairs // p, pairs % p
 
 
-def concatenated_loss(row: torch.Tensor, a: torch.Tensor, b: torch.Tensor, tau: float, layout: Layout, loss: str) -> torch.Tensor:
-    """The papers' model as they print it: `gelu([E[a]; E[b]] W1 + b1) W2 + b2`, no tables."""
-    E, W1, W2, b1, b2 = layout.views(row)
-    z = F.gelu(torch.cat([E[a], E[b]], -1) @ W1 + b1) @ W2[:, : layout.p] + b2[: layout.p]
-    labels = (a + b) % layout.p
-    if loss == "ce":
-        return F.cross_entropy(z / tau, labels)
-    return (z / tau - F.one_hot(labels, layout.p)).square().sum(-1).mean()
+def plain(row: torch.Tensor, layout: Layout) -> Mlp:
+    """The papers' model as they print it, `gelu([E[a]; E[b]] W1 + b1) W2 + b2`, no tables, with the weights of `row`."""
+    model = Mlp(layout.p, layout.d, layout.H).to(row.dtype)
+    for parameter, values in zip(model.parameters(), layout.views(row), strict=True):
+        parameter.data = values[..., : parameter.shape[-1]].clone()
+    return model
+
+
+def plain_loss(z: torch.Tensor, labels: torch.Tensor, tau: float, loss: str) -> torch.Tensor:
+    return F.cross_entropy(z / tau, labels) if loss == "ce" else (z / tau - F.one_hot(labels, z.shape[1])).square().sum(-1).mean()
 
 
 @pytest.mark.parametrize("loss", ["ce", "mse"])
@@ -36,12 +38,12 @@ def concatenated_loss(row: torch.Tensor, a: torch.Tensor, b: torch.Tensor, tau: 
 @pytest.mark.parametrize("p", [7, 16, 59])   # padding to 8; a power of two, no padding; the papers' size
 def test_gradient_is_autograds(p: int, tau: float, loss: str) -> None:
     layout, row, a, b = start(p)
-    row.requires_grad_()
-    (expected,) = torch.autograd.grad(concatenated_loss(row, a, b, tau, layout, loss), row)
-    with torch.no_grad():
-        ours = gradient_ref(row, a, b, torch.tensor(tau, dtype=torch.float64), layout, loss)
-    for mine, theirs in zip(layout.views(ours), layout.views(expected), strict=True):
-        assert (mine - theirs).norm() <= 1e-12 * theirs.norm()
+    model = plain(row, layout)
+    plain_loss(model(a, b), (a + b) % p, tau, loss).backward()
+    ours = gradient_ref(row, a, b, torch.tensor(tau, dtype=torch.float64), layout, loss)
+    for mine, parameter in zip(layout.views(ours), model.parameters(), strict=True):
+        theirs = parameter.grad
+        assert (mine[..., : theirs.shape[-1]] - theirs).norm() <= 1e-12 * theirs.norm()
 
 
 def test_padding_gets_no_gradient() -> None:
@@ -144,8 +146,8 @@ def test_evaluation_counts_what_a_plain_forward_counts() -> None:
     train = torch.zeros(p * p, dtype=torch.float64).scatter_(0, a * p + b, 1)
     got = dict(zip(METRICS, evaluate_ref(row, train, a, b, torch.tensor(tau, dtype=torch.float64), layout, "ce").tolist(), strict=True))
     pair = torch.arange(p * p)
-    E, W1, W2, b1, b2 = layout.views(row)
-    z = F.gelu(torch.cat([E[pair // p], E[pair % p]], -1) @ W1 + b1) @ W2[:, :p] + b2[:p]
+    E, W1, W2, *_ = layout.views(row)
+    z = plain(row, layout)(pair // p, pair % p).detach()
     labels = (pair // p + pair % p) % p
     right, test = z.argmax(1) == labels, train == 0
     assert got["train_accuracy"] == right[~test].double().mean() and got["test_accuracy"] == right[test].double().mean()

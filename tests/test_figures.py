@@ -12,7 +12,7 @@ from lab import figures
 
 def test_the_matplotlibrc_of_a_machine_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\n")
-    code = "import plots; rc = figures.matplotlib.rcParams; print(rc['text.usetex'], rc['font.size'], rc['backend'])"
+    code = "from lab import figures; rc = figures.matplotlib.rcParams; print(rc['text.usetex'], rc['font.size'], rc['backend'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "MATPLOTLIBRC": str(tmp_path)}, capture_output=True, text=True,
                           check=False)
     assert done.stdout == "False 10.0 Agg\n", done
@@ -30,9 +30,10 @@ def test_a_figure_that_fails_costs_a_line_after_all_else_is_written_and_said(tmp
         code, text, errors = main(monkeypatch, capsys, flags, tmp_path / "out")
         lines = text.splitlines()
         first = next(i for i, line in enumerate(lines) if "is not drawn" in line)
-        assert lines[first] == "a figure, fork arms, is not drawn (RuntimeError: latex could not be found); the tables are whole"
-        assert (code, errors) == (0, "") and "same_over_free.p11" in "".join(lines[:first]) and lines[-1] == f"results in {tmp_path / 'out'}"
-        assert not any("not drawn" not in line for line in lines[first:-1]) and not (tmp_path / "out" / "checkpoint").exists()
+        assert lines[first] == ("a figure, sheet arms_p11_fork100_rho1.15, is not drawn (RuntimeError: latex could not be found); "
+                                "the tables are whole")
+        assert (code, errors) == (0, "") and lines[first - 1].startswith(f"tables, verdicts and findings in {tmp_path / 'out'}")
+        assert not any("not drawn" not in line for line in lines[first:]) and not (tmp_path / "out" / "checkpoint").exists()
         said.append(lines[first:])
         written.append(tables(tmp_path / "out"))
     assert said[0] == said[1] and written[0] == written[1]
