@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import MODELS, Cell, Result, UsageError, module, train, unique
+from common import MODELS, Cell, Result, UsageError, train, unique
 from kernels.layout import model_layout
 from lab import stats
 from lab.ensemble import Ensemble
