@@ -61,7 +61,7 @@ PAPER_A_ARMS = {"none": "free", "free": "free", "clamp": "clamp", "rescale": "re
 LAYERS = {"embed": (1, 0, 0), "hidden": (0, 1, 0), "out": (0, 0, 1), "all": (1, 1, 1)}   # groups that its one-shot arms scale
 GRID_LIMIT = 10**7     # steps
 LARGEST_FILE = 64 << 20   # bytes
-FLOAT32 = np.finfo(np.float32)
+SMALLEST_NORM, LARGEST_NORM = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 RUN = {"p", "alpha", "lam", "lr", "steps", "logit_scale"}   # what a file has some of that is a run, whole or not
 FORK_BUDGET = 60_000   # steps; fork files store none, the paper has it in its methods
 
@@ -157,7 +157,7 @@ def describe(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) 
     elif arm == "alloc" and model == "mlp":
         held = (0.0, *(float(data[key][-1]) for key in ("wn_E", "wn_W1", "wn_W2")))
     wanted = {"clamp": held[:1], "alloc": held[1:]}.get(arm, ())
-    if not all(FLOAT32.tiny <= norm <= FLOAT32.max for norm in wanted):   # a smaller one would hold nothing
+    if not all(SMALLEST_NORM <= norm <= LARGEST_NORM for norm in wanted):   # a smaller one would hold nothing
         raise ValueError("the held norm is not positive and finite")
     grokked = data["T_grok_per_seed"][list(chosen)]
     expected = int(np.where(grokked < 0, budget, grokked).max())
@@ -184,7 +184,7 @@ def describe_fork(data: dict[str, np.ndarray], label: str, members: tuple[int, .
         raise ValueError("a member had not memorised, or had grokked, at the fork")
     chosen = choose(members, S, label)
     targets = data["target"][list(chosen)].astype(float)
-    if arm != "free" and not ((targets >= FLOAT32.tiny) & (targets <= FLOAT32.max)).all():
+    if arm != "free" and not ((targets >= SMALLEST_NORM) & (targets <= LARGEST_NORM)).all():
         raise ValueError("the held norm is not positive and finite")
     grokked = t_grok[list(chosen)]
     expected = int(np.where(grokked < 0, FORK_BUDGET, grokked).max())

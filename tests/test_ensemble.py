@@ -275,7 +275,7 @@ def test_training_starts_from_a_given_state() -> None:
 
 
 def test_bookkeeping_grows_by_the_log_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that logs at every one of 10,000 evaluations keeps 8 bytes a number, 168 a row, where a dict would take 1 kB; then its trajectories.csv."""
+    """A run that logs at every one of 10,000 evaluations keeps 8 bytes a number, where a dict would take 1 kB a row; then its trajectories.csv."""
     evaluations, used = 10_000, []
 
     class Watched(Ensemble):
