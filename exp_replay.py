@@ -63,7 +63,6 @@ ARCHS = {"mlp": ("mlp", 256), "tfnoln": ("transformer_b", 512)}   # model and hi
 PAPER_A_NEEDED = ("lam", "lr", "max_steps", "T_mem_per_seed", "T_grok_per_seed", "steps", "train_acc")
 PAPER_A_ARMS = {"none": "free", "free": "free", "clamp": "clamp", "rescale": "rescale", "layer": "rescale"}
 GRID_LIMIT = 10**7     # steps
-FLOAT32 = np.finfo(np.float32)
 LARGEST_FILE = 64 << 20   # bytes
 SMALLEST_NORM, LARGEST_NORM = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 RUN = {"p", "alpha", "lam", "lr", "steps", "logit_scale"}   # what a file has some of that is a run, whole or not

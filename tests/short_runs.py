@@ -21,13 +21,13 @@ SHORT = [*FLAGS, "--budget", "200", "--parts", "same", "free"]
 
 def committed(folder: Path) -> Path:
     """`folder` with the pages and runs of record as committed: whoever follows the README has runs of their own beside them."""
-    names = ("README.md", "REPORT.md", "published.csv", "results")
+    names = ("README.md", "published.csv", "results")
     if (ROOT / ".git").exists():
         archive = subprocess.run(["git", "archive", "HEAD", *names], cwd=ROOT, capture_output=True, check=True).stdout
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             tar.extractall(folder, filter="data")
     else:
-        for name in names[:3]:
+        for name in names[:2]:
             shutil.copy(ROOT / name, folder / name)
         shutil.copytree(ROOT / "results", folder / "results", ignore=shutil.ignore_patterns("checkpoint", "trajectories.csv", "*.pdf"))
     return folder

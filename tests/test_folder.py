@@ -73,7 +73,7 @@ def test_a_lock_is_on_the_file_that_is_there(tmp_path: Path, monkeypatch: pytest
     files.unlock(path)
 
 
-def desk(out: Path, *flags: str) -> desk.Lab:
+def lab_of(out: Path, *flags: str) -> desk.Lab:
     config, given = settings.parse(exp_fork.Config, exp_fork.PRESETS, exp_fork.ARMS, [*SHORT, *flags, "--out", str(out)])
     return desk.Lab("fork", config, given, exp_fork.PRESETS)
 
@@ -83,7 +83,7 @@ def test_a_rank_with_other_settings_is_refused_beside_one_that_trains(tmp_path: 
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    ours = desk(tmp_path)
+    ours = lab_of(tmp_path)
     with open(tmp_path / "config.json", "w") as theirs:
         theirs.write(json.dumps({**ours.settings, "lr": 0.5}))
         theirs.flush()
@@ -99,7 +99,7 @@ def test_who_comes_between_the_two_locks_of_a_rank_is_noticed(tmp_path: Path, mo
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    once, intruders, ours = files.lock, [], desk(tmp_path / "out")
+    once, intruders, ours = files.lock, [], lab_of(tmp_path / "out")
 
     def lock(path: Path, shared: bool = False) -> object:
         if shared and not intruders:

@@ -1,15 +1,14 @@
-"""The report: equivalence on planted data, which answer wins, what --check notices, and a page that needs no network."""
+"""The report: equivalence on planted data, which answer wins, what --check notices, and that every published number has a line."""
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from short_runs import committed
 
-from lab import files, report, stats
+from lab import answers, files, report
 
-ROOT = Path(__file__).parents[1]
+KEY = "B.med.ce.p59.T0"
 
 
 def pairs(shift: float, noise: float, n: int, seed: int) -> list[dict]:
@@ -28,46 +27,56 @@ def test_equivalence_on_planted_ratios() -> None:
     assert report.equivalence([{"t_grok_released": 500, "t_grok": 500}] * 3)[:3] == (0, 0, 0)
 
 
-def claim(verdict: str, n: int, dtype: str) -> dict:
-    return {"id": "x", "verdict": verdict, "n": n, "dtype": dtype, "source": f"{verdict}{n}{dtype}"}
+def claim(verdict: str, n: int, dtype: str = "float32", ours: float = 3700.0, key: str = KEY) -> dict:
+    return {"id": key, "quantity": "q", "published": 3850.0, "published_lo": None, "published_hi": None,
+            "replicated": {"ours": ours, "lo": ours, "hi": ours, "n": n, "n_censored": 0, "verdict": verdict, "why": "", "dtype": dtype,
+                           "source": f"{verdict}{n}{dtype}"}}
 
 
 @pytest.mark.parametrize(("better", "worse"), [
-    (claim("NOT REPRODUCED", 4, "float32"), claim("INCONCLUSIVE", 12, "float32")),
-    (claim("REPRODUCED", 8, "float32"), claim("REPRODUCED", 4, "float32")),
-    (claim("REPRODUCED", 4, "float32"), claim("REPRODUCED", 8, "float64")), (claim("INCONCLUSIVE", 1, "float64"), claim("NOT RUN", 0, "float32"))])
+    (claim("NOT REPLICATED", 4), claim("INCONCLUSIVE", 12)), (claim("REPLICATED", 8), claim("REPLICATED", 4)),
+    (claim("REPLICATED", 4), claim("REPLICATED", 8, "float64")), (claim("INCONCLUSIVE", 1), claim("INCONCLUSIVE", 2, "float64"))])
 def test_the_best_supported_answer_wins_whatever_the_order(better: dict, worse: dict) -> None:
     for order in ([better, worse], [worse, better]):
         folders = [report.Folder("f", {"claims": [c]}, []) for c in order]
-        assert report.answers(folders)["x"]["source"] == better["source"]
+        assert report.best_answers(folders, "replicated")[KEY]["source"] == better["replicated"]["source"]
+        assert not report.best_answers(folders, "reproduced")
 
 
 def test_runs_held_at_a_given_norm_stand_under_sensitivity_and_answer_nothing() -> None:
-    key = "B.med.ce.p59.T0"
-    ours, theirs = ({"id": key, "verdict": v, "n": n, "n_censored": 0, "dtype": "float32", "ours": x, "lo": x, "hi": x}
-                    for v, n, x in (("NOT REPRODUCED", 6, 4000.0), ("REPRODUCED", 12, 3700.0)))
+    ours, theirs = claim("NOT REPLICATED", 6, ours=4000.0), claim("REPLICATED", 12)
     folders = [report.Folder("b", {"claims": [theirs]}, [], given=54.49), report.Folder("a", {"claims": [ours]}, [])]
-    best = report.answers(folders)
-    assert best == {key: ours}
-    blocks = report.sensitivity_section(folders, ROOT, best, stats.published(ROOT / "published.csv", ""))
-    row = next(content[1][0] for kind, content in blocks if kind == "table")
-    assert row[2:] == ["4000", "4000 to 4000", "NOT REPRODUCED", "3700", "3700 to 3700", "REPRODUCED", "12", "54.49"]
+    best = report.best_answers(folders, "replicated")
+    assert best == {KEY: ours["replicated"]}
+    (line,) = [line for block in report.sensitivity_section(folders, Path(), best, answers.published()) for line in block.splitlines() if KEY in line]
+    assert line.strip("| ").split(" | ")[2:] == ["4000", "4000 to 4000", "NOT REPLICATED", "3700", "3700 to 3700", "REPLICATED", "12", "54.49"]
 
 
 @pytest.fixture
 def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """README, published numbers and results of this repository in a folder of their own."""
-    committed(tmp_path)
+    """A README and one folder of results, with the pages made from them."""
+    folder = tmp_path / "results" / "delay_law" / "dense"
+    folder.mkdir(parents=True)
+    run = dict.fromkeys(files.RUN_COLUMNS) | {"experiment": "delay_law", "cell": "c", "model": "mlp", "loss": "ce", "p": 59, "train_frac": 0.4,
+                                              "block": 2, "arm": "clamp", "rho": 1.0, "tau": 1, "lr": 1e-3, "weight_decay": 1, "budget_steps": 9000}
+    files.write_csv(folder / "runs.csv", [run | {"member": m, "t_grok_step": 3700, "t_mem_step": 175, "censored": 0} for m in range(2)])
+    files.write_json(folder / "config.json", {"model": "mlp"})
+    files.write_json(folder / "provenance.json", {
+        **dict.fromkeys(report.PROVENANCE, 1), **dict.fromkeys(("command", "commit", "device", "backend"), "text"), "dtype": "float32"})
+    files.write_summary(folder, [claim("REPLICATED", 12)], [])
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.main([]) == 0
     return tmp_path
 
 
 def test_check_notices_a_changed_summary_a_changed_page_and_runs_newer_than_their_figures(copy: Path, capsys: pytest.CaptureFixture) -> None:
     assert report.main(["--check"]) == 0, capsys.readouterr().err
-    page = (copy / "REPORT.md").read_text()
-    (copy / "REPORT.md").write_text(page.replace("NOT RUN", "REPRODUCED", 1))
+    page = copy / "results" / "REPORT.md"
+    text = page.read_text()
+    page.write_text(text.replace("NOT RUN", "REPRODUCED", 1))
     assert report.main(["--check"]) == 1 and "REPORT.md differs" in capsys.readouterr().err
-    (copy / "REPORT.md").write_text(page)
+    page.write_text(text)
     folder = copy / "results" / "delay_law" / "dense"
     summary = json.loads((folder / "summary.json").read_text())
     summary["data"].pop("trajectories.csv", None)       # as in a folder made before trajectories were remembered
@@ -85,7 +94,7 @@ def test_check_notices_a_changed_summary_a_changed_page_and_runs_newer_than_thei
     files.write_csv(folder / "runs.csv", [*rows[:-1], {**rows[-1], "t_grok_step": rows[-1]["t_grok_step"] + 25}])
     assert report.main(["--check"]) == 1
     assert f"results/delay_law/{folder.name}/runs.csv: summary and figures beside it are of another one" in capsys.readouterr().err
-    summary["claims"] = [{**c, "verdict": "NOT REPRODUCED"} if c["verdict"] == "REPRODUCED" else c for c in summary["claims"]]
+    summary["claims"][0]["replicated"]["verdict"] = "NOT REPLICATED"
     (folder / "summary.json").write_text(json.dumps(summary))
     assert report.main(["--check"]) == 1 and "REPORT.md differs" in capsys.readouterr().err
 
@@ -101,14 +110,12 @@ def test_a_checkout_that_cannot_be_written_to_is_one_line(copy: Path, monkeypatc
     assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} and report.main(["--check"]) == 0
 
 
-def test_every_published_number_is_accounted_for_and_the_page_needs_no_network(copy: Path) -> None:
-    before = (copy / "REPORT.md").read_text()
-    assert report.main([]) == 0
-    page, published = (copy / "report.html").read_text(), stats.published(ROOT / "published.csv", "")
-    claims = page[page.index(">Claims</h2>"):page.index(">Provenance</h2>")]
+def test_every_published_number_has_one_line_with_both_verdicts(copy: Path) -> None:
+    text, published = (copy / "results" / "REPORT.md").read_text(), answers.published()
+    claims = text[text.index("## Claims"):text.index("## Doubts")]
     for key in published:
-        assert claims.count(f"<code>{key}</code>") == 1, key
-    verdicts = re.findall(r'<td class="[A-Z-]+">([A-Z ]+)</td>', claims)
-    assert len(verdicts) == len(published) and set(verdicts) <= set(report.STRENGTH)
-    assert not re.findall(r'(?:src|href)="(?!data:|#)', page) and "url(" not in page and "<script" not in page
-    assert (copy / "REPORT.md").read_text() == before
+        (line,) = [line for line in claims.splitlines() if f"`{key}`" in line]
+        verdicts = re.findall(r"(?<=\| )(?:NOT RUN|[A-Z ]*RE[A-Z]+ED|INCONCLUSIVE|PARTLY RUN)(?= \|)", line)
+        assert verdicts == ["NOT RUN", "REPLICATED" if key == KEY else "NOT RUN"], line
+    readme = (copy / "README.md").read_text()
+    assert readme.startswith("before\n") and readme.endswith("after\n") and f"Of {len(published)} published numbers" in readme
