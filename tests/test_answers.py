@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from lab import answers, stats
+from lab import answers, own, stats
 from lab.answers import Table, answer
 
 INF = math.inf
@@ -21,6 +21,7 @@ def cell(name: str, *times: float | None, **conditions: object) -> list[dict]:
 
 
 def answered(runs: list[dict], *rows: dict, networks: str = "fresh") -> dict[str, dict]:
+    runs = runs if networks == "fresh" else [{**run, "networks": own.label(rows[0])} for run in runs]
     table = Table(runs, networks=networks)
     answer(table, rows, {})
     return table.claims
@@ -164,7 +165,8 @@ def test_the_papers_networks_take_the_papers_median() -> None:
 def test_a_summary_has_both_answers_to_a_number() -> None:
     tables = []
     for networks, t in (("published", 1000), ("fresh", 1100)):
-        tables.append(Table(cell("c", *[t] * 16), networks=networks))
+        label = own.label(ROW) if networks == "published" else "fresh"
+        tables.append(Table(cell("c", *[t] * 16, networks=label), networks=networks))
         answer(tables[-1], [ROW], {})
         tables[-1].finding("f", "q", ("c",), 1.0)
     (claim,), findings = answers.merged(tables)

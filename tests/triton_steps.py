@@ -8,7 +8,6 @@ from tolerance import assert_accurate, references
 from torch import Tensor
 from triton_cases import DEVICE, ON_GPU, Case, make_case
 
-import common
 from common import Cell
 from kernels.adamw import BETA1, BETA2, scalar_names
 from kernels.cuda import CudaKernels, chunk_runs, launches_of, state_bytes_per_run, workspace_bytes_per_run
@@ -214,9 +213,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     to = torch.Tensor.to
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: self if a and a[0] == "cuda" else to(self, *a, **k))
-    for module in (common, ensemble):
-        monkeypatch.setattr(module, "model_layout", lambda model, p, dtype: mlp_layout(p, 16, 32, dtype) if model == "mlp" else
-                            transformer_layout(p, 16, 32, dtype, model))
+    monkeypatch.setattr(ensemble, "model_layout", lambda model, p, dtype: mlp_layout(p, 16, 32, dtype) if model == "mlp" else
+                        transformer_layout(p, 16, 32, dtype, model))
 
 
 def assert_the_trainer_agrees(cells: list[Cell], steps: list[int]) -> None:
