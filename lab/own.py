@@ -6,7 +6,9 @@ depends on their budget; budgets are those of its released runs. A cell is named
 import dataclasses
 from collections.abc import Iterable
 
-from common import EVAL_EVERY, MODELS, Cell
+import numpy as np
+
+from common import EVAL_EVERY, MODELS, Cell, UsageError
 from lab.draws import LAYERS, Card, paper_a_seed
 
 AUDIT_EVERY = 50   # steps between evaluations of paper B's audit
@@ -77,3 +79,19 @@ def cell(row: dict, members: tuple[int, ...] = (), shares: tuple[float, ...] = (
 def once(cell: Cell) -> Cell:
     """The norm set to its target at one step instead of held from there on."""
     return dataclasses.replace(cell, clamp_stop=cell.clamp_start + 1)
+
+
+def some(cells: list[Cell]) -> list[Cell]:
+    """`cells`, all of a command. Raises UsageError if there are none: then the flags leave no condition that the papers ran."""
+    if not cells:
+        raise UsageError("--networks published: the paper ran none of these conditions; change the flags, or use --networks fresh")
+    return cells
+
+
+def shares_at_end(runs: list[dict], groups: tuple[str, ...] = ("E", "W1", "W2")) -> dict[int, tuple[float, ...]]:
+    """By p, the shares of `groups` in the squared norm at the end of the control `runs`: of their mean norms over members, as paper B takes them."""
+    shares = {}
+    for p in dict.fromkeys(run["p"] for run in runs):
+        power = np.array([np.mean([run[f"norm_{group}_at_end"] for run in runs if run["p"] == p]) for group in groups]) ** 2
+        shares[p] = tuple((power / power.sum()).tolist())
+    return shares
