@@ -21,6 +21,7 @@ if __name__ == "__main__":
     early.guard()
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from matplotlib.axes import Axes
 
 from common import Cell, Result, UsageError, exactly, unique
 from lab import console, figures, mediation, own, settings, stats
-from lab.answers import UNLESS_STATED, Statistic, Table, answer, at_doses, lacking, published
+from lab.answers import Statistic, Table, answer, at_doses, lacking, published
 from lab.desk import Lab, main
 
 PARTS = ("mediation", "mse", "grid", "dose", "audit", "allocation")
@@ -151,36 +152,32 @@ def own_rows(config: Config, given: dict) -> list[dict]:
     asked = Config(**{**given, "parts": config.parts, "moduli": given.get("moduli", given.get("p", Config.moduli))})
     rows = []
     for part, p, loss, _ in asked.tables():
-        of = lambda experiment, network=(asked.model, p, loss, asked.lr): [  # noqa: E731
-            row for row in PUBLISHED if (row["experiment"], row["model"], row["p"], row["loss"], row["lr"]) == (experiment, *network)]
-        mine = of(RELEASED[part])
+        network = {"model": asked.model, "p": p, "loss": loss, "lr": asked.lr}
+        mine = own.under(PUBLISHED, experiment=RELEASED[part], **network)
         if part == "dose":          # published as fits over all doses; above rho 1.15 the runs are long, and outside the fit
-            mine += [{**row, "arm": "clamp", "rho": rho} for row in mine if row["statistic"] == "alpha_norm"
+            mine += [{**row, "arm": "clamp", "rho": rho} for row in own.under(mine, statistic="alpha_norm")
                      for rho in DOSE_RHOS[p == 43:] if rho <= COLLAPSE_FREE or "rhos" in given]
         if part == "allocation":
-            mine += [row for row in of("mediation") if row["arm"] == "free"]
-        for row in mine:
-            stated = {**UNLESS_STATED, **{key: value for key, value in row.items() if value is not None}}
-            doses = [{"arm": "clamp", **dose} for dose in asked.doses(part)]
-            if row["arm"] == "free" or any(all(stated.get(key) == value for key, value in dose.items()) for dose in doses):
-                rows.append(row)
+            mine += own.under(PUBLISHED, experiment="mediation", arm="free", **network)
+        stated = [({"tau": 1.0, **{key: value for key, value in row.items() if value is not None}}, row) for row in mine]
+        rows += [row for known, row in stated if row["arm"] == "free" or any(own.under([known], **{"arm": "clamp", **dose})
+                                                                             for dose in asked.doses(part))]
     return rows
 
 
-def own_cells(rows: list[dict], members: tuple[int, ...], controls: bool) -> list[Cell]:
-    """Cells of `rows` without the allocations: the `controls` of these, of which every member is needed, or all others."""
-    allocated = {row["p"] for row in rows if row["arm"] == "alloc"}
-    mine = [row for row in rows if row["arm"] != "alloc" and controls == (row["experiment"] == "mediation" and row["arm"] == "free"
-                                                                          and row["p"] in allocated)]
-    cells = own.cells(mine, () if controls else members)
-    guess = [cell(Config(), c.p, c.loss, c.block, c.budget_steps, c.arm, c.rho).expected_steps for c in cells]
-    return [dataclasses.replace(c, expected_steps=c.expected_steps or steps) for c, steps in zip(cells, guess, strict=True)]
+def own_cells(rows: list[dict], members: tuple[int, ...]) -> tuple[list[Cell], list[Cell]]:
+    """The controls of allocations, of which every member is needed, and all other cells but the allocations."""
+    of_split = {row["p"] for row in rows if row["arm"] == "alloc"}
+    controls = own.cells(row for row in own.under(rows, experiment="mediation", arm="free") if row["p"] in of_split)
+    known = {control.name for control in controls}
+    guess = lambda c: c.expected_steps or cell(Config(), c.p, c.loss, c.block, c.budget_steps, c.arm, c.rho).expected_steps  # noqa: E731
+    return tuple([dataclasses.replace(c, expected_steps=guess(c)) for c in cells] for cells in (
+        controls, [c for c in own.cells((row for row in rows if row["arm"] != "alloc"), members) if c.name not in known]))
 
 
 def own_allocations(rows: list[dict], members: tuple[int, ...], shares: dict[int, tuple[float, ...]]) -> list[Cell]:
     """Paper B's allocations. `shares`: by p, of the groups in the squared norm at the end of its control."""
-    return [own.cell(row, members, allocated(1.0, row["gamma"], shares[row["p"]])[1:]) for row in rows
-            if row["arm"] == "alloc" and row["statistic"] == "T_grok"]
+    return [own.cell(row, members, allocated(1.0, row["gamma"], shares[row["p"]])[1:]) for row in own.under(rows, arm="alloc", statistic="T_grok")]
 
 
 # ---------------------------------------------------------------- what is measured
@@ -331,19 +328,6 @@ def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], r
         figures.mediation(folder, f"mediation_p{p}", f"memorisation_p{p}", panels)
 
 
-def over_logit_scale(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
-    """Median T_grok over the logit scale, one colour and marker per rho: one curve if the logit scale is all that counts."""
-    for i, rho in enumerate(dict.fromkeys(point["rho"] for point in points)):
-        mine = [point for point in points if point["rho"] == rho]
-        L = [point["logit_scale"] for point in mine]
-        axis.plot(L, [point["median"] for point in mine], figures.MARKERS[i % 8], color=f"C{i}", ms=7, label=f"rho {rho:g}")
-        axis.vlines(L, [point["lo"] for point in mine], [point["hi"] for point in mine], color=f"C{i}", lw=1)
-    figures.squares(axis, [(point["published"].get("L"), point["published"].get("T_grok")) for point in points])
-    axis.set(yscale="log", xlabel="effective logit scale L at grokking", ylabel=f"median {what} (steps), 95% interval",
-             title=f"Collapse, p={points[0]['p']}")
-    figures.steps(axis.yaxis)
-
-
 def over_held_norm(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
     """T_grok over the held norm with the exponential fit, ours and published, and the free runs; or the collapse rate."""
     axis.set(xlabel="held norm ||W|| (free runs: norm at T_grok)", title=f"Dose, p={points[0]['p']}")
@@ -364,34 +348,10 @@ def over_held_norm(axis: Axes, what: str, table: Table, points: list[dict]) -> N
                   label=f"free, weight decay {table.first[name]['weight_decay']:g}")
 
 
-def precisions(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
-    """T_grok, or the collapse rate in working precision, trained in float32 and in float64, dose by dose."""
-    doses = list(dict.fromkeys((point["rho"], point["tau"]) for point in points))
-    for bits, color, marker, offset in ((32, "C0", "o", -0.12), (64, "C1", "D", 0.12)):
-        mine = [{**point, "x": doses.index((point["rho"], point["tau"])) + offset} for point in points if point["dtype"] == f"float{bits}"]
-        if mine and what == "T_grok":
-            figures.members(axis, mine, "x", color, marker, label=f"trained in float{bits}")
-        elif mine:
-            figures.values(axis, mine, "x", f"collapse{bits}", f"collapse{bits}_max", marker, color, f"trained in float{bits}")
-    axis.set_xticks(range(len(doses)), [f"rho {rho:g}" + (f", tau {tau:g}" if tau != 1 else "") for rho, tau in doses])
-    axis.set(xlim=(-0.5, len(doses) - 0.5), title=f"Audit, p={points[0]['p']}")
-    if what == "collapse":
-        axis.axhline(CONFOUNDED, color="gray", ls=":", lw=1, label="float32-confounded from here")
-        axis.set(ylabel="share of training pairs in softmax collapse", ylim=(-0.03, 1))
-
-
-def over_split(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
-    """T_grok, or the logit scale, over gamma at fixed total norm."""
-    axis.set(xlabel="gamma: power moved from E to W2", title=f"Allocation at fixed total norm, p={points[0]['p']}")
-    if what == "T_grok":
-        return figures.members(axis, points, "gamma")
-    figures.values(axis, points, "gamma", "logit_scale", "L", label="effective logit scale")
-    return axis.set(ylabel="effective logit scale L at grokking", ylim=(0, 1.1 * axis.get_ylim()[1]))
-
-
 MEASURED = {"mediation": recovered, "mse": recovered, "grid": grid, "dose": dose, "audit": audit, "allocation": allocation}
-FIGURES = {"grid": ("collapse_p{p}", ["T_grok"], over_logit_scale), "dose": ("dose_p{p}", ["T_grok", "collapse"], over_held_norm),
-           "audit": ("audit", ["T_grok", "collapse"], precisions), "allocation": ("allocation_p{p}", ["T_grok", "L"], over_split)}
+FIGURES = {"grid": ("collapse_p{p}", ["T_grok"], figures.over_logit_scale), "dose": ("dose_p{p}", ["T_grok", "collapse"], over_held_norm),
+           "audit": ("audit", ["T_grok", "collapse"], functools.partial(figures.precisions, confounded=CONFOUNDED)),
+           "allocation": ("allocation_p{p}", ["T_grok", "L"], figures.over_split)}
 
 
 # ---------------------------------------------------------------- run
@@ -414,7 +374,7 @@ def run(argv: list[str]) -> None:
     rows = own_rows(config, given) if "published" in config.networks else []
     names, guess = [control.name for control in free], (0.15, 0.64, 0.21)                  # of the shares, for a dry run's list only
     free, w_c = ([], dict.fromkeys(names, config.w_c)) if config.w_c else (free, {})
-    controls, theirs = own_cells(rows, members, True), own_cells(rows, members, False)
+    controls, theirs = own_cells(rows, members)
     listed = [*controls, *theirs, *own_allocations(rows, members, {row["p"]: guess for row in rows})]
     console.announce(config, own.some([*listed, *free, *held(fresh, dict.fromkeys(names, 1.0), dict.fromkeys(names, guess))]), given)
     if config.dry_run:

@@ -145,6 +145,44 @@ def mediation(folder: Path, name: str, memorisation: str, tables: list[list[dict
     sheet(folder, memorisation, tables, both_times)
 
 
+def over_logit_scale(axis: plt.Axes, what: str, table: Table, points: list[dict]) -> None:
+    """Median T_grok over the logit scale, one colour and marker per rho: one curve if the logit scale is all that counts."""
+    for i, rho in enumerate(dict.fromkeys(point["rho"] for point in points)):
+        mine = [point for point in points if point["rho"] == rho]
+        L = [point["logit_scale"] for point in mine]
+        axis.plot(L, [point["median"] for point in mine], MARKERS[i % 8], color=f"C{i}", ms=7, label=f"rho {rho:g}")
+        axis.vlines(L, [point["lo"] for point in mine], [point["hi"] for point in mine], color=f"C{i}", lw=1)
+    squares(axis, [(point["published"].get("L"), point["published"].get("T_grok")) for point in points])
+    axis.set(yscale="log", xlabel="effective logit scale L at grokking", ylabel=f"median {what} (steps), 95% interval",
+             title=f"Collapse, p={points[0]['p']}")
+    steps(axis.yaxis)
+
+
+def precisions(axis: plt.Axes, what: str, table: Table, points: list[dict], confounded: float) -> None:
+    """T_grok, or the collapse rate in working precision, trained in float32 and in float64, dose by dose."""
+    doses = list(dict.fromkeys((point["rho"], point["tau"]) for point in points))
+    for bits, color, marker, offset in ((32, "C0", "o", -0.12), (64, "C1", "D", 0.12)):
+        mine = [{**point, "x": doses.index((point["rho"], point["tau"])) + offset} for point in points if point["dtype"] == f"float{bits}"]
+        if mine and what == "T_grok":
+            members(axis, mine, "x", color, marker, label=f"trained in float{bits}")
+        elif mine:
+            values(axis, mine, "x", f"collapse{bits}", f"collapse{bits}_max", marker, color, f"trained in float{bits}")
+    axis.set_xticks(range(len(doses)), [f"rho {rho:g}" + (f", tau {tau:g}" if tau != 1 else "") for rho, tau in doses])
+    axis.set(xlim=(-0.5, len(doses) - 0.5), title=f"Audit, p={points[0]['p']}")
+    if what == "collapse":
+        axis.axhline(confounded, color="gray", ls=":", lw=1, label="float32-confounded from here")
+        axis.set(ylabel="share of training pairs in softmax collapse", ylim=(-0.03, 1))
+
+
+def over_split(axis: plt.Axes, what: str, table: Table, points: list[dict]) -> None:
+    """T_grok, or the logit scale, over gamma at fixed total norm."""
+    axis.set(xlabel="gamma: power moved from E to W2", title=f"Allocation at fixed total norm, p={points[0]['p']}")
+    if what == "T_grok":
+        return members(axis, points, "gamma")
+    values(axis, points, "gamma", "logit_scale", "L", label="effective logit scale")
+    return axis.set(ylabel="effective logit scale L at grokking", ylim=(0, 1.1 * axis.get_ylim()[1]))
+
+
 @drawn
 def dose(table: Table, cells: list[str], fitted: Iterable[str], published: Iterable[dict], title: str, folder: Path, file: str) -> None:
     """T_grok against rho, a colour, marker and line style per modulus: the line through the `fitted` cells, of three doses or more, `published`

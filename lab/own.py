@@ -81,6 +81,11 @@ def once(cell: Cell) -> Cell:
     return dataclasses.replace(cell, clamp_stop=cell.clamp_start + 1)
 
 
+def under(rows: Iterable[dict], **conditions: object) -> list[dict]:
+    """The `rows` that have all `conditions`."""
+    return [row for row in rows if all(row.get(key) == value for key, value in conditions.items())]
+
+
 def some(cells: list[Cell]) -> list[Cell]:
     """`cells`, all of a command. Raises UsageError if there are none: then the flags leave no condition that the papers ran."""
     if not cells:
