@@ -44,7 +44,7 @@ from lab.ensemble import State, inherit
 
 ARMS = ("lowered", "free", "same", "raised")   # by the delay that the paper finds
 SCALED = ("lowered", "raised")                 # those that have a rho
-FORK_STEP, RHO = 800, 1.15                     # of the published numbers
+FORK_STEP, RHO, PUBLISHED_P = 800, 1.15, (59, 97)   # of the published numbers
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ class Config(settings.Config):
 PRESETS = {"smoke": {"rho": (1.04,), "fork_steps": (300,), "lr": 1.6e-2, "budget": 20_000},
            "laptop": {},
            "paper": {"p": (59, 97, 113), "networks": ("published", "fresh")}}
-PUBLISHED_P = (59, 97)
 # Without LayerNorm the norm at step 800 is 1.28 W_c, and held there none groks in 100,000 steps: the fork is later, its arms closer.
 LATER = {"fork_steps": (4800,), "rho": (1.05,), "budget": 150_000}
 OF_MODEL = {"transformer": LATER, "transformer_b": LATER}   # defaults that differ from the MLP's
@@ -119,10 +118,10 @@ def kinds(config: Config, given: dict) -> list[Config]:
     """The command for each kind of networks that it trains: paper B's own ones take of the paper's conditions those that the flags leave."""
     asked = lambda flag, papers: tuple(value for value in papers if value in given.get(flag, papers))  # noqa: E731
     theirs = dataclasses.replace(config, networks=("published",), seeds=12, seed0=0, members=given.get("members", tuple(range(12))), lr=1e-3,
-                              budget=60_000, after_grok=0, p=asked("p", PUBLISHED_P) if (config.model, config.lr) == ("mlp", 1e-3) else (),
-                              fork_steps=asked("fork_steps", (FORK_STEP,)), rho=asked("rho", (RHO,)))
-    found = [dataclasses.replace(config, networks=("fresh",))] if "fresh" in config.networks else []
-    return ([theirs] if "published" in config.networks and theirs.p and theirs.fork_steps else []) + found
+                                 budget=60_000, after_grok=0, fork_steps=asked("fork_steps", (FORK_STEP,)), rho=asked("rho", (RHO,)),
+                                 p=asked("p", PUBLISHED_P) if config.model == "mlp" and given.get("lr", 1e-3) == 1e-3 else ())
+    ours = dataclasses.replace(config, networks=("fresh",))
+    return [theirs] * bool("published" in config.networks and theirs.p and theirs.fork_steps) + [ours] * ("fresh" in config.networks)
 
 
 def label(config: Config) -> str:
@@ -334,7 +333,7 @@ def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], r
     ratios = [row for row in table.findings if row["id"].startswith("raised_over_same.")]
     for over, other in (("fork_step", "rho"), ("rho", "fork_step")):
         if len({row[over] for row in ratios}) > 1:
-            figures.sheet(folder, f"ratio_over_{over}", [over], draw_ratio, ratios=ratios, other=other)
+            figures.sheet(folder, f"ratio_over_{over}", [over], figures.fork_ratio, ratios=ratios, other=other)
 
 
 def draw_arms(axis: plt.Axes, where: dict, table: Table, arms: dict[str, str]) -> None:
@@ -366,18 +365,6 @@ def draw_trajectories(axis: plt.Axes, key: str, logged: dict[str, dict[int, list
     axis.axvline(fork_step, color="gray", ls=":", lw=1)
     axis.set(xscale="log", xlabel="step", title=key.replace("_", " "))
     figures.steps(axis.xaxis)
-
-
-def draw_ratio(axis: plt.Axes, over: str, ratios: list[dict], other: str) -> None:
-    """Median delay of the raised over the same arm with its interval, against `over`; a line per modulus and value of `other`."""
-    for i, (p, value) in enumerate(dict.fromkeys((row["p"], row[other]) for row in ratios)):
-        mine = sorted((row for row in ratios if (row["p"], row[other]) == (p, value)), key=lambda row: row[over])
-        x, y, lo, hi = np.array([[row[key] for key in (over, "ours", "lo", "hi")] for row in mine], dtype=float).T   # None -> not a number
-        axis.errorbar(x, y, np.maximum([y - lo, hi - y], 0), fmt=figures.MARKERS[i % 8] + figures.LINES[i % 4],
-                      ms=4, lw=1, capsize=3, color=f"C{i % 10}", label=f"p={p}, {other.replace('_', ' ')} {exactly(float(value), 'g')}")
-    censored = sum(row["ours"] is None for row in ratios)
-    title = f"Raised over same ({censored} censored, not shown)" if censored else "Raised over same"
-    axis.set(xlabel=over.replace("_", " "), ylabel="median delay, raised / same", title=title)
 
 
 # ---------------------------------------------------------------- run

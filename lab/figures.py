@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from scipy.stats import CensoredData, ecdf
 
-from common import UsageError
+from common import UsageError, exactly
 from lab import files, stats
 from lab.answers import Table
 from lab.delay import line
@@ -181,6 +181,18 @@ def over_split(axis: plt.Axes, what: str, table: Table, points: list[dict]) -> N
         return members(axis, points, "gamma")
     values(axis, points, "gamma", "logit_scale", "L", label="effective logit scale")
     return axis.set(ylabel="effective logit scale L at grokking", ylim=(0, 1.1 * axis.get_ylim()[1]))
+
+
+def fork_ratio(axis: plt.Axes, over: str, ratios: list[dict], other: str) -> None:
+    """Median delay of the raised over the same arm with its interval, against `over`; a line per modulus and value of `other`."""
+    for i, (p, value) in enumerate(dict.fromkeys((row["p"], row[other]) for row in ratios)):
+        mine = sorted((row for row in ratios if (row["p"], row[other]) == (p, value)), key=lambda row: row[over])
+        x, y, lo, hi = np.array([[row[key] for key in (over, "ours", "lo", "hi")] for row in mine], dtype=float).T   # None -> not a number
+        axis.errorbar(x, y, np.maximum([y - lo, hi - y], 0), fmt=MARKERS[i % 8] + LINES[i % 4],
+                      ms=4, lw=1, capsize=3, color=f"C{i % 10}", label=f"p={p}, {other.replace('_', ' ')} {exactly(float(value), 'g')}")
+    censored = sum(row["ours"] is None for row in ratios)
+    title = f"Raised over same ({censored} censored, not shown)" if censored else "Raised over same"
+    axis.set(xlabel=over.replace("_", " "), ylabel="median delay, raised / same", title=title)
 
 
 @drawn

@@ -59,8 +59,9 @@ def cell(row: dict, members: tuple[int, ...] = (), shares: tuple[float, ...] = (
     protocol = ({"card": Card(), "seed0": paper_a_seed(row["experiment"], **fields), "eval_every": 0} if a else
                 {"seed0": 0, "decay_last": True, "eval_every": AUDIT_EVERY if row["experiment"] == "audit" else EVAL_EVERY})
     group, chosen, held = row["group"] or "", tuple(members) or tuple(range(block)), ()
-    if group in LAYERS:
-        protocol |= {"scale_once": tuple(0.8 if scaled else 1.0 for scaled in LAYERS[group])}
+    scaled = row["arm"] == "rescale" and group in LAYERS     # a transformer's group has the same name, and is held
+    if scaled:
+        protocol |= {"scale_once": tuple(0.8 if named else 1.0 for named in LAYERS[group])}
     elif group:
         held = tuple(row["rho"] * row["w_c"] if name == group else 0.0 for name in ("total", "embed", "attn", "mlp", "unembed"))
     elif not free:
@@ -70,10 +71,10 @@ def cell(row: dict, members: tuple[int, ...] = (), shares: tuple[float, ...] = (
               ("lr", "lr", MODELS[row["model"]]), ("wd", "wd", 1.0), ("frac", "train_frac", 0.40)) if row[column] not in (None, default)]
     steps = row["value"] if row["statistic"] == "T_grok" and row["value"] else 0
     made = Cell("_".join([*parts, *([row["dtype"]] if row["dtype"] == "float64" else [])]), members=chosen, block=block, budget_steps=budget(row),
-                arm=row["arm"], loss=row["loss"], model=row["model"], rho=None if group in LAYERS else row["rho"], tau=row["tau"] or 1.0,
+                arm=row["arm"], loss=row["loss"], model=row["model"], rho=None if scaled else row["rho"], tau=row["tau"] or 1.0,
                 gamma=row["gamma"], w_c=row["w_c"] if held else None, held=(held,) * len(chosen) if held else (), group=group, networks=label(row),
                 expected_steps=int(1.15 * steps), dtype=row["dtype"] or "", **fields, **protocol)
-    return made if row["arm"] != "rescale" or group in LAYERS else once(made)
+    return made if row["arm"] != "rescale" or scaled else once(made)
 
 
 def once(cell: Cell) -> Cell:
