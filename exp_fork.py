@@ -37,14 +37,14 @@ import numpy as np
 
 from common import EVAL_EVERY, Cell, Result, UsageError, exactly
 from kernels.layout import model_layout
-from lab import console, figures, files, settings, stats
+from lab import console, figures, files, own, settings, stats
 from lab.answers import Statistic, Table, answer, published
 from lab.desk import Lab, main
 from lab.ensemble import State, inherit
 
 ARMS = ("lowered", "free", "same", "raised")   # by the delay that the paper finds
 SCALED = ("lowered", "raised")                 # those that have a rho
-FORK_STEP, RHO = 800, 1.15                     # of the published numbers
+FORK_STEP, RHO, PUBLISHED_P = 800, 1.15, (59, 97)   # of the published numbers
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Config(settings.Config):
 
 PRESETS = {"smoke": {"rho": (1.04,), "fork_steps": (300,), "lr": 1.6e-2, "budget": 20_000},
            "laptop": {},
-           "paper": {"p": (59, 97, 113)}}
+           "paper": {"p": (59, 97, 113), "networks": ("published", "fresh")}}
 # Without LayerNorm the norm at step 800 is 1.28 W_c, and held there none groks in 100,000 steps: the fork is later, its arms closer.
 LATER = {"fork_steps": (4800,), "rho": (1.05,), "budget": 150_000}
 OF_MODEL = {"transformer": LATER, "transformer_b": LATER}   # defaults that differ from the MLP's
@@ -111,12 +111,27 @@ def common_fields(config: Config, p: int) -> dict:
     """Of trunk and arms. Members: those asked for; else as many as the preset's time allows (a step of p=113 costs six of p=59), on `paper` all."""
     few = {"smoke": 2, "laptop": 3 if p <= 73 else 2}.get(config.preset, config.seeds)
     return dict(p=p, block=config.seeds, members=config.members or tuple(range(min(few, config.seeds))), model=config.model, seed0=config.seed0,
-                lr=config.lr, budget_steps=config.budget)
+                lr=config.lr, budget_steps=config.budget, **({"networks": "B", "decay_last": True} if label(config) else {}))
+
+
+def kinds(config: Config, given: dict) -> list[Config]:
+    """The command for each kind of networks that it trains: paper B's own ones take of the paper's conditions those that the flags leave."""
+    asked = lambda flag, papers: tuple(value for value in papers if value in given.get(flag, papers))  # noqa: E731
+    theirs = dataclasses.replace(config, networks=("published",), seeds=12, seed0=0, members=given.get("members", tuple(range(12))), lr=1e-3,
+                                 budget=60_000, after_grok=0, fork_steps=asked("fork_steps", (FORK_STEP,)), rho=asked("rho", (RHO,)),
+                                 p=asked("p", PUBLISHED_P) if config.model == "mlp" and given.get("lr", 1e-3) == 1e-3 else ())
+    ours = dataclasses.replace(config, networks=("fresh",))
+    return [theirs] * bool("published" in config.networks and theirs.p and theirs.fork_steps) + [ours] * ("fresh" in config.networks)
+
+
+def label(config: Config) -> str:
+    """What the names of cells begin with."""
+    return "B_" if config.networks == ("published",) else ""
 
 
 def trunk_cells(config: Config, p: int) -> list[Cell]:
     """The free run up to each fork step, one after the other."""
-    return [Cell(f"trunk_p{p}_b{config.seeds}", stop_step=step, expected_steps=step, **common_fields(config, p))
+    return [Cell(f"{label(config)}trunk_p{p}_b{config.seeds}", stop_step=step, expected_steps=step, **common_fields(config, p))
             for step in sorted(config.fork_steps)]
 
 
@@ -126,7 +141,7 @@ def arm_cells(config: Config, p: int, step: int, norms: list[float]) -> list[Cel
     for arm in (arm for arm in ARMS if arm in config.parts):
         for rho in config.rho if arm in SCALED else (None,):
             factor = {"free": 0.0, "same": 1.0, "raised": rho, "lowered": rho and 1 / rho}[arm]
-            name = f"{arm}_p{p}_b{config.seeds}_fork{step}" + (f"_rho{exactly(rho, 'g')}" if rho else "")
+            name = f"{label(config)}{arm}_p{p}_b{config.seeds}_fork{step}" + (f"_rho{exactly(rho, 'g')}" if rho else "")
             cells.append(Cell(name, arm=arm, rho=rho, clamp_start=step + 1, held=tuple((factor * norm, 0.0, 0.0, 0.0) for norm in norms),
                               expected_steps=step + expected(config.model, arm, p, rho or 1.0, config.lr), after_grok=config.after_grok,
                               **common_fields(config, p)))
@@ -163,13 +178,13 @@ def obstacle(cell: Cell, runs: list[dict]) -> str:
     return ""
 
 
-def trunks(desk: Lab) -> tuple[Result, dict[tuple[int, int], tuple[State, list[dict]]]]:
+def trunks(desk: Lab, config: Config) -> tuple[Result, dict[tuple[int, int], tuple[State, list[dict]]]]:
     """The free runs through all fork steps, before any arm: `{(p, fork step): (state, its runs' rows)}`. Raises UsageError."""
     total, at = Result(), {}
-    for p in desk.config.p:
+    for p in config.p:
         state, before = None, []
-        for cell in trunk_cells(desk.config, p):
-            part = desk.train(f"trunk_p{p}_{cell.stop_step}", [cell], state.fork([cell]) if state else None, keep_state=True)
+        for cell in trunk_cells(config, p):
+            part = desk.train(f"{label(config)}trunk_p{p}_{cell.stop_step}", [cell], state.fork([cell]) if state else None, keep_state=True)
             if before:
                 inherit(part.runs, before)
             if problem := obstacle(cell, part.runs):
@@ -183,10 +198,9 @@ def trunks(desk: Lab) -> tuple[Result, dict[tuple[int, int], tuple[State, list[d
     return total, at
 
 
-def train(desk: Lab) -> Result:
+def train(desk: Lab, config: Config) -> Result:
     """Rows of the arms; log rows of trunks and arms."""
-    config = desk.config
-    total, at = trunks(desk)
+    total, at = trunks(desk, config)
     for p in config.p:
         cells, states, origin = [], [], {}
         for step in sorted(config.fork_steps):
@@ -197,7 +211,7 @@ def train(desk: Lab) -> Result:
             cells += arms
             states.append(state.fork(arms))
             origin |= {cell.name: (step, {run["member"]: run for run in before}) for cell in arms}
-        part = desk.train(f"arms_p{p}", cells, State.join(states), deal=True)      # every fork step and rho in one ensemble
+        part = desk.train(f"{label(config)}arms_p{p}", cells, State.join(states), deal=True)      # every fork step and rho in one ensemble
         for run in part.runs:
             step, before = origin[run["cell"]]
             inherit([run], [*before.values()])
@@ -238,7 +252,8 @@ def delays(table: Table, cells: Iterable[str]) -> np.ndarray:
 
 def forks(table: Table, config: Config) -> Iterator[tuple[dict, dict[str, str], str]]:
     """Every fork that ran: its conditions, its cells by arm, and its name. `free` and `same` have no rho and belong to every one."""
-    for p, step, rho in itertools.product(config.p, config.fork_steps, config.rho):
+    asked = (PUBLISHED_P, (FORK_STEP,), (RHO,)) if table.networks == "published" else (config.p, config.fork_steps, config.rho)
+    for p, step, rho in itertools.product(*asked):
         cells = {arm: table.pick(p=p, fork_step=step, arm=arm, rho=rho if arm in SCALED else None) for arm in ARMS}
         if arms := {arm: found[0] for arm, found in cells.items() if found}:
             yield {"p": p, "fork_step": step, "rho": rho}, arms, f"p{p}.fork{step}.rho{exactly(rho, 'g')}"
@@ -247,6 +262,8 @@ def forks(table: Table, config: Config) -> Iterator[tuple[dict, dict[str, str], 
 def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
     """The published table; ratios of delays and their order at every fork; collapse of every arm; the twins at the other precision."""
     answer(table, published("B.fork.").values(), STATISTICS)
+    if table.networks == "published":
+        return
     for where, arms, name in forks(table, config):
         for over, under in (("raised", "same"), ("lowered", "same"), ("same", "free")):
             if over in arms and under in arms:
@@ -309,13 +326,14 @@ def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], r
         file = name.replace(".fork", "_fork").replace(".rho", "_rho")
         figures.sheet(folder, f"arms_{file}", [where], draw_arms, table=table, arms=arms)
         if logged:
-            cells = {TRUNK: f"trunk_p{where['p']}_b{config.seeds}", **arms}
+            trunk = f"B_trunk_p{where['p']}_b12" if table.networks == "published" else f"trunk_p{where['p']}_b{config.seeds}"
+            cells = {TRUNK: trunk, **arms}
             figures.sheet(folder, f"trajectories_{file}", ["norm", "test_accuracy"], draw_trajectories, logged=logged, cells=cells,
                           fork_step=where["fork_step"])
     ratios = [row for row in table.findings if row["id"].startswith("raised_over_same.")]
     for over, other in (("fork_step", "rho"), ("rho", "fork_step")):
         if len({row[over] for row in ratios}) > 1:
-            figures.sheet(folder, f"ratio_over_{over}", [over], draw_ratio, ratios=ratios, other=other)
+            figures.sheet(folder, f"ratio_over_{over}", [over], figures.fork_ratio, ratios=ratios, other=other)
 
 
 def draw_arms(axis: plt.Axes, where: dict, table: Table, arms: dict[str, str]) -> None:
@@ -349,18 +367,6 @@ def draw_trajectories(axis: plt.Axes, key: str, logged: dict[str, dict[int, list
     figures.steps(axis.xaxis)
 
 
-def draw_ratio(axis: plt.Axes, over: str, ratios: list[dict], other: str) -> None:
-    """Median delay of the raised over the same arm with its interval, against `over`; a line per modulus and value of `other`."""
-    for i, (p, value) in enumerate(dict.fromkeys((row["p"], row[other]) for row in ratios)):
-        mine = sorted((row for row in ratios if (row["p"], row[other]) == (p, value)), key=lambda row: row[over])
-        x, y, lo, hi = np.array([[row[key] for key in (over, "ours", "lo", "hi")] for row in mine], dtype=float).T   # None -> not a number
-        axis.errorbar(x, y, np.maximum([y - lo, hi - y], 0), fmt=figures.MARKERS[i % 8] + figures.LINES[i % 4],
-                      ms=4, lw=1, capsize=3, color=f"C{i % 10}", label=f"p={p}, {other.replace('_', ' ')} {exactly(float(value), 'g')}")
-    censored = sum(row["ours"] is None for row in ratios)
-    title = f"Raised over same ({censored} censored, not shown)" if censored else "Raised over same"
-    axis.set(xlabel=over.replace("_", " "), ylabel="median delay, raised / same", title=title)
-
-
 # ---------------------------------------------------------------- run
 
 def publish(desk: Lab, result: Result | None) -> None:
@@ -376,16 +382,17 @@ def run(argv: list[str]) -> None:
     desk = Lab("fork", config, given, PRESETS)
     if config.figures_only:
         return desk.redraw(lambda: publish(desk, None))
-    console.announce(config, planned(config), given)
+    commands = kinds(config, given)
+    console.announce(config, own.some([cell for command in commands for cell in planned(command)]), given)
     if config.model != "mlp":
         print(f"--model {config.model}: the published forks are of the MLP, so no published number is answered")
     elif config.device != "cuda":
         paper = Config(**{"parts": ARMS, **PRESETS["paper"], **given, "preset": "paper", "device": "cuda", "dry_run": False})
         print("a GPU would run: ", end="")
-        console.announce(paper, planned(paper), given)
+        console.announce(paper, [cell for command in kinds(paper, given) for cell in planned(command)], given)
     if not config.dry_run:
         desk.open()
-        publish(desk, train(desk))
+        publish(desk, sum((train(desk, command) for command in commands), Result()))
         desk.finish()
 
 

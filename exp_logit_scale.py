@@ -21,6 +21,7 @@ if __name__ == "__main__":
     early.guard()
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from common import Cell, Result, UsageError, exactly, unique
-from lab import console, figures, settings, stats
+from lab import console, figures, mediation, own, settings, stats
 from lab.answers import Statistic, Table, answer, at_doses, lacking, published
 from lab.desk import Lab, main
 
@@ -88,8 +89,10 @@ class Config(settings.Config):
 PRESETS = {
     "smoke": {"parts": ("mediation", "mse"), "p": (59,), "lr": 8e-3, "rhos": (1.05,), "taus": (1.3, 1.7), "members": (0, 1)},
     "laptop": {"parts": ("mediation", "mse"), "p": (59,), "members": (0, 1, 2)},
-    "paper": {"parts": PARTS},
+    "paper": {"parts": PARTS, "networks": ("published", "fresh")},
 }
+PUBLISHED = [row for row in published("B.").values() if row["experiment"] in ("mediation", "collapse", "dose", "audit", "alloc")]
+RELEASED = {"mediation": "mediation", "mse": "mediation", "grid": "collapse", "dose": "dose", "audit": "audit", "allocation": "alloc"}
 
 
 def checked(config: Config, given: dict) -> Config:
@@ -144,14 +147,52 @@ def allocated(w_c: float, gamma: float, shares: tuple[float, ...]) -> tuple[floa
     return (0.0, *(w_c * math.sqrt(share) for share in ((1 - theta) * (1 - W1), W1, theta * (1 - W1))))
 
 
+def own_rows(config: Config, given: dict) -> list[dict]:
+    """Conditions of the paper's own networks: those of its cells that the flags leave, and the controls that allocations take their shares from."""
+    asked = Config(**{**given, "parts": config.parts, "moduli": given.get("moduli", given.get("p", Config.moduli))})
+    rows = []
+    for part, p, loss, _ in asked.tables():
+        network = {"model": asked.model, "p": p, "loss": loss, "lr": asked.lr}
+        mine = own.under(PUBLISHED, experiment=RELEASED[part], **network)
+        if part == "dose":          # published as fits over all doses; above rho 1.15 the runs are long, and outside the fit
+            mine += [{**row, "arm": "clamp", "rho": rho} for row in own.under(mine, statistic="alpha_norm")
+                     for rho in DOSE_RHOS[p == 43:] if rho <= COLLAPSE_FREE or "rhos" in given]
+        if part == "allocation":
+            mine += own.under(PUBLISHED, experiment="mediation", arm="free", **network)
+        stated = [({"tau": 1.0, **{key: value for key, value in row.items() if value is not None}}, row) for row in mine]
+        rows += [row for known, row in stated if row["arm"] == "free" or any(own.under([known], **{"arm": "clamp", **dose})
+                                                                             for dose in asked.doses(part))]
+    return rows
+
+
+def own_cells(rows: list[dict], members: tuple[int, ...]) -> tuple[list[Cell], list[Cell]]:
+    """The controls of allocations, of which every member is needed, and all other cells but the allocations."""
+    of_split = {row["p"] for row in rows if row["arm"] == "alloc"}
+    controls = own.cells(row for row in own.under(rows, experiment="mediation", arm="free") if row["p"] in of_split)
+    known = {control.name for control in controls}
+    guess = lambda c: c.expected_steps or cell(Config(), c.p, c.loss, c.block, c.budget_steps, c.arm, c.rho).expected_steps  # noqa: E731
+    return tuple([dataclasses.replace(c, expected_steps=guess(c)) for c in cells] for cells in (
+        controls, [c for c in own.cells((row for row in rows if row["arm"] != "alloc"), members) if c.name not in known]))
+
+
+def own_allocations(rows: list[dict], members: tuple[int, ...], shares: dict[int, tuple[float, ...]]) -> list[Cell]:
+    """Paper B's allocations. `shares`: by p, of the groups in the squared norm at the end of its control."""
+    return [own.cell(row, members, allocated(1.0, row["gamma"], shares[row["p"]])[1:]) for row in own.under(rows, arm="alloc", statistic="T_grok")]
+
+
 # ---------------------------------------------------------------- what is measured
 
 def ran(table: Table, config: Config) -> Iterator[tuple[str, int, list[str]]]:
-    """`(part, p, cells)` of every table of the command that has all its cells; of dose, audit and allocation those that ran."""
+    """`(part, p, cells)` of every table of the command that has all its cells; of dose, audit and allocation, and of the paper's own networks,
+    those that ran, of a mediation at least the baseline and the raised norm."""
+    theirs = table.networks == "published"
+    config = Config(parts=config.parts, dtype=config.dtype) if theirs else config
     for part, p, loss, block in config.tables():
-        row = {"arm": "clamp", "model": config.model, "p": p, "loss": loss, "block": block, "lr": config.lr, "wd": 1.0, "dtype": config.dtype}
+        row = {"id": "B.", "arm": "clamp", "model": config.model, "p": p, "loss": loss, "block": block, "lr": config.lr, "wd": 1.0,
+               "dtype": config.dtype}
         cells = [table.match({**row, **dose}) for dose in config.doses(part)]
-        if any(cells) and (None not in cells or part in ("dose", "audit", "allocation")):
+        needed = () if part in ("dose", "audit", "allocation") else cells if not theirs else () if part == "grid" else cells[:2]
+        if any(cells) and None not in needed:
             yield part, p, [name for name in cells if name]
 
 
@@ -192,37 +233,19 @@ STATISTICS = {
     "dr2": at_doses(GRID, lambda *cells: lambda picks: explained(*cells, "L+rho")(picks) - explained(*cells, "L")(picks)),
     "alpha_norm": table1(stats.slope, 2), "r2_norm": table1(stats.r2, 2), "daic": table1(stats.favours("power", "saddle_node"), 4),
 }
-PUBLISHED = [row for row in published("B.").values() if row["experiment"] in ("mediation", "collapse", "dose", "audit", "alloc")]
 
 
 def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
     answer(table, PUBLISHED, STATISTICS)
-    for part, p, cells in ran(table, config):
+    for part, p, cells in ran(table, config) if table.networks == "fresh" else ():
         MEASURED[part](table, p, cells)
 
 
-def mediation(table: Table, p: int, cells: list[str]) -> None:
+def recovered(table: Table, p: int, cells: list[str]) -> None:
     """Table 2: norm up, temperature back, what part of the delay the logit scale recovers."""
-    base, up, last = cells[0], cells[1], cells[-1]
-    loss, rho, dtype, model = (table.first[up][key] for key in ("loss", "rho", "dtype", "model"))
-    where, tau, over = f"{loss}.p{p}", table.first[last]["tau"], lambda a, b: lambda picks: a(picks) / b(picks)
-    table.finding(f"norm_up.{where}", f"median T_grok, rho {rho:g} over 1, tau 1", (up, base), table.ratio(up, base),
-                  law=f"p={p}, {loss}: T_grok at rho {rho:g} over rho 1", paper=f"B.med.{where}.ratio")
-    for step, log, joint in itertools.product((None, EARLY) if loss == "ce" else (None,), (False, True), (False, True)):
-        table.finding(".".join(["recovery", where, *["early"] * bool(step), *["log"] * log, *["joint"] * joint]),
-                      f"recovery fraction on {'log time' if log else 'time'}, L at {f'step {step}' if step else 'grokking'}; interval with the "
-                      f"logit {'axis resampled' if joint else 'curve held fixed'}", cells, table.recovery(cells, step, log, joint),
-                      law="" if step or log or joint else f"p={p}, {loss}: share of that delay recovered at the logit scale of rho 1",
-                      paper=f"B.recovery.p{p}" if loss == "ce" else "")
-    if loss == "ce":
-        table.finding(f"collapse.{dtype}.{where}.rho{rho:.2f}", f"share of training pairs in collapse in working precision, {model}, trained in "
-                      f"{dtype}, tau 1", (up,), table.at(up, dtype.replace("float", "collapse")))
-    cool, delay = (up, last), lambda name, picks: table.median((table.grok[name] - table.mem[name])[picks])
-    table.finding(f"tau_effect.{where}", f"median T_grok at rho {rho:g}, tau 1 over {tau:g}", cool, table.ratio(up, last))
-    table.finding(f"logit_movement.{where}", f"logit scale at rho {rho:g}, tau 1 over {tau:g}", cool, over(table.at(up), table.at(last)))
-    table.finding(f"memorisation.{where}", f"median T_mem at rho {rho:g}, tau {tau:g} over 1", cool, over(table.T_mem(last), table.T_mem(up)))
-    table.finding(f"delay_share.{where}", "share of the tau effect on T_grok that is in the delay T_grok - T_mem", cool, over(
-        lambda picks: delay(up, picks) - delay(last, picks), lambda picks: table.T(up)(picks) - table.T(last)(picks)))
+    loss = table.first[cells[0]]["loss"]
+    law = f"B.med.{loss}.p{p}.ratio", f"B.recovery.p{p}" if loss == "ce" else ""
+    mediation.findings(table, cells, EARLY if loss == "ce" else 0, law)
 
 
 def grid(table: Table, p: int, cells: list[str]) -> None:
@@ -305,19 +328,6 @@ def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], r
         figures.mediation(folder, f"mediation_p{p}", f"memorisation_p{p}", panels)
 
 
-def over_logit_scale(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
-    """Median T_grok over the logit scale, one colour and marker per rho: one curve if the logit scale is all that counts."""
-    for i, rho in enumerate(dict.fromkeys(point["rho"] for point in points)):
-        mine = [point for point in points if point["rho"] == rho]
-        L = [point["logit_scale"] for point in mine]
-        axis.plot(L, [point["median"] for point in mine], figures.MARKERS[i % 8], color=f"C{i}", ms=7, label=f"rho {rho:g}")
-        axis.vlines(L, [point["lo"] for point in mine], [point["hi"] for point in mine], color=f"C{i}", lw=1)
-    figures.squares(axis, [(point["published"].get("L"), point["published"].get("T_grok")) for point in points])
-    axis.set(yscale="log", xlabel="effective logit scale L at grokking", ylabel=f"median {what} (steps), 95% interval",
-             title=f"Collapse, p={points[0]['p']}")
-    figures.steps(axis.yaxis)
-
-
 def over_held_norm(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
     """T_grok over the held norm with the exponential fit, ours and published, and the free runs; or the collapse rate."""
     axis.set(xlabel="held norm ||W|| (free runs: norm at T_grok)", title=f"Dose, p={points[0]['p']}")
@@ -338,34 +348,10 @@ def over_held_norm(axis: Axes, what: str, table: Table, points: list[dict]) -> N
                   label=f"free, weight decay {table.first[name]['weight_decay']:g}")
 
 
-def precisions(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
-    """T_grok, or the collapse rate in working precision, trained in float32 and in float64, dose by dose."""
-    doses = list(dict.fromkeys((point["rho"], point["tau"]) for point in points))
-    for bits, color, marker, offset in ((32, "C0", "o", -0.12), (64, "C1", "D", 0.12)):
-        mine = [{**point, "x": doses.index((point["rho"], point["tau"])) + offset} for point in points if point["dtype"] == f"float{bits}"]
-        if mine and what == "T_grok":
-            figures.members(axis, mine, "x", color, marker, label=f"trained in float{bits}")
-        elif mine:
-            figures.values(axis, mine, "x", f"collapse{bits}", f"collapse{bits}_max", marker, color, f"trained in float{bits}")
-    axis.set_xticks(range(len(doses)), [f"rho {rho:g}" + (f", tau {tau:g}" if tau != 1 else "") for rho, tau in doses])
-    axis.set(xlim=(-0.5, len(doses) - 0.5), title=f"Audit, p={points[0]['p']}")
-    if what == "collapse":
-        axis.axhline(CONFOUNDED, color="gray", ls=":", lw=1, label="float32-confounded from here")
-        axis.set(ylabel="share of training pairs in softmax collapse", ylim=(-0.03, 1))
-
-
-def over_split(axis: Axes, what: str, table: Table, points: list[dict]) -> None:
-    """T_grok, or the logit scale, over gamma at fixed total norm."""
-    axis.set(xlabel="gamma: power moved from E to W2", title=f"Allocation at fixed total norm, p={points[0]['p']}")
-    if what == "T_grok":
-        return figures.members(axis, points, "gamma")
-    figures.values(axis, points, "gamma", "logit_scale", "L", label="effective logit scale")
-    return axis.set(ylabel="effective logit scale L at grokking", ylim=(0, 1.1 * axis.get_ylim()[1]))
-
-
-MEASURED = {"mediation": mediation, "mse": mediation, "grid": grid, "dose": dose, "audit": audit, "allocation": allocation}
-FIGURES = {"grid": ("collapse_p{p}", ["T_grok"], over_logit_scale), "dose": ("dose_p{p}", ["T_grok", "collapse"], over_held_norm),
-           "audit": ("audit", ["T_grok", "collapse"], precisions), "allocation": ("allocation_p{p}", ["T_grok", "L"], over_split)}
+MEASURED = {"mediation": recovered, "mse": recovered, "grid": grid, "dose": dose, "audit": audit, "allocation": allocation}
+FIGURES = {"grid": ("collapse_p{p}", ["T_grok"], figures.over_logit_scale), "dose": ("dose_p{p}", ["T_grok", "collapse"], over_held_norm),
+           "audit": ("audit", ["T_grok", "collapse"], functools.partial(figures.precisions, confounded=CONFOUNDED)),
+           "allocation": ("allocation_p{p}", ["T_grok", "L"], figures.over_split)}
 
 
 # ---------------------------------------------------------------- run
@@ -381,20 +367,26 @@ def run(argv: list[str]) -> None:
     config, given = settings.parse(Config, PRESETS, PARTS, argv)
     config = checked(config, given)
     desk = Lab("logit_scale", config, given, PRESETS)
-    free = unique(cell(config, *network, BUDGET["free"], "free") for _, *network in config.tables())
     if config.figures_only:
         return desk.redraw(lambda: publish(desk, None))
-    names = [control.name for control in free]
+    fresh = config if "fresh" in config.networks else dataclasses.replace(config, parts=())
+    free, members = unique(cell(config, *network, BUDGET["free"], "free") for _, *network in fresh.tables()), given.get("members", ())
+    rows = own_rows(config, given) if "published" in config.networks else []
+    names, guess = [control.name for control in free], (0.15, 0.64, 0.21)                  # of the shares, for a dry run's list only
     free, w_c = ([], dict.fromkeys(names, config.w_c)) if config.w_c else (free, {})
-    console.announce(config, [*free, *held(config, dict.fromkeys(names, 1.0), dict.fromkeys(names, (0.15, 0.64, 0.21)))], given)
+    controls, theirs = own_cells(rows, members)
+    listed = [*controls, *theirs, *own_allocations(rows, members, {row["p"]: guess for row in rows})]
+    console.announce(config, own.some([*listed, *free, *held(fresh, dict.fromkeys(names, 1.0), dict.fromkeys(names, guess))]), given)
     if config.dry_run:
         return None
     desk.open()
-    result = desk.train("control", free)
-    w_c = w_c or stats.critical_norms(result.runs)
+    result = desk.train("published_control", controls)
+    theirs += own_allocations(rows, members, own.shares_at_end(result.runs))
+    result += desk.train("published", theirs, deal=True) + (ours := desk.train("control", free))
+    w_c = w_c or stats.critical_norms(ours.runs)
     console.say_norms(free, w_c)
-    shares = stats.power_shares(result.runs) if "allocation" in config.parts else {}
-    result += desk.train("cells", held(config, w_c, shares), deal=True)
+    shares = stats.power_shares(ours.runs) if "allocation" in config.parts else {}
+    result += desk.train("cells", held(fresh, w_c, shares), deal=True)
     publish(desk, result)
     return desk.finish()
 

@@ -33,7 +33,7 @@ import numpy as np
 
 from common import MODELS, Cell, Result, UsageError, exactly, unique
 from kernels.layout import TransformerLayout
-from lab import console, delay, figures, settings, stats
+from lab import console, delay, figures, mediation, own, settings, stats
 from lab.answers import SAME, Statistic, Table, answer, at_doses, published
 from lab.desk import Lab, main
 
@@ -72,8 +72,10 @@ class Config(settings.Config):
 PRESETS = {
     "smoke": {"parts": ("dense",), "rhos": (0.85,), "lrs": (2e-3,), "members": (0,)},
     "laptop": {"parts": ("dense",), "rhos": (0.85, 0.90, 0.95, 1.00), "taus": (1.7,), "members": (0, 1, 2)},
-    "paper": {"parts": ("dense", "groups", "concentration")},
+    "paper": {"parts": ("dense", "groups", "concentration"), "networks": ("published", "fresh")},
 }
+# the papers' runs by part
+RELEASED = {"dense": ("tfnoln_long", "tfnoln"), "groups": ("tfnormint",), "concentration": ("tfgrok",), "temperature": ("transformer",)}
 
 
 def checked(config: Config, given: dict) -> Config:
@@ -85,6 +87,8 @@ def checked(config: Config, given: dict) -> Config:
     rates = given.get("lrs") or PRESETS[config.preset].get("lrs") or (MODELS[model],)
     rhos = config.rhos if "rhos" in given or "dense" in parts else ()        # those of a preset are of its own part
     config = dataclasses.replace(config, model=model, parts=parts, lrs=rates, rhos=rhos)
+    if model == "transformer_ln" and "free_seeds" not in given:
+        config = dataclasses.replace(config, free_seeds=12)                  # the released block
     if {"p", "group_moduli"} <= set(given) and config.parts == ("groups",):
         raise UsageError("--p and --group-moduli both name the moduli of --parts groups; leave one out")
     if "p" in given:
@@ -159,6 +163,22 @@ def held_cells(config: Config, w_c: dict[str, dict[str, float]]) -> list[Cell]:
     return unique(cells)
 
 
+def own_cells(config: Config, given: dict) -> list[Cell]:
+    """The papers' own networks: those of their cells that the flags leave; of a temperature always tau 1, and the baseline, rho 1."""
+    cells = []
+    for part in config.parts:
+        rows = [row for row in published().values() if row["experiment"] in RELEASED[part] and row["model"] == config.model]
+        flags = {"lr": ("lrs",), "rho": ("rhos",), "train_frac": ("train_fracs",), "tau": ("taus",),
+                 "p": ({"groups": "group_moduli", "concentration": "free_moduli"}.get(part, "p"), "p")}
+        only = {name: next((given[flag] for flag in of if flag in given), ()) for name, of in flags.items()}
+        if part == "temperature":
+            only |= {name: (1.0, *only[name]) if only[name] else () for name in ("rho", "tau")}
+        else:
+            only["tau"] = ()
+        cells += own.cells(rows, given.get("members", ()), **only)
+    return cells
+
+
 def critical_norms(runs: list[dict]) -> dict[str, dict[str, float]]:
     """Of every free cell that has a run which grokked: medians of the norms at each run's own T_grok, the total under ""."""
     grokked = [run for run in runs if run["arm"] == "free" and not run["censored"]]
@@ -181,10 +201,11 @@ def total_held(table: Table, **conditions: object) -> list[str]:
 
 
 def series(table: Table, varied: str, **conditions: object) -> list[str]:
-    """Free cells that differ in `varied` alone: the longest such series."""
+    """Free cells that differ in `varied` alone: the longest such series. Each of paper A's own cells has a seed of its own."""
+    same = [key for key in SAME if key != varied and (key != "seed0" or table.networks == "fresh")]
     found: dict[tuple, list[str]] = {}
     for name in table.pick(arm="free", weight_decay=1, **conditions):
-        found.setdefault(tuple(table.first[name][k] for k in SAME if k != varied), []).append(name)
+        found.setdefault(tuple(table.first[name][key] for key in same), []).append(name)
     return max(found.values(), key=len, default=[])
 
 
@@ -198,7 +219,8 @@ def cv(norms: np.ndarray) -> Statistic:
 
 def cv_over_fractions(group: str) -> Callable[[Table, dict], tuple | None]:
     def statistic(table: Table, row: dict) -> tuple | None:
-        cells = series(table, "train_frac", model=row["model"], lr=MODELS[row["model"]])
+        p = {"p": 97} if table.networks == "published" else {}               # whose published norms have the published CVs
+        cells = series(table, "train_frac", model=row["model"], lr=MODELS[row["model"]], **p)
         ran = [table.first[name]["train_frac"] for name in cells]
         if len(cells) < 2:
             return None
@@ -228,6 +250,8 @@ def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
     delay.tell(table, rows, STATISTICS, {
         "A.tf.alpha": "alpha", "A.tf.saturation": "T_grok at rho 1.20 over the line", "A.ln.total_cv": "CV of the total norm over train fractions",
         "A.ln.unembed_cv": "CV of the unembedding's norm", "B.tf.effect": "T_grok at tau 1 over 1.7, rho 1.15"})
+    if table.networks == "published":
+        return
     for p in dict.fromkeys(table.first[name]["p"] for name in total_held(table, block=config.seeds)):
         total_norm(table, p, total_held(table, block=config.seeds, p=p))
     for name in table.pick(arm="clamp"):
@@ -237,8 +261,8 @@ def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
             table.finding(f"group_over_free.{name}", f"median T_grok, {text}", (name, control), table.ratio(name, control),
                           law=f"T_grok, {text}" if group == "unembed" else "")
     concentration(table, config)
-    for base, cells in sweeps(table).items():
-        temperature(table, base, cells)
+    for base, cells in sweeps(table).items():                # how much of what norm and temperature do the logit scale L accounts for
+        mediation.findings(table, (base, *cells), table.first[base]["clamp_start"])          # at that step L is not yet an outcome
     delay.findings(table, read)
 
 
@@ -294,36 +318,12 @@ def sweeps(table: Table) -> dict[str, list[str]]:
     return found
 
 
-def temperature(table: Table, base: str, cells: list[str]) -> None:
-    """What part of the delay by the norm a temperature takes back, and how much of that the logit scale L accounts for (paper B, section 4)."""
-    up, last, early = cells[0], cells[-1], table.first[base]["clamp_start"]                  # at that step L is not yet an outcome
-    where, rho, tau = f"ce.p{table.first[base]['p']}", table.first[up]["rho"], table.first[last]["tau"]
-    for step, log, joint in itertools.product((None, early), (False, True), (False, True)):
-        key = ".".join(["recovery", where, *["early"] * bool(step), *["log"] * log, *["joint"] * joint])
-        table.finding(key, f"recovery fraction on {'log time' if log else 'time'}, L at {f'step {step}' if step else 'grokking'}; interval with "
-                      f"the logit {'axis resampled' if joint else 'curve held fixed'}", (base, *cells),
-                      table.recovery((base, *cells), step, log, joint))
-    dtype = table.first[up].get("dtype") or "float32"
-    table.finding(f"collapse.{dtype}.{where}.rho{rho:.2f}", "share of training pairs in collapse in working precision, "
-                  f"{table.first[up]['model']}, trained in {dtype}, tau 1", (up,), table.at(up, dtype.replace("float", "collapse")))
-    doses = f"rho {rho:g}, tau 1 over {tau:g}"
-
-    def delay_share(picks: np.ndarray) -> np.ndarray:
-        cold, hot = (table.median((table.grok[name] - table.mem[name])[picks]) for name in (up, last))
-        return (cold - hot) / (table.T(up)(picks) - table.T(last)(picks))
-    table.finding(f"norm_up.{where}", f"median T_grok, rho {rho:g} over 1, tau 1", (up, base), table.ratio(up, base))
-    table.finding(f"tau_effect.{where}", f"median T_grok at {doses}", (up, last), table.ratio(up, last))
-    table.finding(f"logit_movement.{where}", f"logit scale at {doses}", (up, last), lambda picks: table.at(up)(picks) / table.at(last)(picks))
-    table.finding(f"memorisation.{where}", f"median T_mem at rho {rho:g}, tau {tau:g} over 1", (up, last),
-                  lambda picks: table.T_mem(last)(picks) / table.T_mem(up)(picks))
-    table.finding(f"delay_share.{where}", "share of the tau effect on T_grok that is in the delay T_grok - T_mem", (up, last), delay_share)
-
-
 # ---------------------------------------------------------------- figures
 
 def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], read: dict[str, list[dict]]) -> None:
     rows = published("A.tf.") | published("A.ln.") | published("B.tf.")
-    if cells := total_held(table, block=config.seeds, lr=config.lrs[0]):
+    theirs = {"block": 16, "networks": "tfnoln_long"} if table.networks == "published" else {"block": config.seeds}
+    if cells := total_held(table, lr=config.lrs[0], **theirs):
         figures.dose(table, cells, delay.within(table, cells, FITTED), rows.values(), "Delay law", folder, "dense")
     for p in config.group_moduli:
         if cells := [name for name in table.pick(arm="clamp", p=p) if table.first[name]["group"]]:
@@ -374,20 +374,22 @@ def run(argv: list[str]) -> None:
     desk = Lab("transformer", config, given, PRESETS)
     if config.figures_only:
         return desk.redraw(lambda: publish(desk, None))
+    theirs = own_cells(config, given) if "published" in config.networks else []
+    config = config if "fresh" in config.networks else dataclasses.replace(config, parts=())
     norms = {control.name: dict.fromkeys(("", *GROUPS), config.w_c or 30.0) for control in control_cells(config)}   # 30: for a dry run's list only
     controls, others = [] if config.w_c else control_cells(config), other_free_cells(config)
-    console.announce(config, [*controls, *others, *held_cells(config, norms)], given)
+    console.announce(config, own.some([*theirs, *controls, *others, *held_cells(config, norms)]), given)
     if config.dry_run:
         return None
     desk.open()
-    result = desk.train("control", controls) if controls else Result()
+    result, ours = desk.train("published", theirs, deal=True), desk.train("control", controls)
     if controls:
-        norms = critical_norms(result.runs)
+        norms = critical_norms(ours.runs)
     for control in controls:
         print(f"{control.name}: norms at own T_grok " + ", ".join(f"{group or 'total'} {norm:.2f}" for group, norm in norms[control.name].items())
               if control.name in norms else
               f"{control.name}: no member grokked within {control.budget_steps} steps: no W_c, so the cells held relative to it are not run")
-    result += desk.train("cells", [*others, *held_cells(config, norms)], deal=True)
+    result += ours + desk.train("cells", [*others, *held_cells(config, norms)], deal=True)
     publish(desk, result)
     desk.finish()
     return None

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from scipy.stats import CensoredData, ecdf
 
-from common import UsageError
+from common import UsageError, exactly
 from lab import files, stats
 from lab.answers import Table
 from lab.delay import line
@@ -143,6 +143,56 @@ def mediation(folder: Path, name: str, memorisation: str, tables: list[list[dict
         axis.set(xlabel="temperature tau", ylabel="steps", title=title(*cells[:2]))
     sheet(folder, name, tables, over_baseline)
     sheet(folder, memorisation, tables, both_times)
+
+
+def over_logit_scale(axis: plt.Axes, what: str, table: Table, points: list[dict]) -> None:
+    """Median T_grok over the logit scale, one colour and marker per rho: one curve if the logit scale is all that counts."""
+    for i, rho in enumerate(dict.fromkeys(point["rho"] for point in points)):
+        mine = [point for point in points if point["rho"] == rho]
+        L = [point["logit_scale"] for point in mine]
+        axis.plot(L, [point["median"] for point in mine], MARKERS[i % 8], color=f"C{i}", ms=7, label=f"rho {rho:g}")
+        axis.vlines(L, [point["lo"] for point in mine], [point["hi"] for point in mine], color=f"C{i}", lw=1)
+    squares(axis, [(point["published"].get("L"), point["published"].get("T_grok")) for point in points])
+    axis.set(yscale="log", xlabel="effective logit scale L at grokking", ylabel=f"median {what} (steps), 95% interval",
+             title=f"Collapse, p={points[0]['p']}")
+    steps(axis.yaxis)
+
+
+def precisions(axis: plt.Axes, what: str, table: Table, points: list[dict], confounded: float) -> None:
+    """T_grok, or the collapse rate in working precision, trained in float32 and in float64, dose by dose."""
+    doses = list(dict.fromkeys((point["rho"], point["tau"]) for point in points))
+    for bits, color, marker, offset in ((32, "C0", "o", -0.12), (64, "C1", "D", 0.12)):
+        mine = [{**point, "x": doses.index((point["rho"], point["tau"])) + offset} for point in points if point["dtype"] == f"float{bits}"]
+        if mine and what == "T_grok":
+            members(axis, mine, "x", color, marker, label=f"trained in float{bits}")
+        elif mine:
+            values(axis, mine, "x", f"collapse{bits}", f"collapse{bits}_max", marker, color, f"trained in float{bits}")
+    axis.set_xticks(range(len(doses)), [f"rho {rho:g}" + (f", tau {tau:g}" if tau != 1 else "") for rho, tau in doses])
+    axis.set(xlim=(-0.5, len(doses) - 0.5), title=f"Audit, p={points[0]['p']}")
+    if what == "collapse":
+        axis.axhline(confounded, color="gray", ls=":", lw=1, label="float32-confounded from here")
+        axis.set(ylabel="share of training pairs in softmax collapse", ylim=(-0.03, 1))
+
+
+def over_split(axis: plt.Axes, what: str, table: Table, points: list[dict]) -> None:
+    """T_grok, or the logit scale, over gamma at fixed total norm."""
+    axis.set(xlabel="gamma: power moved from E to W2", title=f"Allocation at fixed total norm, p={points[0]['p']}")
+    if what == "T_grok":
+        return members(axis, points, "gamma")
+    values(axis, points, "gamma", "logit_scale", "L", label="effective logit scale")
+    return axis.set(ylabel="effective logit scale L at grokking", ylim=(0, 1.1 * axis.get_ylim()[1]))
+
+
+def fork_ratio(axis: plt.Axes, over: str, ratios: list[dict], other: str) -> None:
+    """Median delay of the raised over the same arm with its interval, against `over`; a line per modulus and value of `other`."""
+    for i, (p, value) in enumerate(dict.fromkeys((row["p"], row[other]) for row in ratios)):
+        mine = sorted((row for row in ratios if (row["p"], row[other]) == (p, value)), key=lambda row: row[over])
+        x, y, lo, hi = np.array([[row[key] for key in (over, "ours", "lo", "hi")] for row in mine], dtype=float).T   # None -> not a number
+        axis.errorbar(x, y, np.maximum([y - lo, hi - y], 0), fmt=MARKERS[i % 8] + LINES[i % 4],
+                      ms=4, lw=1, capsize=3, color=f"C{i % 10}", label=f"p={p}, {other.replace('_', ' ')} {exactly(float(value), 'g')}")
+    censored = sum(row["ours"] is None for row in ratios)
+    title = f"Raised over same ({censored} censored, not shown)" if censored else "Raised over same"
+    axis.set(xlabel=over.replace("_", " "), ylabel="median delay, raised / same", title=title)
 
 
 @drawn

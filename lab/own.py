@@ -6,7 +6,9 @@ depends on their budget; budgets are those of its released runs. A cell is named
 import dataclasses
 from collections.abc import Iterable
 
-from common import EVAL_EVERY, MODELS, Cell
+import numpy as np
+
+from common import EVAL_EVERY, MODELS, Cell, UsageError
 from lab.draws import LAYERS, Card, paper_a_seed
 
 AUDIT_EVERY = 50   # steps between evaluations of paper B's audit
@@ -57,8 +59,9 @@ def cell(row: dict, members: tuple[int, ...] = (), shares: tuple[float, ...] = (
     protocol = ({"card": Card(), "seed0": paper_a_seed(row["experiment"], **fields), "eval_every": 0} if a else
                 {"seed0": 0, "decay_last": True, "eval_every": AUDIT_EVERY if row["experiment"] == "audit" else EVAL_EVERY})
     group, chosen, held = row["group"] or "", tuple(members) or tuple(range(block)), ()
-    if group in LAYERS:
-        protocol |= {"scale_once": tuple(0.8 if scaled else 1.0 for scaled in LAYERS[group])}
+    scaled = row["arm"] == "rescale" and group in LAYERS     # a transformer's group has the same name, and is held
+    if scaled:
+        protocol |= {"scale_once": tuple(0.8 if named else 1.0 for named in LAYERS[group])}
     elif group:
         held = tuple(row["rho"] * row["w_c"] if name == group else 0.0 for name in ("total", "embed", "attn", "mlp", "unembed"))
     elif not free:
@@ -68,12 +71,33 @@ def cell(row: dict, members: tuple[int, ...] = (), shares: tuple[float, ...] = (
               ("lr", "lr", MODELS[row["model"]]), ("wd", "wd", 1.0), ("frac", "train_frac", 0.40)) if row[column] not in (None, default)]
     steps = row["value"] if row["statistic"] == "T_grok" and row["value"] else 0
     made = Cell("_".join([*parts, *([row["dtype"]] if row["dtype"] == "float64" else [])]), members=chosen, block=block, budget_steps=budget(row),
-                arm=row["arm"], loss=row["loss"], model=row["model"], rho=None if group in LAYERS else row["rho"], tau=row["tau"] or 1.0,
+                arm=row["arm"], loss=row["loss"], model=row["model"], rho=None if scaled else row["rho"], tau=row["tau"] or 1.0,
                 gamma=row["gamma"], w_c=row["w_c"] if held else None, held=(held,) * len(chosen) if held else (), group=group, networks=label(row),
                 expected_steps=int(1.15 * steps), dtype=row["dtype"] or "", **fields, **protocol)
-    return made if row["arm"] != "rescale" or group in LAYERS else once(made)
+    return made if row["arm"] != "rescale" or scaled else once(made)
 
 
 def once(cell: Cell) -> Cell:
     """The norm set to its target at one step instead of held from there on."""
     return dataclasses.replace(cell, clamp_stop=cell.clamp_start + 1)
+
+
+def under(rows: Iterable[dict], **conditions: object) -> list[dict]:
+    """The `rows` that have all `conditions`."""
+    return [row for row in rows if all(row.get(key) == value for key, value in conditions.items())]
+
+
+def some(cells: list[Cell]) -> list[Cell]:
+    """`cells`, all of a command. Raises UsageError if there are none: then the flags leave no condition that the papers ran."""
+    if not cells:
+        raise UsageError("--networks published: the paper ran none of these conditions; change the flags, or use --networks fresh")
+    return cells
+
+
+def shares_at_end(runs: list[dict], groups: tuple[str, ...] = ("E", "W1", "W2")) -> dict[int, tuple[float, ...]]:
+    """By p, the shares of `groups` in the squared norm at the end of the control `runs`: of their mean norms over members, as paper B takes them."""
+    shares = {}
+    for p in dict.fromkeys(run["p"] for run in runs):
+        power = np.array([np.mean([run[f"norm_{group}_at_end"] for run in runs if run["p"] == p]) for group in groups]) ** 2
+        shares[p] = tuple((power / power.sum()).tolist())
+    return shares
