@@ -5,28 +5,27 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tolerance import EPS32, assert_accurate, references
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import n_train
 from kernels import build, cpu
-from kernels.layout import Layout, mlp_layout
+from kernels.layout import mlp_layout
 from kernels.step import METRICS, evaluate_ref, train_step_ref
 from lab.draws import initial_rows, split
 
 pytestmark = pytest.mark.skipif(not cpu.has_compiler(), reason="no C++ compiler here: the C++ step cannot be tested")
 
-EPS32 = torch.finfo(torch.float32).eps
 TINY = (5, 16, 16)                         # p, d, H
 MARKS = (1, 10, 100)                       # steps at which an error is looked at
 CODE_PATHS = {                             # p, d, H, dtype
-    "padded": (59, 32, 64, torch.float32),
+    "papers": (59, 128, 256, torch.float32),
     "left_over_column": (97, 16, 32, torch.float32),         # 97 is 1 mod 16
     "power_of_two": (16, 32, 64, torch.float32),
     "three_vectors": (41, 16, 48, torch.float32),            # H / 16 is no multiple of 4, three vectors of logits, ragged tiles
@@ -36,43 +35,11 @@ CODE_PATHS = {                             # p, d, H, dtype
 }
 
 
-class Chains(TorchDispatchMode):
-    """Within the block float32 products and sums over rows of torch are chains in orders drawn from `seed`."""
-
-    def __init__(self, seed: int):
-        super().__init__()
-        self.draw = np.random.default_rng(seed)
-
-    def __torch_dispatch__(self, op: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        name = op.overloadpacket.__name__
-        if name == "mm" and args[0].dtype == torch.float32:
-            x, y = (t.numpy() for t in args)
-            total = np.zeros((x.shape[0], y.shape[1]), np.float32)
-            for k in self.draw.permutation(len(y)):
-                total += x[:, k, None] * y[k]
-            return torch.from_numpy(total)
-        if name == "index_add" and args[0].dtype == torch.float32:
-            out, order = args[0].numpy().copy(), self.draw.permutation(len(args[2]))
-            np.add.at(out, args[2].numpy()[order], args[3].numpy()[order])
-            return torch.from_numpy(out)
-        return op(*args, **(kwargs or {}))
-
-
-def assert_accurate(names: Sequence[str], actual: Sequence[Tensor], definition: Callable[[torch.dtype], Sequence[Tensor]]) -> None:
-    """The reference is `definition(float64)`; the budget twice the worst of float32 over 8 random orders of its sums, and one rounding of the
-    largest value. Of float64 the same is asked in its own eps."""
-    dtype = actual[0].dtype
-    errors, eps, exact = [], torch.finfo(dtype).eps, definition(torch.float64)
-    for seed in range(8):
-        with Chains(seed):
-            plain = definition(torch.float32)
-        errors.append([(x.double() - y).abs().max().item() for x, y in zip(plain, exact, strict=True)])
-    for name, mine, true, worst in zip(names, actual, exact, np.max(errors, 0), strict=True):
-        allowed = 2 * (worst * eps / EPS32 + eps * true.abs().max().item())
-        error = (mine.double() - true).abs().max().item()
-        message = f"{name}: error {error:.3g}, allowed {allowed:.3g}, {error / allowed if allowed else np.inf * error:.0%} of the budget"
-        print(message)
-        assert error <= allowed, message
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Operations this small gain nothing from a second thread, and where other work shares the machine they wait for it."""
+    with cpu.single_thread():
+        yield
 
 
 class Problem:
@@ -91,7 +58,7 @@ class Problem:
         # moments as they are in mid-training: at zero, Adam's quotient would turn the rounding of a small gradient into a whole step
         rows = row, 1e-2 * gradient, 1e-4 * (1 + gradient.square()) * (gradient != 0)
         self.rows = [x.float().to(dtype) for x in rows]      # the same numbers in every type
-        index = split(p, n_train(p, 0.4 if p < 50 else 0.1), 0, 0) if p > 2 else torch.tensor([0, 3])
+        index = split(p, n_train(p, 0.1 if p == 97 else 0.4), 0, 0) if p > 2 else torch.tensor([0, 3])
         self.a, self.b = index // p, index % p
         self.train = torch.zeros(p * p, dtype=dtype)
         self.train[index] = 1
@@ -123,6 +90,13 @@ class Problem:
         return list(evaluate_ref(*args, self.a, self.b, self.scalars[0, 0].to(dtype), self.layout, self.loss))
 
 
+def check(rows: Sequence[Tensor], problem: Problem) -> None:
+    """`rows`: those of the run after each of `MARKS` that it has reached."""
+    names = [f"{name} after {steps} steps" for steps in MARKS for name in ("params", "moment1", "moment2")]
+    for name, row, reference in zip(names, rows, references(problem.dtype, problem.by_definition), strict=False):
+        assert_accurate(name, row, reference)
+
+
 HARD = {
     "plain": {},
     "mse_decay_last": {"loss": "mse", "decay_last": True},
@@ -141,15 +115,15 @@ def test_a_step_agrees_with_the_definition_on_every_code_path(path: str) -> None
         problem = Problem(*CODE_PATHS[path], **options)
         rows = problem.copies()
         problem.kernels().steps(*rows, problem.a, problem.b, problem.scalars)
-        assert_accurate(("params", "moment1", "moment2"), rows, problem.by_definition)
+        check(rows, problem)
 
 
 @pytest.mark.parametrize("case", HARD)
 def test_a_step_agrees_with_the_definition_on_hard_inputs(case: str) -> None:
-    problem = Problem(13, 16, 32, torch.float32, **HARD[case])
+    problem = Problem(*CODE_PATHS["three_vectors"], **HARD[case])
     rows = problem.copies()
     problem.kernels().steps(*rows, problem.a, problem.b, problem.scalars)
-    assert_accurate(("params", "moment1", "moment2"), rows, problem.by_definition)
+    check(rows, problem)
 
 
 @pytest.mark.parametrize("case", HARD)
@@ -171,10 +145,10 @@ def test_an_evaluation_agrees_with_the_definition(case: str) -> None:
 
 
 def test_gelu_is_that_of_float64_to_four_ulps_and_its_tail_does_not_cancel() -> None:
-    layout = Layout(16, 16, 16, 16)
+    layout = mlp_layout(*CODE_PATHS["power_of_two"])
     row = torch.zeros(layout.n_params)
     _, _, W2, b1, _ = layout.views(row)
-    W2.copy_(torch.eye(16))                # with no embedding, the logits of every pair are gelu(b1)
+    W2[:16] = torch.eye(16)                # with no embedding, the logits of every pair are gelu(b1)
     kernels = cpu.CpuKernels(layout, 1, "mse", torch.float32, True)
     for x in torch.linspace(-8, 8, 129, dtype=torch.float64):
         b1.fill_(float(x))
@@ -189,7 +163,7 @@ def test_error_after_many_steps_is_that_of_float32() -> None:
     for start, stop in itertools.pairwise((0, *MARKS)):
         kernels.steps(*rows, problem.a, problem.b, problem.scalars[start:stop])
         found += [row.clone() for row in rows]
-    assert_accurate([f"{name} after {step} steps" for step in MARKS for name in ("params", "moment1", "moment2")], found, problem.by_definition)
+    check(found, problem)
 
 
 def test_the_held_norm_is_exact_and_padding_stays_zero() -> None:
@@ -243,16 +217,18 @@ def test_a_broken_run_is_seen() -> None:
 
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """`tools(**scripts)`: only these compilers, and an empty cache folder, which it returns. `REAL` in a script is a compiler that works."""
+    """`tools(**scripts)`: only these compilers, and an empty cache folder, which it returns. `REAL` in a script is a compiler that works.
+    Nothing is optimised: it is not the code that is looked at."""
     real = build.compilers()[0]
 
     def install(cache: str = "cache folder", **scripts: str) -> Path:
         (tmp_path / "bin").mkdir()
         for name, script in scripts.items():
             path = tmp_path / "bin" / name.replace("pp", "++")
-            path.write_text("#!/bin/sh\n" + script.replace("REAL", real) + "\n")
+            path.write_text('#!/bin/sh\n[ "$1" = --version ] && exit\n' + script.replace("REAL", real) + "\n")
             path.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin:/usr/bin")
+        monkeypatch.setattr(build, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in build.FLAGS))
         monkeypatch.setattr(build, "COMPILERS", tuple(name.replace("pp", "++") for name in scripts))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
         return tmp_path / cache / "grokking-lab"
@@ -316,13 +292,14 @@ def test_a_cache_folder_that_fails_costs_a_compilation_only(tools: Callable, fau
 
 def test_a_cached_object_is_used_and_a_damaged_one_replaced(tools: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = tmp_path / "count"
-    cache = tools(gpp=f'[ "$1" = --version ] || echo >> "{count}"; exec REAL "$@"')
+    cache = tools(gpp=f'echo >> "{count}"; exec REAL "$@"')
     for damage, compilations in ((False, 1), (False, 1), (True, 2)):
-        if damage:                         # under another name: what this process has loaded once is not read again
-            moved = cache.parent.rename(tmp_path / "moved") / cache.name
-            monkeypatch.setenv("XDG_CACHE_HOME", str(moved.parent))
-            [kept] = moved.iterdir()
-            kept.write_bytes(b"damaged")
+        if damage:                         # in another folder, for what this process has loaded once is not read again; the loaded file stays whole
+            [kept] = cache.iterdir()
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+            moved = tmp_path / "another" / cache.name / kept.name
+            moved.parent.mkdir(parents=True)
+            moved.write_bytes(b"damaged")
         assert backend() == "compiled" and len(count.read_text()) == compilations
         cpu.fused_library.cache_clear()
 
@@ -334,5 +311,5 @@ def test_two_processes_with_an_empty_cache(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     both = [subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for _ in range(2)]
-    assert [process.communicate(timeout=100) for process in both] == [("compiled\n", "")] * 2
+    assert [process.communicate(timeout=300) for process in both] == [("compiled\n", "")] * 2
     assert len(list((tmp_path / "grokking-lab").iterdir())) == 1

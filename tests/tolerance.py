@@ -72,7 +72,11 @@ class RandomOrders(TorchDispatchMode):
         return total
 
     def mm(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.from_numpy(self.chain(x.numpy().T[:, :, None] * y.numpy()[:, None, :]))
+        left, right = np.ascontiguousarray(x.numpy().T)[:, :, None], y.numpy()
+        total = np.zeros((len(x), y.shape[1]), np.float32)
+        for k in self.draw.permutation(len(y)):
+            total += left[k] * right[k]
+        return torch.from_numpy(total)
 
     def bmm(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.stack([self.mm(left, right) for left, right in zip(x, y, strict=True)])
