@@ -129,7 +129,7 @@ def test_a_refused_checkpoint_is_named_and_the_last_good_one_used(tmp_path: Path
 def test_a_checkpoint_moves_to_a_machine_with_another_step_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
                                                                       whole: dict, stage: str) -> None:
     """Between two stages, and inside one: one machine's step goes by another name here, and computes the same."""
-    once, make, out = desk.Progress.__call__, desk.Ensemble.__init__, tmp_path / "out"
+    once, make, out = desk.Progress.__call__, desk.Ensemble.compile, tmp_path / "out"
 
     def elsewhere(self: desk.Ensemble, *args: object) -> None:
         make(self, *args)
@@ -141,7 +141,7 @@ def test_a_checkpoint_moves_to_a_machine_with_another_step_and_says_so(tmp_path:
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(desk, "SAVE_EVERY", 0)
-        patch.setattr(desk.Ensemble, "__init__", elsewhere)
+        patch.setattr(desk.Ensemble, "compile", elsewhere)
         patch.setattr(desk.Progress, "__call__", stopping)
         exp_fork.run([*SHORT, "--out", str(out)])
     code, text, _ = main(monkeypatch, capsys, SHORT, out)
