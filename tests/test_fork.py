@@ -19,7 +19,7 @@ from lab.ensemble import Ensemble, State
 # p=13 at this learning rate memorises by step 50 and groks none of these members within 250 steps
 CELL = Cell("trunk", p=13, members=(0, 1, 2), block=4, budget_steps=250, lr=3e-3, stop_step=100)
 LAYOUT = mlp_layout(13)
-CONFIG = exp_fork.Config(parts=exp_fork.ARMS, p=(13,), seeds=4, members=(0, 1, 2), lr=3e-3, budget=250, fork_steps=(100,))
+CONFIG = exp_fork.Config(parts=exp_fork.ARMS, p=(13,), seeds=4, seed0=0, members=(0, 1, 2), lr=3e-3, budget=250, fork_steps=(100,))
 
 
 def train(cells: list[Cell], start: State | None = None) -> Ensemble:
@@ -87,7 +87,7 @@ def test_both_sides_of_a_fork_take_the_same_kernels() -> None:
     assert Ensemble([long], "cpu", "auto", torch.float32, "ieee").backend == "compiled"
 
 
-TINY = ["--p", "13", "--seeds", "4", "--members", "0", "1", "--lr", "3e-3", "--budget", "250", "--backend", "eager"]
+TINY = ["--seed0", "0", "--p", "13", "--seeds", "4", "--members", "0", "1", "--lr", "3e-3", "--budget", "250", "--backend", "eager"]
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -80,6 +80,6 @@ def test_the_trainer_drives_the_kernels_as_it_drives_the_definition(small: None,
     for module in (common, ensemble):
         monkeypatch.setattr(module, "EVAL_EVERY", 2)
         monkeypatch.setattr(module, "LOG_EVERY", 4)
-    shape = dict(p=5, block=2, budget_steps=6, model="transformer", lr=5e-4)
+    shape = dict(p=5, block=2, budget_steps=6, model="transformer", lr=5e-4, eval_every=2)
     cells = [Cell("a", members=(0,), arm="clamp", clamp_start=2, held=((0, 0, 0, 0, 2.0),), **shape), Cell("b", members=(1,), **shape)]
     assert_the_trainer_agrees(cells, [0, 2])
