@@ -68,9 +68,13 @@ def announce(config: settings.Machine, cells: list[Cell], given: dict) -> None:
     """What will run and about how long it takes, before anything does; every cell with --dry-run."""
     runs = sum(len(cell.members) for cell in cells)
     steps = sum(min(cell.expected_steps or cell.budget_steps, cell.budget_steps) * len(cell.members) for cell in cells)
-    per_step = 5e-6 if config.device == "cuda" else 3.5e-3 / max(torch.get_num_threads(), 1) * (3 if config.dtype == "float64" else 1)
-    per_step *= 1 if cells[0].model == "mlp" else 4.3
-    growth = 2 if config.device == "cuda" else 2.75   # of a step's time with p; on a CPU p=113 was seen to cost 6 times p=59: it leaves the cache
+    # seconds of a step at p=59, of float64 over float32, and the power of p it grows with: the MLP's as seen at p=59, 97 and 113
+    per_step, float64, growth = (1.9e-3, 2.2, 2.65) if cells[0].model == "mlp" else (15e-3, 3, 2.75)
+    if config.device == "cuda":
+        per_step, float64, growth = 5e-6 if cells[0].model == "mlp" else 21.5e-6, 1, 2
+    else:
+        per_step /= max(torch.get_num_threads(), 1)      # a worker a core
+    per_step *= float64 if config.dtype == "float64" else 1
     seconds = sum(min(c.expected_steps or c.budget_steps, c.budget_steps) * len(c.members) * per_step * max((c.p / 59) ** growth, 0.1) for c in cells)
     if config.dry_run:
         for c in cells:

@@ -392,8 +392,9 @@ class Lab:
         anybody = [] if dealt else sorted({*self.checkpoint.glob(f"{stage}.*of*.done.pt"), self.checkpoint / f"{stage}.done.pt"} - {done})
         c = self.config
         if c.device == "cpu" and c.backend == "auto":
-            self.say("the step is compiled on first use, up to a minute per modulus" if has_compiler() else
-                     "no C++ compiler on the PATH: the step runs eagerly, about 3 times slower")
+            compiling, slower = ("a few seconds a modulus", 7) if cells[0].model == "mlp" else ("up to a minute per modulus", 3)
+            self.say(f"the step is compiled on first use, {compiling}" if has_compiler() else
+                     f"no C++ compiler on the PATH: the step runs eagerly, about {slower} times slower")
         ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, cells[0].dtype or c.dtype), c.arithmetic, start)
         self._take_up(ensemble, stage + shard, [done, latest, previous], anybody)
         if len(ensemble.live()) and (trained := [*self.backends, *ensemble.backends]) and trained[-1] != ensemble.backend:
