@@ -275,8 +275,8 @@ def test_training_starts_from_a_given_state() -> None:
 
 
 def test_bookkeeping_grows_by_the_log_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that logs at every one of 10,000 evaluations keeps 8 bytes a number, where a dict would take 1 kB a row; then its trajectories.csv."""
-    evaluations, used = 10_000, []
+    """A run that logs at every one of 4,000 evaluations keeps 8 bytes a number, where a dict would take 1 kB a row; then its trajectories.csv."""
+    evaluations, used = 4000, []
 
     class Watched(Ensemble):
         def record(self, runs: np.ndarray, k: int, metrics: np.ndarray) -> None:
@@ -300,7 +300,7 @@ def test_bookkeeping_grows_by_the_log_alone(tmp_path: Path, monkeypatch: pytest.
     assert len(rows) == 1 + 1 + evaluations                                      # header, step 1
     row = 8 * ensemble.log_width
     assert row <= 200 and len(ensemble.log) == (1 + evaluations) * ensemble.log_width
-    assert 0.9 * 9000 * row < used[1] - used[0] < 1.1 * 9000 * row + 100_000     # an array grows by a sixteenth at a time
+    assert 0.9 * 3000 * row < used[1] - used[0] < 1.1 * 3000 * row + 100_000     # an array grows by a sixteenth at a time
     assert peak - before < evaluations * (3 * row + 32 * ensemble.log_width)     # copies of the log, and once its rows as Python's numbers
 
 
