@@ -176,7 +176,7 @@ def own_cells(rows: list[dict], members: tuple[int, ...]) -> tuple[list[Cell], l
 
 
 def own_allocations(rows: list[dict], members: tuple[int, ...], shares: dict[int, tuple[float, ...]]) -> list[Cell]:
-    """Paper B's allocations. `shares`: by p, of the groups in the squared norm at the end of its control."""
+    """Paper B's allocations. `shares`: by p, of the groups in the squared norm at the last logged step of its control."""
     return [own.cell(row, members, allocated(1.0, row["gamma"], shares[row["p"]])[1:]) for row in own.under(rows, arm="alloc", statistic="T_grok")]
 
 
@@ -381,7 +381,7 @@ def run(argv: list[str]) -> None:
         return None
     desk.open()
     result = desk.train("published_control", controls)
-    theirs += own_allocations(rows, members, own.shares_at_end(result.runs))
+    theirs += own_allocations(rows, members, own.shares_at_end(result))
     result += desk.train("published", theirs, deal=True) + (ours := desk.train("control", free))
     w_c = w_c or stats.critical_norms(ours.runs)
     console.say_norms(free, w_c)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from common import EVAL_EVERY, MODELS, Cell, UsageError
+from common import EVAL_EVERY, MODELS, Cell, Result, UsageError
 from lab.draws import LAYERS, Card, paper_a_seed
 
 AUDIT_EVERY = 50   # steps between evaluations of paper B's audit
@@ -94,10 +94,14 @@ def some(cells: list[Cell]) -> list[Cell]:
     return cells
 
 
-def shares_at_end(runs: list[dict], groups: tuple[str, ...] = ("E", "W1", "W2")) -> dict[int, tuple[float, ...]]:
-    """By p, the shares of `groups` in the squared norm at the end of the control `runs`: of their mean norms over members, as paper B takes them."""
-    shares = {}
-    for p in dict.fromkeys(run["p"] for run in runs):
-        power = np.array([np.mean([run[f"norm_{group}_at_end"] for run in runs if run["p"] == p]) for group in groups]) ** 2
-        shares[p] = tuple((power / power.sum()).tolist())
+def shares_at_end(result: Result, groups: tuple[str, ...] = ("E", "W1", "W2")) -> dict[int, tuple[float, ...]]:
+    """By p, the shares of `groups` in the squared norm at the last logged step of the controls `result`: of their mean norms over members, as
+    paper B's allocations have them."""
+    shares, p_of = {}, {run["cell"]: run["p"] for run in result.runs}
+    logged: dict[str, dict[int, list[list[float]]]] = {}                                    # by cell and step, norms of the groups by member
+    for row in result.trajectories:
+        logged.setdefault(row["cell"], {}).setdefault(row["step"], []).append([row[f"norm_{group}"] for group in groups])
+    for cell, by_step in logged.items():
+        power = np.mean(by_step[max(by_step)], 0) ** 2
+        shares[p_of[cell]] = tuple((power / power.sum()).tolist())
     return shares

@@ -8,7 +8,7 @@ import exp_delay_law
 import exp_fork
 import exp_logit_scale
 import exp_transformer
-from common import Cell, UsageError
+from common import Cell, Result, Trajectories, UsageError
 from lab import own, settings, stats
 from lab.answers import Table, published
 
@@ -81,9 +81,10 @@ def test_no_published_condition_is_said_in_one_line(experiment: object, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_shares_of_an_allocation_are_of_the_mean_norms_at_the_end() -> None:
-    runs = [{"p": 59, "norm_E_at_end": E, "norm_W1_at_end": 40.0, "norm_W2_at_end": 20.0, "t_grok_step": None} for E in (19.0, 21.0)]
-    shares = own.shares_at_end(runs)[59]
+def test_shares_of_an_allocation_are_of_the_mean_norms_at_the_last_logged_step() -> None:
+    log = [{"cell": "B_free", "member": m, "step": step, "norm_E": E + 400 - step, "norm_W1": 40.0, "norm_W2": 20.0}
+           for step in (1, 200, 400) for m, E in enumerate((19.0, 21.0))]
+    shares = own.shares_at_end(Result([{"cell": "B_free", "p": 59}], Trajectories(lambda: log)))[59]
     assert shares == pytest.approx((400 / 2400, 1600 / 2400, 400 / 2400))
     (row,) = own.under(published("B.alloc.p59.g+0.0.T_grok").values())
     total, *groups = own.cell(row, (0,), exp_logit_scale.allocated(1.0, 0.0, shares)[1:]).held[0]
