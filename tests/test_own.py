@@ -144,5 +144,6 @@ def test_planted_transformers_of_paper_a_answer_by_their_own_set_of_runs(tmp_pat
         exp_transformer.draw(table, config, tmp_path / config.model, [], {"contraction.csv": []})
         assert not table.findings and {key: table.claims[key]["ours"] for key in wanted} == wanted
         assert {table.claims[key]["verdict"] for key in wanted} == {"REPRODUCED"}
+    assert table.claims["A.ln.total_cv"]["verdict"] == "PARTLY RUN"  # its modulus was chosen after looking
     assert table.claims["A.ln.total_cv"]["n"] == 12                  # of p=97, cells of other seeds in one series
     assert (tmp_path / "transformer" / "dense.png").exists() and (tmp_path / "transformer_ln" / "groups_p71.png").exists()
