@@ -220,14 +220,14 @@ def cv(norms: np.ndarray) -> Statistic:
 def cv_over_fractions(group: str) -> Callable[[Table, dict], tuple | None]:
     def statistic(table: Table, row: dict) -> tuple | None:
         own = table.networks == "published"
-        p = {"p": 97} if own else {}        # the paper names no modulus; this one was chosen by its norms, so it cannot reproduce the number
+        p = {"p": 97} if own else {}     # the paper names no modulus; this one was chosen by its norms, so it cannot reproduce the number
         cells = series(table, "train_frac", model=row["model"], lr=MODELS[row["model"]], **p)
         ran = [table.first[name]["train_frac"] for name in cells]
         if len(cells) < 2:
             return None
         enough = min(ran) <= FRACTIONS[0] and max(ran) >= FRACTIONS[-1] and len(ran) >= 4
-        missing = "" if enough else f"train fractions {min(ran):g} to {max(ran):g} only"
-        return cells, cv(table.values(cells, column(group))), "the paper names no modulus, p=97 was chosen to match it" if own else missing
+        missing = "p=97 was chosen to match" if own else "" if enough else f"train fractions {min(ran):g} to {max(ran):g} only"
+        return cells, cv(table.values(cells, column(group))), missing
     return statistic
 
 
