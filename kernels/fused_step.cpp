@@ -325,13 +325,11 @@ void loss_gradient(int rows, const int64_t* labels, Real tau, int64_t n, int los
         for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * inverse);
         if (loss == CROSS_ENTROPY) {
             softmax_row<Real>(z, z, top, total);
-            factor = mean / total;
-            for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * factor);
-            z[labels[row]] -= mean;
-        } else {
-            z[labels[row]] -= 1;
-            for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * factor);
+            for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) / total);
+            factor = mean;    // only now: in softmax collapse p - 1 is a few units in the last place of 1, and must be rounded there
         }
+        z[labels[row]] -= 1;
+        for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * factor);
         for (int c = 0; c < ZC; c += L) store(column_sums + c, load(column_sums + c) + load(z + c));
     }
     for (int c = 0; c < C; ++c) db2[c] += column_sums[c];

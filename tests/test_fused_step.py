@@ -313,3 +313,21 @@ def test_two_processes_with_an_empty_cache(tmp_path: Path) -> None:
             for _ in range(2)]
     assert [process.communicate(timeout=300) for process in both] == [("compiled\n", "")] * 2
     assert len(list((tmp_path / "grokking-lab").iterdir())) == 1
+
+
+@pytest.mark.parametrize("dtype, gap", [(torch.float32, 15.0), (torch.float64, 35.0)])
+def test_a_nearly_saturated_pair_keeps_the_residual_of_its_probability(dtype: torch.dtype, gap: float) -> None:
+    """What is left of p - 1 is a few units in the last place of 1, and says when a run leaves softmax collapse: it must be rounded there, as in
+    the definition, before the mean is taken. Of one pair and a network of biases alone the gradient of b2 is that of the logits."""
+    layout, tau = mlp_layout(2, 16, 16, dtype), 1.7
+    row = torch.zeros(layout.n_params, dtype=dtype)
+    layout.views(row)[4][1] = -gap * tau
+    a = b = torch.zeros(1, dtype=torch.int64)
+    scalars = torch.tensor([[tau, 1.0, 1e-3, 1.0, 0, 0, 0, 0]], dtype=dtype)
+    found = []
+    for step in (cpu.FusedStep(cpu.fused_library(layout, dtype), layout, "ce", dtype).steps,
+                 lambda *args: train_step_ref(*args[:5], args[5][0], layout, "ce")):
+        moment1 = torch.zeros_like(row)
+        step(row.clone(), moment1, torch.zeros_like(row), a, b, scalars)
+        found.append(float(layout.views(moment1)[4][0]))
+    assert found[1] < 0 and found[0] == pytest.approx(found[1], rel=1e-6)

@@ -45,3 +45,13 @@ def test_the_example_runs() -> None:
     done = subprocess.run([sys.executable, "-c", tiny], cwd=ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 1 + 3 + 1 and lines[0].startswith("condition") and lines[-1] == "None", done
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("exp_*.py") if path.name != "exp_replay.py"))
+def test_a_record_in_the_folder_of_a_plain_command_does_not_refuse_it(script: str, tmp_path: Path) -> None:
+    """The README's first commands write where runs of record may lie: those must have been made with the same settings."""
+    committed(tmp_path)
+    code = (f"import sys; from pathlib import Path; from lab import desk; desk.ROOT = Path({str(tmp_path)!r}); "
+            f"import {script.removesuffix('.py')} as it; it.run(['--dry-run', '--preset', 'laptop', '--device', 'cpu'])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
