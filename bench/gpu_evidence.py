@@ -9,7 +9,7 @@ logs/STAGE.txt is all that it printed; the results of an experiment lie in OUT/S
 the whole of OUT is packed again into --archive, evidence.tar.gz.0 and so on, at most 8 files of at most 16 MiB: tables and logs first, then
 the checkpoints that still fit. On a machine that has nothing of the last one, --restore FOLDER with those files continues:
 
-    python bench/gpu_evidence.py --out FOLDER --archive "$OUT" [--restore ARCHIVE] [--released FOLDER]
+    python bench/gpu_evidence.py --out RESULTS --archive "$OUT" [--restore FOLDER] [--released FOLDER]
 
 Exit code: 0 complete, 1 a stage failed or was left out, 2 it cannot start, 3 time is up and stages are left.
 
