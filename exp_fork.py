@@ -36,6 +36,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from common import EVAL_EVERY, Cell, Result, UsageError, exactly
+from kernels.cuda import MOST_CLASSES
 from kernels.layout import model_layout
 from lab import console, figures, files, own, settings, stats
 from lab.answers import Statistic, Table, answer, published
@@ -386,7 +387,7 @@ def run(argv: list[str]) -> None:
     console.announce(config, own.some([cell for command in commands for cell in planned(command)]), given)
     if config.model != "mlp":
         print(f"--model {config.model}: the published forks are of the MLP, so no published number is answered")
-    elif config.device != "cuda":
+    elif config.device != "cuda" and max(config.p) <= MOST_CLASSES:
         paper = Config(**{"parts": ARMS, **PRESETS["paper"], **given, "preset": "paper", "device": "cuda", "dry_run": False})
         print("a GPU would run: ", end="")
         console.announce(paper, [cell for command in kinds(paper, given) for cell in planned(command)], given)

@@ -407,6 +407,7 @@ def run(argv: list[str]) -> None:
     cells = [item.cell for item in released]
     if config.figures_only:
         return desk.redraw(lambda: figures.replay(files.read_csv(desk.out / "replay.csv"), desk.out / "figures"))
+    settings.check_size(config.device, ((cell.model, cell.p) for cell in cells))
     console.announce(config, cells, given)
     if config.dry_run:
         return None

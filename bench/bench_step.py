@@ -226,6 +226,7 @@ def run(argv: list[str]) -> None:
         raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
     if options.model != "mlp" and options.sweep:
         raise UsageError(f"--sweep is of the MLP; without it --model {options.model} is timed")
+    settings.check_size(device, ((options.model, p) for p in options.p))
     torch._dynamo.config.recompile_limit = 256
     out, rows = Path(options.out or desk.ROOT / "results" / ("bench" if options.model == "mlp" else f"bench_{options.model}")), []
     try:

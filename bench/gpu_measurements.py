@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from kernels.adamw import adamw_project
-from kernels.cuda import CudaKernels, state_bytes_per_run, workspace_bytes_per_run
+from kernels.cuda import MOST_CLASSES, CudaKernels, state_bytes_per_run, workspace_bytes_per_run
 from kernels.dialect import BK, dot, power_of_two, tl, triton
 from kernels.first_layer import tables, tables_backward
 from kernels.hidden import hidden_backward, hidden_backward_ref, hidden_ref
@@ -292,6 +292,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu_measurements: no CUDA device here; run it on a machine with one", file=sys.stderr)
         return 2
+    if not all(2 <= p <= MOST_CLASSES for p in settings.p) or settings.runs < 1:
+        parser.error(f"--p must be between 2 and {MOST_CLASSES}, --runs at least 1")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     rows: list[Row] = []
     for name in settings.only:

@@ -3,12 +3,15 @@ import argparse
 import dataclasses
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from common import EVAL_EVERY, MODELS, UsageError, n_train
 from kernels.cpu import has_compiler
+from kernels.cuda import MOST_CLASSES
+from kernels.layout import model_layout
 
 
 def option(default: object, text: str, kind: type = str, parts: tuple[str, ...] = (), all_of: tuple[str, ...] = ()) -> object:
@@ -118,6 +121,13 @@ def place(given: dict, flag: str = "--") -> str:
     return device
 
 
+def check_size(device: str, networks: Iterable[tuple[str, int]]) -> None:
+    """The kernels of the device take every `(model, p)` of `networks`, or UsageError."""
+    for model, p in dict.fromkeys(networks):
+        if device == "cuda" and (more := model_layout(model, p, torch.float32).classes - MOST_CLASSES) > 0:
+            raise UsageError(f"the CUDA kernels of model {model} take p up to {p - more}, got {p}; use --device cpu")
+
+
 def doses(flag: str, texts: tuple[str, ...]) -> list[tuple[float, float]]:
     """`(rho, tau)` of each of `texts`, RHO or RHO:TAU. Raises UsageError."""
     try:
@@ -184,6 +194,7 @@ def check_grid(config: Config, parts: tuple[str, ...]) -> None:
         for fraction in getattr(config, "train_fracs", ()) or (0.4,):
             if not 1 <= n_train(p, fraction) < p * p:
                 raise UsageError(f"--p {p} with train fraction {fraction:g} leaves no training pair; use a larger p or fraction")
+    check_size(config.device, ((config.model, p) for p, _ in moduli))
     for name in ("seeds", "moduli_seeds", "free_seeds", "audit_seeds", "temperature_seeds"):
         if not 1 <= getattr(config, name, 1) <= 10_000:
             raise UsageError(f"--{name.replace('_', '-')} must be between 1 and 10000, got {getattr(config, name)}")

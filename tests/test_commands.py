@@ -8,13 +8,20 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 import exp_delay_law
+import exp_fork
+import exp_logit_scale
+import exp_transformer
 from common import Cell, UsageError, unique
 from lab import desk, files
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import bench_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,6 +65,16 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, flags: str, me
         exp_delay_law.run([*flags.split(), "--out", str(out)])
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("script, flags", [
+    (exp_delay_law, "--p 257 --device cuda"), (exp_delay_law, "--parts moduli --moduli 59 257 --backend triton"), (exp_fork, "--p 257"),
+    (exp_logit_scale, "--p 300"), (exp_transformer, "--p 256"), (bench_step, "--p 59 257"), (bench_step, "--model transformer --p 256")])
+def test_a_modulus_too_large_for_a_gpu_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: ModuleType, flags: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UsageError, match=r"the CUDA kernels of model .* take p up to 25[56], got .*; use --device cpu"):
+        script.run([*flags.split(), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_conditions_that_differ_never_share_a_name_and_p_narrows_every_part(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

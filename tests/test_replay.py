@@ -44,6 +44,14 @@ def test_a_file_of_ours_is_compared_with_censored_sides_at_the_budget(tmp_path: 
     assert [row["t_grok_released"] for row in rows] == [None, 50] and [row["difference_steps"] for row in rows] == [0, 0]
 
 
+def test_a_modulus_too_large_for_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "cell.npz", **{**good(), "p": 257})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UsageError, match="the CUDA kernels of model mlp take p up to 256, got 257; use --device cpu"):
+        exp_replay.run([str(tmp_path), "--out", str(tmp_path / "r")])
+    assert not (tmp_path / "r").exists()
+
+
 def of_paper_a(**changed: object) -> dict:
     """A file as its dense sweep left them; `changed` values of None are left out."""
     data = dict(p=7, alpha=np.float32(0.4), lam=np.float32(1), lr=np.float32(1e-3), d_model=128, H=256, max_steps=60, arm="clamp",
