@@ -5,13 +5,17 @@
 Unit: one optimiser step of one network, clamp included, evaluation not. Every contender advances the same R runs from the same state; the
 medians and the 10-90% range are over interleaved rounds, so a disturbance of the machine falls on all. step.csv has a row per contender.
 """
-import argparse
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    from lab import early
+    early.guard()
+
+import argparse
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
 import numpy as np

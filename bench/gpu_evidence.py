@@ -15,6 +15,14 @@ Exit code: 0 complete, 1 a stage failed or was left out, 2 it cannot start, 3 ti
 
 Usage: python bench/gpu_evidence.py [--released FOLDER] [--out results/gpu] [--minutes 9] [--again STAGE ...] [--paper]
 """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    from lab import early
+    early.guard()
+
 import argparse
 import csv
 import io
@@ -23,14 +31,16 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
-from pathlib import Path
+import zlib
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+from common import UsageError
+from lab import console, desk, files, settings
+
+ROOT = desk.ROOT
 PYTHON = sys.executable
 REPLAYED = ["mediation/*", "dose/*", "collapse/*", "alloc/*", "samestate/*", "transformer/*"]
 STAGES = {      # name -> command; {out} and {released} are filled in
@@ -55,17 +65,19 @@ ENVIRONMENT = {"GROKKING_TEST_GPU": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false
 
 
 def read(out: Path) -> dict[str, dict[str, str]]:
+    """The stages that are in stages.csv. Raises UsageError if it is none of ours."""
     path = out / "stages.csv"
-    return {row["stage"]: row for row in csv.DictReader(path.open())} if path.exists() else {}
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    if not all(set(row) == set(COLUMNS) and None not in row.values() for row in rows):
+        raise UsageError(f"{path} is no table of stages; remove it to run all of them, or name another folder with --out")
+    return {row["stage"]: row for row in rows}
 
 
 def write(rows: dict[str, dict[str, str]], out: Path) -> None:
-    part = out / "stages.csv.part"
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[name] for name in STAGES if name in rows)
-    part.replace(out / "stages.csv")
+    files.write_csv(out / "stages.csv", [rows[name] for name in STAGES if name in rows], COLUMNS)
 
 
 def pack(out: Path, folder: Path) -> None:
@@ -99,11 +111,14 @@ def pack(out: Path, folder: Path) -> None:
 
 
 def restore(folder: Path, out: Path) -> None:
-    """What `pack` left in `folder` into `out`."""
+    """What `pack` left in `folder` into `out`, the table of stages last: it says that the rest is there. Raises UsageError for a damaged archive."""
     parts = [folder / f"evidence.tar.gz.{count}" for count in range(PARTS)]
     data = b"".join(part.read_bytes() for part in parts if part.exists())
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
-        archive.extractall(out, filter="data")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
+            archive.extractall(out, sorted(archive.getmembers(), key=lambda member: member.name == "stages.csv"), filter="data")
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise UsageError(f"--restore {folder}: cannot unpack evidence.tar.gz.* ({error}); is a part missing? without it everything is run") from None
 
 
 def run(command: list[str], log: Path, limit: float) -> str:
@@ -112,11 +127,12 @@ def run(command: list[str], log: Path, limit: float) -> str:
     with log.open("a") as file:
         file.write(f"$ {shlex.join(command)}\n")
         file.flush()
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=file, stderr=subprocess.STDOUT,
+                                   start_new_session=True)      # a terminal's Ctrl-C is for this command; the stage gets one signal, below
         try:
             code = process.wait(max(1.0, limit))
             return "ok" if code == 0 else f"failed ({code})"
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt, SystemExit) as reason:
             process.send_signal(signal.SIGTERM)     # an experiment writes its checkpoint
             try:
                 process.wait(GRACE)
@@ -126,17 +142,8 @@ def run(command: list[str], log: Path, limit: float) -> str:
             return "out of time" if isinstance(reason, subprocess.TimeoutExpired) else "stopped"
 
 
-def commit() -> str:
-    """`unknown` without git, and outside a repository."""
-    try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
-
-
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Tests, measurements, bench, replays and the paper presets on a GPU, in stages.")
+    parser = settings.Parser(allow_abbrev=False, description="Tests, measurements, bench, replays and the paper presets on a GPU, in stages.")
     parser.add_argument("--released", type=Path, help="folder of the released .npz files; without it the replays are left out, aloud")
     parser.add_argument("--out", type=Path, default=ROOT / "results/gpu", help="folder for everything: results, logs, what is done")
     parser.add_argument("--archive", type=Path, help="folder for the packed OUT, at most 8 files; default: OUT with .archive behind it")
@@ -144,59 +151,56 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="time for this call")
     parser.add_argument("--again", nargs="+", choices=STAGES, default=[], help="stages to repeat though they passed")
     parser.add_argument("--paper", action="store_true", help="the paper presets of all experiments and nothing else")
-    settings = parser.parse_args()
-    settings.out = settings.out.resolve()
-    settings.archive = (settings.archive or settings.out.with_name(settings.out.name + ".archive")).resolve()
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    options.archive = (options.archive or options.out.with_name(options.out.name + ".archive")).resolve()
     for name in ("out", "archive"):
-        if getattr(settings, name).is_file():
-            parser.error(f"--{name} {getattr(settings, name)} is a file; name a folder")
-    if settings.archive == settings.out:
-        parser.error(f"--archive {settings.archive} is --out; name another folder")
-    if settings.restore and not (settings.restore / "evidence.tar.gz.0").is_file():
-        parser.error(f"--restore {settings.restore}: no evidence.tar.gz.0 there")
-    if not 0 < settings.minutes < 1e6:
-        parser.error(f"--minutes must be above 0, got {settings.minutes:g}")
-    return settings
+        if getattr(options, name).is_file():
+            raise UsageError(f"--{name} {getattr(options, name)} is a file; name a folder")
+    if options.archive == options.out:
+        raise UsageError(f"--archive {options.archive} is --out; name another folder")
+    if options.restore and not (options.restore / "evidence.tar.gz.0").is_file():
+        raise UsageError(f"--restore {options.restore}: no evidence.tar.gz.0 there")
+    if not 0 < options.minutes < 1e6:
+        raise UsageError(f"--minutes must be above 0, got {options.minutes:g}")
+    if options.paper and (left := [name for name in options.again if not name.endswith("_paper")]):
+        raise UsageError(f"--again {' '.join(left)}: not among the stages of --paper")
+    if not torch.cuda.is_available():
+        raise UsageError("no CUDA device here; run it on a machine with one")
+    return options
 
 
 def main() -> int:
-    settings = parse()
-    if not torch.cuda.is_available():
-        print("error: no CUDA device here; run it on a machine with one", file=sys.stderr)
-        return 2
-    chosen = {name: command for name, command in STAGES.items() if name.endswith("_paper") or not settings.paper}
-    if left := set(settings.again) - set(chosen):
-        print(f"error: --again {' '.join(sorted(left))}: not among the stages of --paper", file=sys.stderr)
-        return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # a stage is stopped and everything packed
-    deadline, out = time.monotonic() + 60 * settings.minutes - GRACE, settings.out
-    if settings.restore and not (out / "stages.csv").exists():
-        restore(settings.restore, out)
+    options = parse()
+    chosen = {name: command for name, command in STAGES.items() if name.endswith("_paper") or not options.paper}
+    deadline, out = time.monotonic() + 60 * options.minutes - GRACE, options.out
+    if options.restore and not (out / "stages.csv").exists():
+        restore(options.restore, out)
     out.mkdir(parents=True, exist_ok=True)
-    released = settings.released.resolve() if settings.released and settings.released.is_dir() else None
-    rows = {name: row for name, row in read(out).items() if name not in settings.again}
-    for name in settings.again:         # an experiment does not repeat what is complete
+    released = options.released.resolve() if options.released and options.released.is_dir() else None
+    rows = {name: row for name, row in read(out).items() if name not in options.again}
+    for name in options.again:          # an experiment does not repeat what is complete
         shutil.rmtree(out / name, ignore_errors=True)
     for name, command in chosen.items():
         if "{released}" in command and released is None:
-            print(f"{name}: LEFT OUT, needs --released FOLDER" + (f"; {settings.released} is none" if settings.released else ""))
+            print(f"{name}: LEFT OUT, needs --released FOLDER" + (f"; {options.released} is none" if options.released else ""))
             continue
         if rows.get(name, {}).get("outcome") == "ok":
             print(f"{name}: passed before")
             continue
         if time.monotonic() > deadline - 5:
-            print("time is up; the same command" + (" without --again" if settings.again else "") + " continues")
+            print("time is up; the same command" + (" without --again" if options.again else "") + " continues")
             return 3
         filled = [part.format(out=out, released=released) for part in command]
-        start = time.monotonic()
+        code, start = desk.origin(), time.monotonic()
         outcome = run(filled, out / "logs" / f"{name}.txt", deadline - start)
-        rows[name] = dict(zip(COLUMNS, (name, outcome, f"{time.monotonic() - start:.0f}", commit(), torch.cuda.get_device_name(),
-                                        shlex.join(["python", *command[1:]])), strict=True))
+        rows[name] = dict(zip(COLUMNS, (name, outcome, f"{time.monotonic() - start:.0f}", code["commit"] + "-dirty" * bool(code["dirty"]),
+                                        torch.cuda.get_device_name(), shlex.join(["python", *command[1:]])), strict=True))
         write(rows, out)
-        pack(out, settings.archive)
+        pack(out, options.archive)
         print(f"{name}: {outcome}, {rows[name]['seconds']} s", flush=True)
         if outcome in ("out of time", "stopped"):
-            print(("stopped" if outcome == "stopped" else "time is up") + "; the same command" + (" without --again" if settings.again else "") +
+            print(("stopped" if outcome == "stopped" else "time is up") + "; the same command" + (" without --again" if options.again else "") +
                   " continues")
             return 3
     missing = [name for name in chosen if rows.get(name, {}).get("outcome") != "ok"]
@@ -205,4 +209,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    console.end(lambda: sys.exit(main()))

@@ -8,10 +8,12 @@ import argparse
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,9 @@ from launches import ROOT, Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+
+from common import UsageError
+from lab import console
 
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -166,20 +171,22 @@ def digest(sources: list[Path]) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources)) + triton.__version__.encode()).hexdigest()[:16]
 
 
-def record_tests(path: Path) -> Path:
-    """Runs the kernels' suites in the interpreter, unless it is done, and returns the file of their launches."""
-    if not path.exists():
-        part = path.with_name(path.name + ".part")
-        part.unlink(missing_ok=True)
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "GROKKING_RECORD_LAUNCHES": str(part), "OMP_NUM_THREADS": "1",
-                       "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-        for suite in launches.SUITES:
+def record_tests(folder: Path) -> list[Path]:
+    """Runs the kernels' suites in the interpreter, those that have not been, and returns the files of their launches."""
+    kernels, recorded = [*(ROOT / "kernels").glob("*.py"), ROOT / "tests/triton_cases.py"], []
+    for suite in launches.SUITES:
+        recorded.append(folder / f"launches_{suite}_{digest([*kernels, ROOT / 'tests' / suite])}.jsonl")
+        if not recorded[-1].exists():
             print(f"recording {suite}", flush=True)
+            part = recorded[-1].with_suffix(".part")
+            part.unlink(missing_ok=True)
+            environment = {**os.environ, "TRITON_INTERPRET": "1", "GROKKING_RECORD_LAUNCHES": str(part), "OMP_NUM_THREADS": "1",
+                           "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
             command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests" / suite)]
             if subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode:
-                raise SystemExit(f"{suite} fails, so its launches are not all recorded; see make test")
-        part.replace(path)
-    return path
+                raise UsageError(f"{suite} fails, so its launches are not all recorded; see make test")
+            part.replace(recorded[-1])
+    return recorded
 
 
 def main() -> int:
@@ -187,30 +194,34 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for kernels_sm90.csv")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args()
-    sources = [*(ROOT / "kernels").glob("*.py"), ROOT / "bench/gpu_measurements.py"]
     folder = options.out / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
-    recorded = record_tests(folder / f"launches_{digest([*sources, *(ROOT / 'tests').glob('triton_*.py')])}.jsonl")
+    recorded = record_tests(folder)
     start = time.monotonic()
     found = {name: kinds(each) for name, each in (("experiments", launches.of_experiments()), ("bench", launches.of_bench()),
-                                                  ("tests", launches.of_tests(recorded)))}
+                                                  ("tests", itertools.chain(*map(launches.of_tests, recorded))))}
     wanted = found["tests"] | found["bench"] | found["experiments"]
     users = {key: " ".join(name for name in found if key in found[name]) for key in wanted}
-    log = folder / f"built_{digest([*sources, Path(__file__)])}.jsonl"
+    sources = [*(ROOT / "kernels").glob("*.py"), ROOT / "bench/gpu_measurements.py", Path(__file__)]
+    log = folder / f"built_{digest(sources)}.jsonl"
     kept = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")] if log.exists() else []     # the last may be a piece
     log.write_text("".join(kept))
     done = {key: (row, fault) for key, row, fault in map(json.loads, kept)}
     print(f"{len(wanted)} kernels ({', '.join(f'{len(each)} of {name}' for name, each in found.items())}), {len(done)} built before; "
           f"recorded in {time.monotonic() - start:.0f} s", flush=True)
     WANTED.update(wanted)           # the processes are forks of this one: a kernel cannot be sent to them
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool, log.open("a") as file:
-        jobs = {pool.submit(built, key): key for key in wanted if key not in done}
-        for count, job in enumerate(as_completed(jobs), 1):
-            done[jobs[job]] = job.result()
-            file.write(json.dumps((jobs[job], *job.result())) + "\n")
-            file.flush()
-            if count % 100 == 0:
-                print(f"{count} of {len(jobs)} built, {time.monotonic() - start:.0f} s", flush=True)
+    pool = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        with log.open("a") as file:
+            jobs = {pool.submit(built, key): key for key in wanted if key not in done}
+            for count, job in enumerate(as_completed(jobs), 1):
+                done[jobs[job]] = job.result()
+                file.write(json.dumps((jobs[job], *job.result())) + "\n")
+                file.flush()
+                if count % 100 == 0:
+                    print(f"{count} of {len(jobs)} built, {time.monotonic() - start:.0f} s", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)      # a stop waits for what is being built, not for all that is left
     part = options.out / "kernels_sm90.csv.part"
     rows = [(*row, users[key]) for key, (row, _) in done.items() if row and key in wanted]
     rows.sort(key=lambda row: (row[0], row[1] or 0, *map(str, row[2:])))
@@ -228,4 +239,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    console.end(lambda: sys.exit(main()))

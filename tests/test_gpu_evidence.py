@@ -1,9 +1,11 @@
 """The staged driver, with stages that need no GPU: what passed is kept, what failed or ran out of time is run again, on another machine too."""
 import csv
 import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -13,13 +15,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import gpu_evidence
 
+from common import UsageError
+from lab import desk
+
 PRINT_OUT = "import os; print('in', os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'], os.environ['GROKKING_TEST_GPU'])"
 
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_evidence, "GRACE", 1)
-    monkeypatch.setattr(gpu_evidence.signal, "signal", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
 
@@ -28,7 +32,7 @@ def call(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str, **codes: s
     """Stages of the given Python; each is told the folder of its results and that of the release."""
     stages = {name: [sys.executable, "-c", code, "{out}/" + name, "{released}"] for name, code in codes.items()}
     monkeypatch.setattr(gpu_evidence, "STAGES", stages)
-    monkeypatch.setattr(sys, "argv", ["gpu_evidence.py", "--out", str(out), *arguments])
+    monkeypatch.setattr(sys, "argv", [str(desk.ROOT / "bench/gpu_evidence.py"), "--out", str(out), *arguments])
     code = gpu_evidence.main()
     path = out / "stages.csv"
     return code, {row["stage"]: row["outcome"] for row in csv.DictReader(path.open())} if path.exists() else {}
@@ -123,21 +127,52 @@ def test_stops_in_time_and_leaves_out_aloud(monkeypatch: pytest.MonkeyPatch, tmp
         assert "one: LEFT OUT, needs --released FOLDER" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("absent", [True, False], ids=["no git", "no repository"])
-def test_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, absent: bool) -> None:
-    if absent:
-        monkeypatch.setenv("PATH", str(tmp_path))
-    else:
-        monkeypatch.setattr(gpu_evidence, "ROOT", tmp_path)
-        assert subprocess.run(["git", "rev-parse"], cwd=tmp_path, capture_output=True).returncode
-    call(monkeypatch, tmp_path / "out", "--released", str(tmp_path), one="")
-    assert next(csv.DictReader((tmp_path / "out/stages.csv").open()))["commit"] == "unknown"
+def test_the_commit_is_of_this_very_code_or_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A clone, as it was committed and changed; an archive of it unpacked inside another repository; git absent."""
+    outer, script = tmp_path / "outer", "bench/gpu_evidence.py"
+    for folder in (outer, outer / "inner"):
+        (folder / "bench").mkdir(parents=True)
+        (folder / script).write_text("1")
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=outer, check=True, capture_output=True,
+                              text=True).stdout.strip()
+
+    def recorded(root: Path) -> str:
+        monkeypatch.setattr(desk, "ROOT", root)
+        call(monkeypatch, tmp_path / "out", "--released", str(tmp_path), "--again", "one", one="")
+        return next(csv.DictReader((tmp_path / "out/stages.csv").open()))["commit"]
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    assert recorded(outer) == git("rev-parse", "HEAD") and recorded(outer / "inner") == "unknown"
+    (outer / script).write_text("2")
+    assert recorded(outer) == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert recorded(outer) == "unknown"
 
 
-def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu_evidence.py", "--out", str(tmp_path / "absent")])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_evidence.main() == 2 and not (tmp_path / "absent").exists()
+def test_ctrl_c_stops_the_stage_in_peace_and_packs(tmp_path: Path) -> None:
+    """The whole group gets it, as from a terminal: the stage is asked once, writes its checkpoint, and the same command continues."""
+    slow = """import signal, sys, time
+asked = []
+signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), print('asked', len(asked)), sys.exit(143)))
+print('begun', flush=True)
+time.sleep(60)"""
+    drive = ("import sys; sys.path.insert(0, 'bench'); import torch, gpu_evidence as g; torch.cuda.is_available = lambda: True; "
+             f"torch.cuda.get_device_name = lambda: 'none'; g.STAGES = dict(slow=[sys.executable, '-c', {slow!r}]); "
+             "g.console.end(lambda: sys.exit(g.main()))")
+    process = subprocess.Popen([sys.executable, "-c", drive, "--out", str(tmp_path / "out")], cwd=desk.ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = tmp_path / "out/logs/slow.txt"
+    while not (log.exists() and "\nbegun" in log.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 3 and said.startswith("slow: stopped, ") and said.endswith("\nstopped; the same command continues\n") and not errors
+    assert "asked 0\n" in log.read_text() and b"stopped" in packed(tmp_path / "out.archive")["stages.csv"]
 
 
 @pytest.mark.parametrize("words, why", [
@@ -145,14 +180,24 @@ def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (("--out", "README.md"), "is a file; name a folder"),
     (("--out", "x", "--archive", "x"), "is --out; name another folder"),
     (("--restore", "nowhere"), "no evidence.tar.gz.0 there"),
+    (("--paper", "--again", "tests"), "--again tests: not among the stages of --paper"),
+    (("--again", "nothing"), "invalid choice"),
+    ((), "no CUDA device here"),
 ])
-def test_bad_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: tuple[str, ...], why: str) -> None:
+def test_bad_settings(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], why: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(words))
     monkeypatch.setattr(sys, "argv", ["gpu_evidence.py", *words])
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(UsageError, match=why):
         gpu_evidence.main()
-    assert end.value.code == 2 and why in capsys.readouterr().err
 
 
-def test_what_is_not_run_cannot_be_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    code, _ = call(monkeypatch, tmp_path / "absent", "--paper", "--again", "tests", tests="", fork_paper="")
-    assert code == 2 and capsys.readouterr().err.startswith("error: --again tests") and not (tmp_path / "absent").exists()
+def test_a_damaged_archive_or_table_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    released = ("--released", str(tmp_path))
+    assert call(monkeypatch, tmp_path / "a", *released, one="")[0] == 0
+    part = tmp_path / "a.archive/evidence.tar.gz.0"
+    part.write_bytes(part.read_bytes()[:200])
+    with pytest.raises(UsageError, match=r"cannot unpack evidence.tar.gz.\*"):
+        call(monkeypatch, tmp_path / "b", "--restore", str(part.parent), *released, one="")
+    (tmp_path / "a/stages.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UsageError, match="no table of stages"):
+        call(monkeypatch, tmp_path / "a", *released, one="")

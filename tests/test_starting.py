@@ -12,7 +12,7 @@ import torch
 from lab import console
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [[path.name] for path in sorted(ROOT.glob("exp_*.py"))] + [["-m", "lab.report"]]
+SCRIPTS = [[path.name] for path in sorted(ROOT.glob("exp_*.py"))] + [["-m", "lab.report"], ["bench/bench_step.py"], ["bench/gpu_evidence.py"]]
 
 
 @pytest.fixture(autouse=True)
