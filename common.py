@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels.layout import MOST_INPUTS
 from lab.draws import Card
 
 EVAL_EVERY = 25        # steps between evaluations, unless a cell has its own: the resolution of every T_mem and T_grok
@@ -28,7 +30,11 @@ T_GROK_ACCURACY = 0.90   # test accuracy that counts as grokked: T_grok is the f
 GRID_POINTS = 360      # of paper A's geometric grid, before rounding makes some of them equal
 CLAMP_START = {"ce": 500, "mse": 50}   # step at which the papers engage the clamp on the MLP
 TRANSFORMER_CLAMP_START = 600
-MODELS = {"mlp": 1e-3, "transformer": 5e-4, "transformer_ln": 1e-3, "transformer_b": 5e-4}   # the papers', for each model
+PARITY_CLAMP_START = 1000
+MODELS = {"mlp": 1e-3, "transformer": 5e-4, "transformer_ln": 1e-3, "transformer_b": 5e-4}   # of pairs; learning rates are the papers'
+LEARNING_RATES = {**MODELS, "mlp_dense": 1e-3}   # and of the one whose inputs are no pairs
+N_TEST = 2000          # test examples of sparse parity, drawn beside the training examples
+MOST_EXAMPLES = 100_000   # to train on
 
 
 class UsageError(Exception):
@@ -48,8 +54,26 @@ def n_train(p: int, train_frac: float) -> int:
     return int(train_frac * p * p)
 
 
+def parity_task(n: int, k: int, m: int) -> str:
+    """Sparse parity as published.csv names it: of `n` bits, -1 or 1, the product of the first `k`; `m` training examples."""
+    return f"parity n{n} k{k} m{m}"
+
+
+def parity_sizes(task: str) -> tuple[int, int, int]:
+    """`(n, k, m)` of what `parity_task` gave. Raises UsageError if it gave no such thing, or if there is no such task."""
+    if not (found := re.fullmatch(r"parity n(\d+) k(\d+) m(\d+)", task)):
+        raise UsageError(f"task of an mlp_dense must be such as {parity_task(30, 3, 1000)!r}, got {task!r}")
+    n, k, m = map(int, found.groups())
+    if not (1 <= k <= n <= MOST_INPUTS and 2 <= m <= MOST_EXAMPLES):
+        raise UsageError(f"sparse parity takes the first k of n bits, 1 <= k <= n <= {MOST_INPUTS}, and 2 to {MOST_EXAMPLES} training examples; "
+                         f"got k {k}, n {n}, m {m}")
+    return n, k, m
+
+
 def clamp_start(model: str, loss: str) -> int:
     """First step after which the papers project the norm."""
+    if model == "mlp_dense":
+        return PARITY_CLAMP_START
     return CLAMP_START[loss] if model == "mlp" else TRANSFORMER_CLAMP_START
 
 
@@ -100,8 +124,23 @@ class Transformer(nn.Module):
         return self.norm(x) @ self.U                                  # (n, classes)
 
 
+class ParityMlp(nn.Module):
+    """The dense MLP, two classes, no embedding: `h = gelu(x W1 + b1)` (erf), `z = h W2 + b2` (arXiv 2606.13753, section 8)."""
+
+    def __init__(self, n: int, H: int = 512):
+        super().__init__()
+        for name, shape in {"W1": (n, H), "W2": (H, 2), "b1": (H,), "b2": (2,)}.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gelu(x @ self.W1 + self.b1) @ self.W2 + self.b2   # (m, n) -> (m, 2)
+
+
 def module(model: str, p: int) -> nn.Module:
-    """An untrained plain module of `model`, one of MODELS. `lab.ensemble.State.module` fills one with trained weights."""
+    """An untrained plain module of `model`, one of LEARNING_RATES; `mlp_dense` has `p` inputs. `lab.ensemble.State.module` fills one with trained
+    weights."""
+    if model == "mlp_dense":
+        return ParityMlp(p)
     return Mlp(p) if model == "mlp" else Transformer(p, classes=p if model == "transformer_b" else 0, normed=model == "transformer_ln")
 
 
@@ -112,13 +151,14 @@ class Cell:
     """All chosen members of one block under one condition. A member is one network with its own start and split; it depends on the size of its
     block as well as on its number. With `rho` and `w_c` the total norm is held at `rho w_c`. What is left out follows from the rest."""
     name: str = ""                    # made from the conditions
-    p: int = 59
+    p: int = 59                       # of an mlp_dense it says nothing, nor does train_frac
     members: tuple[int, ...] = (0,)
     block: int = 0                    # members drawn from one generator; the smallest block that has them all
     budget_steps: int = 60_000        # a run that has not grokked by then is censored there
     arm: str = ""                     # free, clamp, rescale, alloc, same, raised, lowered; free, or clamp where a norm is held
     loss: str = "ce"                  # ce or mse
     model: str = "mlp"
+    task: str = "add"                 # of an mlp_dense what `parity_task` gives
     seed0: int = 0
     train_frac: float = 0.40
     rho: float | None = None          # held norm over W_c
@@ -146,15 +186,22 @@ class Cell:
             raise UsageError(f"eval_every must be 0, paper A's grid, or divide {LOG_EVERY}, got {self.eval_every}")
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         put("members", tuple(self.members))
-        if self.model not in MODELS:
-            raise UsageError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
+        if self.model not in LEARNING_RATES:
+            raise UsageError(f"model must be one of {', '.join(LEARNING_RATES)}, got {self.model!r}")
         if not self.members or min(self.members) < 0 or (self.block and max(self.members) >= self.block):
             raise UsageError(f"members must be numbers of the block, 0..{(self.block or 1) - 1}, got {self.members}")
-        if self.loss not in CLAMP_START or self.p < 2 or not self.tau > 0 or not 1 <= n_train(self.p, self.train_frac) < self.p**2:
-            raise UsageError(f"loss is ce or mse, p at least 2, tau above 0, train_frac leaves pairs to train and test on; got loss {self.loss}, "
-                             f"p {self.p}, tau {self.tau}, train_frac {self.train_frac}")
+        if self.model == "mlp_dense":
+            parity_sizes(self.task)
+            put("p", 0)
+            put("train_frac", 0.0)
+        elif self.task != "add":
+            raise UsageError(f"task must be add, got {self.task!r}; sparse parity is the task of model mlp_dense")
+        elif self.p < 2 or not 1 <= n_train(self.p, self.train_frac) < self.p**2:
+            raise UsageError(f"p at least 2, and train_frac leaves pairs to train and test on; got p {self.p}, train_frac {self.train_frac}")
+        if self.loss not in CLAMP_START or not self.tau > 0:
+            raise UsageError(f"loss is ce or mse, tau above 0; got loss {self.loss}, tau {self.tau}")
         put("block", self.block or max(self.members) + 1)
-        put("lr", self.lr or MODELS[self.model])
+        put("lr", self.lr or LEARNING_RATES[self.model])
         if not (0 < self.lr < math.inf and self.weight_decay >= 0 and self.budget_steps >= 1):
             raise UsageError(f"lr must be above 0, weight_decay at least 0 and budget_steps at least 1, got lr {self.lr}, "
                              f"weight_decay {self.weight_decay}, budget_steps {self.budget_steps}")
@@ -168,11 +215,12 @@ class Cell:
         put("name", self.name or self._described())
 
     def _described(self) -> str:
-        parts = [self.arm, f"p{self.p}", f"b{self.block}"]
+        dense = self.model == "mlp_dense"
+        parts = [self.arm, self.task.replace(" ", "_") if dense else f"p{self.p}", f"b{self.block}"]
         for short, text, value, default in (
-                ("", "", self.model, "mlp"), ("", "", self.loss, "ce"), ("rho", ".2f", self.rho, None), ("wc", "g", self.w_c, None),
-                ("tau", "g", self.tau, 1.0), ("gamma", "+.2f", self.gamma, None), ("wd", "g", self.weight_decay, 1.0),
-                ("lr", "g", self.lr, MODELS[self.model]), ("frac", "g", self.train_frac, 0.40), ("seed", "", self.seed0, 0),
+                ("", "", self.model, "mlp_dense" if dense else "mlp"), ("", "", self.loss, "ce"), ("rho", ".2f", self.rho, None),
+                ("wc", "g", self.w_c, None), ("tau", "g", self.tau, 1.0), ("gamma", "+.2f", self.gamma, None), ("wd", "g", self.weight_decay, 1.0),
+                ("lr", "g", self.lr, LEARNING_RATES[self.model]), ("frac", "g", self.train_frac, 0.0 if dense else 0.40), ("seed", "", self.seed0, 0),
                 ("", "", self.dtype, "")):
             if value != default:
                 parts.append(short + (exactly(value, text) if isinstance(value, float) else str(value)))
@@ -180,12 +228,14 @@ class Cell:
 
     @property
     def n_train(self) -> int:
-        """Training pairs. Paper A, whose draws a `card` makes, rounds to the nearest number rather than down."""
+        """Training pairs, or examples. Paper A, whose draws a `card` makes, rounds to the nearest number rather than down."""
+        if self.model == "mlp_dense":
+            return parity_sizes(self.task)[2]
         return n_train(self.p, self.train_frac) if self.card is None else max(2, round(self.train_frac * self.p**2))
 
     def ensemble_key(self) -> tuple:
         """Cells of equal key have equal shapes and are trained together."""
-        return self.p, self.model, self.loss, self.n_train, self.decay_last, self.dtype
+        return self.p, self.model, self.task, self.loss, self.n_train, self.decay_last, self.dtype
 
 
 def exactly(x: float, short: str) -> str:

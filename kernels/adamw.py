@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .dialect import divide, power_of_two, square_root, tl, triton
-from .layout import GROUPS, Layout, TransformerLayout
+from .layout import GROUPS, AnyLayout
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 _BETA1, _BETA2, _EPS = tl.constexpr(BETA1), tl.constexpr(BETA2), tl.constexpr(EPS)
@@ -33,13 +33,13 @@ def scalar_names(groups: tuple[str, ...]) -> tuple[str, ...]:
 SCALARS = scalar_names(GROUPS)   # of the MLP
 
 
-def group_norms_ref(weights: Tensor, layout: Layout | TransformerLayout) -> Tensor:
+def group_norms_ref(weights: Tensor, layout: AnyLayout) -> Tensor:
     """Norm of each of the layout's groups of weight matrices in a row, float64 `(groups,)`."""
     return torch.stack([weights[part].double().square().sum() for part in layout.group_slices()]).sqrt()
 
 
 def adamw_project_ref(params: Tensor, moment1: Tensor, moment2: Tensor, gradient: Tensor, scalars: Tensor,
-                      layout: Layout | TransformerLayout, decay_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+                      layout: AnyLayout, decay_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """New `params, moment1, moment2`, each `(n_params,)`, from the gradient row and the scalars of `scalar_names`."""
     _, decay, step_size, bias2_sqrt = scalars[:4]
     n = layout.n_weights
@@ -137,17 +137,17 @@ def _project_kernel(theta, scalars, partials, ENDS: tl.constexpr, ROW: tl.conste
         tl.store(at, tl.load(at, mask=live, other=0.0) * (held_ratio(tl.load(targets), square) * ratio), mask=live)
 
 
-def group_ends(layout: Layout | TransformerLayout) -> tuple[int, ...]:
+def group_ends(layout: AnyLayout) -> tuple[int, ...]:
     return tuple(part.stop for part in layout.group_slices())
 
 
-def partial_blocks(layout: Layout | TransformerLayout) -> int:
+def partial_blocks(layout: AnyLayout) -> int:
     """Blocks of a row, that is the last dimension of `partials (R, groups, blocks)`, float64."""
     return -(-layout.n_params // BLOCK)
 
 
 def adamw_project(params: Tensor, moment1: Tensor, moment2: Tensor, gradient: Tensor, scalars: Tensor, partials: Tensor,
-                  layout: Layout | TransformerLayout, decay_last: bool = False) -> None:
+                  layout: AnyLayout, decay_last: bool = False) -> None:
     """One update in place on the rows `(R, n_params)`; `scalars (R, >= 5 + groups)`. `partials (R, groups, blocks)` float64 is scratch."""
     blocks, ends, row = partial_blocks(layout), group_ends(layout), layout.n_params
     grid = (blocks, params.shape[0])
@@ -156,7 +156,7 @@ def adamw_project(params: Tensor, moment1: Tensor, moment2: Tensor, gradient: Te
     _project_kernel[grid](params, scalars, partials, ends, row, scalars.shape[1], BLOCK, blocks, power_of_two(blocks), num_warps=4)
 
 
-def group_squares(params: Tensor, partials: Tensor, layout: Layout | TransformerLayout) -> None:
+def group_squares(params: Tensor, partials: Tensor, layout: AnyLayout) -> None:
     """Sums of squares of every block and group of `params (R, n_params)` into `partials (R, groups, blocks)`."""
     grid = (partial_blocks(layout), params.shape[0])
     _squares_kernel[grid](params, partials, group_ends(layout), layout.n_params, BLOCK, num_warps=4)

@@ -1,7 +1,7 @@
 """The CPU path: one run after the other by a worker per core, each on one thread.
 
 The MLP's step is `fused_step.cpp`, compiled on first use and called through ctypes, which releases the interpreter lock. Where no compiler
-makes one that agrees with the definition, the definition itself runs. A transformer's is its definition through Inductor.
+makes one that agrees with the definition, the definition itself runs. A transformer's and a dense MLP's are their definitions through Inductor.
 Seen on 2 cores with a floating-point peak of 117 GFLOP/s each, at p=59: 1.8 ms a run-step on one core, 12 ms eagerly; two workers take
 twice the runs in the same time, which two threads inside one operation do not. A run of 1 MB stays in the cache for a whole interval.
 """
@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from . import build
 from .adamw import BETA1, BETA2, EPS, scalar_names
-from .layout import Layout, TransformerLayout
+from .layout import AnyLayout, DenseLayout, Layout
 from .step import evaluate_ref, metric_names, train_step_ref
 
 LOSSES = ("ce", "mse")     # as fused_step.cpp numbers them
@@ -35,7 +35,7 @@ def has_compiler() -> bool:
 class CpuKernels:
     """`steps` and `evaluate` for runs of one shape. `backend` says what came of it: compiled or eager."""
 
-    def __init__(self, layout: Layout | TransformerLayout, n_train: int, loss: str, dtype: torch.dtype, compiled: bool, decay_last: bool = False):
+    def __init__(self, layout: AnyLayout, n_train: int, loss: str, dtype: torch.dtype, compiled: bool, decay_last: bool = False):
         self.backend = "compiled" if compiled else "eager"
         self.step = functools.partial(train_step_ref, layout=layout, loss=loss, decay_last=decay_last)
         self.evaluate = functools.partial(evaluate_ref, layout=layout, loss=loss)
@@ -50,11 +50,14 @@ class CpuKernels:
             keep_freed_memory()
             rows = [torch.zeros(layout.n_params, dtype=dtype) for _ in range(3)]
             a, b = torch.zeros(2, n_train, dtype=torch.int64)
+            if isinstance(layout, DenseLayout):
+                a, b = torch.zeros(layout.examples, layout.n, dtype=dtype), torch.zeros(layout.examples, dtype=torch.int64)
             self.step = compile_for(self.step, *rows, a, b, torch.ones(len(scalar_names(layout.groups)), dtype=dtype))
-            self.evaluate = compile_for(self.evaluate, rows[0], torch.ones(layout.p**2, dtype=dtype), a, b, torch.ones((), dtype=dtype))
+            self.evaluate = compile_for(self.evaluate, rows[0], torch.ones(layout.examples, dtype=dtype), a, b, torch.ones((), dtype=dtype))
 
     def steps(self, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor) -> None:
-        """`k` steps in place on one run's rows `(n_params,)`; `a, b (n,)` its training pairs, `scalars (k, 5 + groups)`."""
+        """`k` steps in place on one run's rows `(n_params,)`; `a, b (n,)` its training pairs, or inputs and labels of all its examples;
+        `scalars (k, 5 + groups)`."""
         for row in scalars:
             self.step(params, moment1, moment2, a, b, row)
 

@@ -1,7 +1,7 @@
 """The CUDA path: an ensemble's state on the device, an interval between two evaluations as one replay of a CUDA graph.
 
-What a step launches is the network's own, `mlp_launches.py` or `transformer_launches.py`. Chunks of runs share one workspace and are walked
-one after the other, so its size is bounded whatever the number of runs; a run's bits do not depend on its chunk. Without CUDA (Triton's
+What a step launches is the network's own, `mlp_launches.py`, `transformer_launches.py` or `dense.py`. Chunks of runs share one workspace and are
+walked one after the other, so its size is bounded whatever the number of runs; a run's bits do not depend on its chunk. Without CUDA (Triton's
 interpreter) the same launches run one by one.
 """
 from types import ModuleType
@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import mlp_launches, transformer_launches
+from . import dense, mlp_launches, transformer_launches
 from .adamw import scalar_names
-from .layout import Layout, TransformerLayout
+from .layout import MOST_INPUTS, AnyLayout, DenseLayout, TransformerLayout
 from .step import metric_names
 
 ARITHMETIC = ("ieee", "tf32x3")
@@ -24,30 +24,32 @@ class State(NamedTuple):
     params: Tensor      # (R, n_params), as are both moments
     moment1: Tensor
     moment2: Tensor
-    slots: Tensor       # (R, slots) int32: the order of the pairs, see pairs.py and mixing.py
-    train: Tensor       # (R, p*p) uint8, 1 on training pairs
+    slots: Tensor       # (R, slots) int32: the order of the pairs, see pairs.py and mixing.py; or examples, see dense.py
+    train: Tensor       # (R, examples) uint8, 1 on those to train on
 
     def runs(self, chosen: slice | Tensor) -> "State":
         return State(*(tensor[chosen] for tensor in self))
 
 
-def launches_of(layout: Layout | TransformerLayout) -> ModuleType:
+def launches_of(layout: AnyLayout) -> ModuleType:
     """The module that knows the network's workspace, the order of its pairs, its step and its evaluation."""
+    if isinstance(layout, DenseLayout):
+        return dense
     return transformer_launches if isinstance(layout, TransformerLayout) else mlp_launches
 
 
-def workspace_bytes_per_run(layout: Layout | TransformerLayout, n_slots: int, dtype: torch.dtype) -> int:
+def workspace_bytes_per_run(layout: AnyLayout, n_slots: int, dtype: torch.dtype) -> int:
     """Bytes of workspace for each run of a chunk."""
     *shapes, squares, partials = launches_of(layout).workspace_shapes(layout, n_slots, dtype.itemsize)
     return dtype.itemsize * sum(torch.Size(shape).numel() for shape in shapes) + 8 * (torch.Size(squares).numel() + torch.Size(partials).numel())
 
 
-def state_bytes_per_run(layout: Layout | TransformerLayout, dtype: torch.dtype) -> int:
+def state_bytes_per_run(layout: AnyLayout, dtype: torch.dtype) -> int:
     """Parameters and both moments."""
     return 3 * layout.n_params * dtype.itemsize
 
 
-def chunk_runs(layout: Layout | TransformerLayout, n_slots: int, dtype: torch.dtype, runs: int) -> int:
+def chunk_runs(layout: AnyLayout, n_slots: int, dtype: torch.dtype, runs: int) -> int:
     """Runs in a chunk: its workspace takes at most half of what parameters and moments take, once that is worth counting, and at most the
     network's `LARGEST_WORKSPACE`. 50,000 runs of p=59 are 53 GB of state beside 0.27 GB of workspace."""
     network = launches_of(layout)
@@ -65,18 +67,19 @@ def aligned_rows(tensor: Tensor) -> Tensor:
 
 
 class CudaKernels:
-    """Trains the runs given by `params, moment1, moment2 (R, n_params)` on the pairs `a, b (R, n)`; `train (R, p*p)` is 1 on them.
+    """Trains the runs given by `params, moment1, moment2 (R, n_params)` on the pairs `a, b (R, n)`; `train (R, p*p)` is 1 on them. Of a dense MLP
+    `a, b` are the inputs `(R, examples, n)` and labels `(R, examples)` of all examples, and `train (R, examples)`.
 
     The three rows are updated in place and stay readable as `.state.params` and so on. Raises ValueError on arguments that do not fit.
     """
 
-    def __init__(self, layout: Layout | TransformerLayout, loss: str, dtype: torch.dtype, arithmetic: str, params: Tensor, moment1: Tensor,
+    def __init__(self, layout: AnyLayout, loss: str, dtype: torch.dtype, arithmetic: str, params: Tensor, moment1: Tensor,
                  moment2: Tensor, a: Tensor, b: Tensor, train: Tensor, decay_last: bool = False):
         _check(layout, loss, dtype, arithmetic, params, moment1, moment2, a, b, train)
-        self.layout, self.loss, self.dtype, self.arithmetic, self.n_train = layout, loss, dtype, arithmetic, a.shape[1]
+        self.layout, self.loss, self.dtype, self.arithmetic, self.n_train = layout, loss, dtype, arithmetic, n_train(layout, a)
         self.device, self.decay_last, self.network = params.device, decay_last, launches_of(layout)
         self.scalars, self.n_metrics = len(scalar_names(layout.groups)), len(metric_names(layout.groups))
-        self.state = State(params, moment1, moment2, self.network.order_of(a, b, layout.p).to(self.device),
+        self.state = State(params, moment1, moment2, self.network.order_of(a, b, layout[0]).to(self.device),
                            aligned_rows(train.to(self.device, torch.uint8)))
         self._allocate()
 
@@ -147,17 +150,25 @@ class CudaKernels:
             for scalars in by_step if trained else ():
                 self.network.step(*part[:4], scalars[chunk], work, self.n_train, self.layout, self.loss, self.arithmetic, self.decay_last)
             if evaluated:
-                self.network.evaluate_all(part.params, part.train, by_step[-1, chunk], work, metrics[chunk], self.n_train, self.layout, self.loss,
+                data = part[3:] if self.network is dense else part[4:]
+                self.network.evaluate_all(part.params, *data, by_step[-1, chunk], work, metrics[chunk], self.n_train, self.layout, self.loss,
                                           self.arithmetic)
 
 
-def _check(layout: Layout | TransformerLayout, loss: str, dtype: torch.dtype, arithmetic: str, params: Tensor, moment1: Tensor, moment2: Tensor,
+def n_train(layout: AnyLayout, a: Tensor) -> int:
+    """Of every run; `a` as `CudaKernels` takes it."""
+    return layout.m if isinstance(layout, DenseLayout) else a.shape[1]
+
+
+def _check(layout: AnyLayout, loss: str, dtype: torch.dtype, arithmetic: str, params: Tensor, moment1: Tensor, moment2: Tensor,
            a: Tensor, b: Tensor, train: Tensor) -> None:
     if layout.classes > MOST_CLASSES:
         raise ValueError(f"p must be at most {layout.p + MOST_CLASSES - layout.classes} on CUDA, got {layout.p}; use the CPU")
-    runs, n = a.shape
+    runs, n = a.shape[:2]
+    if isinstance(layout, DenseLayout) and (layout.n > MOST_INPUTS or a.shape[1:] != (layout.examples, layout.n)):
+        raise ValueError(f"inputs: expected (R, {layout.examples}, at most {MOST_INPUTS}), got {tuple(a.shape)}")
     wanted = {"params": (runs, layout.n_params), "moment1": (runs, layout.n_params), "moment2": (runs, layout.n_params), "b": (runs, n),
-              "train": (runs, layout.p**2)}
+              "train": (runs, layout.examples)}
     for name, tensor in (("params", params), ("moment1", moment1), ("moment2", moment2), ("b", b), ("train", train)):
         if tensor.shape != wanted[name]:
             raise ValueError(f"{name}: expected shape {wanted[name]}, got {tuple(tensor.shape)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from .adamw import group_squares, load_squares, partial_blocks
 from .dialect import BK, divide, power_of_two, square_root, tl, triton
 from .hidden import logits_tile
-from .layout import Layout, TransformerLayout
+from .layout import AnyLayout, Layout, TransformerLayout
 from .loss import audit_rows, loss_rows, softmax_rows
 
 N_PARTIAL = 11
@@ -101,8 +101,8 @@ def _metrics_kernel(partials, squares, metrics, metrics_row, n_train, n_pairs, T
     tl.store(out + 6, tl.sqrt(square))
 
 
-def evaluation_tiles(layout: Layout | TransformerLayout) -> int:
-    return -(-layout.p**2 // (BN_LOGITS if isinstance(layout, TransformerLayout) else BN))
+def evaluation_tiles(layout: AnyLayout) -> int:
+    return -(-layout.examples // (BN_LOGITS if isinstance(layout, TransformerLayout) else BN))
 
 
 def evaluate(params: Tensor, tables: Tensor, train: Tensor, scalars: Tensor, partials: Tensor, squares: Tensor, metrics: Tensor,
@@ -115,7 +115,7 @@ def evaluate(params: Tensor, tables: Tensor, train: Tensor, scalars: Tensor, par
     grid = (evaluation_tiles(layout), params.shape[0])
     _evaluate_kernel[grid](params, tables, train, scalars, partials, train.stride(0), *layout, layout.n_params, power_of_two(layout.p_pad), BK,
                            loss, arithmetic, num_warps=8)
-    _sum_tiles(params, partials, squares, metrics, n_train, layout)
+    sum_tiles(params, partials, squares, metrics, n_train, layout)
 
 
 def evaluate_logits(params: Tensor, logits: Tensor, train: Tensor, scalars: Tensor, partials: Tensor, squares: Tensor, metrics: Tensor,
@@ -124,11 +124,12 @@ def evaluate_logits(params: Tensor, logits: Tensor, train: Tensor, scalars: Tens
     grid = (evaluation_tiles(layout), params.shape[0])
     _evaluate_logits_kernel[grid](logits, train, scalars, partials, logits.stride(0), train.stride(0), layout.p, layout.classes, layout.p_pad,
                                   scalars.shape[1], power_of_two(layout.p_pad), BN_LOGITS, loss, num_warps=8)
-    _sum_tiles(params, partials, squares, metrics, n_train, layout)
+    sum_tiles(params, partials, squares, metrics, n_train, layout)
 
 
-def _sum_tiles(params: Tensor, partials: Tensor, squares: Tensor, metrics: Tensor, n_train: int, layout: Layout | TransformerLayout) -> None:
+def sum_tiles(params: Tensor, partials: Tensor, squares: Tensor, metrics: Tensor, n_train: int, layout: AnyLayout) -> None:
+    """The partial sums of every tile, `partials (R, 11, tiles)`, into `metrics (R, 12 + groups)`."""
     tiles, blocks = evaluation_tiles(layout), partial_blocks(layout)
     group_squares(params, squares, layout)
-    _metrics_kernel[(params.shape[0],)](partials, squares, metrics, metrics.stride(0), n_train, layout.p**2, tiles, power_of_two(tiles), blocks,
+    _metrics_kernel[(params.shape[0],)](partials, squares, metrics, metrics.stride(0), n_train, layout.examples, tiles, power_of_two(tiles), blocks,
                                         power_of_two(blocks), len(layout.groups), num_warps=4)

@@ -2,6 +2,7 @@
 
     MLP           E (p, d) | W1 (2d, H) | W2 (H, p_pad) | b1 (H) | b2 (p_pad)
     transformer   E (p+1, d) | pos (3, d) | Wq Wk Wv Wo (d, d) | Win (d, H) | Wout (H, d) | U (d, p_pad)
+    dense MLP     W1 (n, H) | W2 (H, 2) | b1 (H) | b2 (2)
 
 Weight matrices come first, biases last: decay, norms and the clamp act on the prefix `[:n_weights]`. The columns of W2, b2 and U past
 the classes are zero, receive zero gradient, and so stay zero; they only round the row length up to what a matrix product likes.
@@ -15,6 +16,7 @@ from torch import Tensor
 
 GROUPS = ("E", "W1", "W2")   # of the MLP: norms that are measured, and may be held, one by one
 HEADS = 4
+MOST_INPUTS = 256   # of a dense MLP: a program on a GPU holds whole rows of them and their share of dW1
 
 
 class Layout(NamedTuple):
@@ -29,6 +31,11 @@ class Layout(NamedTuple):
     @property
     def classes(self) -> int:
         return self.p
+
+    @property
+    def examples(self) -> int:
+        """What an evaluation looks at: all pairs."""
+        return self.p**2
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -76,6 +83,10 @@ class TransformerLayout(NamedTuple):
     groups = ("embed", "attn", "mlp", "unembed")
 
     @property
+    def examples(self) -> int:
+        return self.p**2
+
+    @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         p, d, H = self.p, self.d, self.H
         return (p + 1, d), (3, d), (d, d), (d, d), (d, d), (d, d), (d, H), (H, d), (d, self.p_pad)
@@ -111,6 +122,45 @@ class TransformerLayout(NamedTuple):
         return tuple(slice(start, stop) for start, stop in itertools.pairwise(ends))
 
 
+class DenseLayout(NamedTuple):
+    """Shapes of one MLP over inputs of its own, and of its data: of `examples` the first `m` are to train on. Two classes, nothing is padded."""
+    n: int            # inputs
+    H: int
+    m: int
+    examples: int
+
+    groups = ("W1", "W2")
+    classes = p_pad = 2
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.n * self.H, self.H * self.classes, self.H, self.classes
+
+    @property
+    def n_weights(self) -> int:
+        return sum(self.sizes[:2])
+
+    @property
+    def n_params(self) -> int:
+        """Length of a run's row, rounded up to 64 bytes of float32."""
+        return -(-sum(self.sizes) // 16) * 16
+
+    def draws(self) -> tuple[tuple[int, int, float], ...]:
+        """`(rows, columns, divisor)` of the two matrices in the order in which they are drawn: `randn / divisor`."""
+        return (self.n, self.H, math.sqrt(self.n)), (self.H, self.classes, math.sqrt(self.H))
+
+    def views(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(W1, W2, b1, b2)` as views of `row (n_params,)`."""
+        W1, W2, b1, b2 = row[: sum(self.sizes)].split(self.sizes)
+        return W1.view(self.n, self.H), W2.view(self.H, self.classes), b1, b2
+
+    def group_slices(self) -> tuple[slice, slice]:
+        return slice(0, self.sizes[0]), slice(self.sizes[0], self.n_weights)
+
+
+AnyLayout = Layout | TransformerLayout | DenseLayout
+
+
 def padded(columns: int, dtype: torch.dtype) -> int:
     """Row lengths measured fastest on a CPU: 16 columns in float32 (one AVX-512 vector), 4 in float64, where rows of 64
     doubles alias in the cache (p=59: 3.7 ms at 64 columns against 2.7 at 60 for the step's three products)."""
@@ -128,6 +178,8 @@ def transformer_layout(p: int, d: int = 128, H: int = 512, dtype: torch.dtype = 
     return TransformerLayout(p, d, H, padded(classes, dtype), model == "transformer_ln", classes, pos_scale)
 
 
-def model_layout(model: str, p: int, dtype: torch.dtype) -> Layout | TransformerLayout:
-    """The layout of a model at the papers' widths."""
+def model_layout(model: str, p: int, dtype: torch.dtype, m: int = 0, examples: int = 0) -> AnyLayout:
+    """The layout of a model at the papers' widths. `mlp_dense` has `p` inputs, and `examples` of which the first `m` are to train on."""
+    if model == "mlp_dense":
+        return DenseLayout(p, 512, m, examples)
     return mlp_layout(p, dtype=dtype) if model == "mlp" else transformer_layout(p, dtype=dtype, model=model)

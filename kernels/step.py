@@ -5,11 +5,11 @@ And the evaluation, which is the same forward over all p*p pairs. Both are compo
 import torch
 from torch import Tensor
 
-from . import transformer
+from . import dense, transformer
 from .adamw import adamw_project_ref, group_norms_ref
 from .first_layer import tables_backward_ref, tables_ref
 from .hidden import gelu_ref, hidden_backward_ref, hidden_ref
-from .layout import GROUPS, Layout, TransformerLayout
+from .layout import GROUPS, AnyLayout, DenseLayout, TransformerLayout
 from .loss import AUDIT, loss_gradient_ref, loss_ref, softmax_audit_ref, softmax_ref
 
 
@@ -22,10 +22,13 @@ def metric_names(groups: tuple[str, ...]) -> tuple[str, ...]:
 METRICS = metric_names(GROUPS)   # of the MLP
 
 
-def gradient_ref(params: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: Layout | TransformerLayout, loss: str) -> Tensor:
-    """Gradient row `(n_params,)` of the mean loss over the training pairs `a, b (n,)`."""
+def gradient_ref(params: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: AnyLayout, loss: str) -> Tensor:
+    """Gradient row `(n_params,)` of the mean loss over the training pairs `a, b (n,)`; of a dense MLP these are the inputs `(examples, n)` and
+    labels `(examples,)` of all examples."""
     if isinstance(layout, TransformerLayout):
         return transformer.gradient_ref(params, a, b, tau, layout, loss)
+    if isinstance(layout, DenseLayout):
+        return dense.gradient_ref(params, a[: layout.m], b[: layout.m], tau, layout, loss)
     p = layout.p
     E, W1, W2, b1, b2 = layout.views(params)
     U, V = tables_ref(E, W1, b1)                                    # (p, H) each
@@ -39,7 +42,7 @@ def gradient_ref(params: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: Layo
 
 
 def train_step_ref(params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor,
-                   layout: Layout | TransformerLayout, loss: str, decay_last: bool = False) -> None:
+                   layout: AnyLayout, loss: str, decay_last: bool = False) -> None:
     """One step in place on the rows `(n_params,)`; `scalars (5 + groups,)` as `adamw.SCALARS` names them."""
     gradient = gradient_ref(params, a, b, scalars[0], layout, loss)
     new = adamw_project_ref(params, moment1, moment2, gradient, scalars, layout, decay_last)
@@ -47,7 +50,7 @@ def train_step_ref(params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, 
         row.copy_(value)
 
 
-def all_logits_ref(params: Tensor, layout: Layout | TransformerLayout) -> Tensor:
+def all_logits_ref(params: Tensor, layout: AnyLayout) -> Tensor:
     """Logits of all p*p pairs, pair `i` being `(i // p, i % p)`: `(p*p, p_pad)`."""
     if isinstance(layout, TransformerLayout):
         return transformer.all_logits_ref(params, layout)
@@ -57,15 +60,19 @@ def all_logits_ref(params: Tensor, layout: Layout | TransformerLayout) -> Tensor
     return h @ W2 + b2
 
 
-def evaluate_ref(params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: Layout | TransformerLayout, loss: str) -> Tensor:
+def evaluate_ref(params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: AnyLayout, loss: str) -> Tensor:
     """Everything measured at one step, float64, as `metric_names` names it; the last five (`loss.AUDIT`) are over the training pairs.
 
-    `train (p*p,)` is 1 on training pairs. A pair counts as correct when its label's logit exceeds every other one.
+    `train (p*p,)` is 1 on training pairs. A pair counts as correct when its label's logit exceeds every other one. Of a dense MLP these are its
+    own examples, and `a, b` as for the gradient.
     """
-    p, classes = layout.p, layout.classes
-    logits = all_logits_ref(params, layout)                         # (p*p, p_pad)
-    pair = torch.arange(p * p, device=params.device)
-    labels = (pair // p + pair % p) % p
+    classes = layout.classes
+    if isinstance(layout, DenseLayout):
+        logits, labels, learned = dense.logits_ref(params, a, layout)[0], b, slice(layout.m)
+    else:
+        logits, p = all_logits_ref(params, layout), layout.p        # (p*p, p_pad)
+        pair = torch.arange(p * p, device=params.device)
+        labels, learned = (pair // p + pair % p) % p, a * p + b
     column = torch.arange(layout.p_pad, device=params.device)
     is_label = column == labels[:, None]
     at_label = torch.where(is_label, logits, 0).sum(-1)
@@ -83,4 +90,4 @@ def evaluate_ref(params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tenso
         (softmax_ref(logits / tau, classes).amax(-1) > 0.999).double().mean(),
         norms.square().sum().sqrt(), *norms,
     ]
-    return torch.cat([torch.stack(values), softmax_audit_ref(logits[a * p + b], (a + b) % p, tau, classes)])
+    return torch.cat([torch.stack(values), softmax_audit_ref(logits[learned], labels[learned], tau, classes)])

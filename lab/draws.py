@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
-from kernels.layout import Layout, TransformerLayout
+from kernels.layout import AnyLayout, DenseLayout, Layout
 
 BLOCK_THREADS = 256      # threads in a block of a fill
 BIAS_SCALE = 1e-6        # of paper A's starting biases
@@ -29,7 +29,7 @@ def split(p: int, n: int, member: int, seed0: int) -> Tensor:
     return torch.randperm(p * p, generator=generator)[:n].sort().values
 
 
-def cpu_rows(layout: Layout | TransformerLayout, block: int, seed0: int, members: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def cpu_rows(layout: AnyLayout, block: int, seed0: int, members: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Starting parameters `(len(members), n_params)`: the whole block is drawn from one generator, members are kept as they come by.
 
     Member by member gives the bits of `torch.randn(block, ...)`, which fills 16 numbers at a time: a matrix is a multiple of 16 long."""
@@ -169,12 +169,24 @@ def permutations(p: int, block: int, seed: int, card: Card) -> tuple[np.ndarray,
     return np.stack([generator.randperm(p * p) for _ in range(block)]), generator.offset
 
 
-def cuda_rows(layout: Layout | TransformerLayout, block: int, seed: int, members: tuple[int, ...], dtype: torch.dtype, card: Card) -> Tensor:
-    """`initial_rows` on a card: matrices in the same order, and behind each of the MLP's two layers its biases, 1e-6 times a normal number."""
+@functools.lru_cache(8)
+def parity_bits(n: int, m: int, m_test: int, block: int, seed: int, card: Card) -> tuple[np.ndarray, int]:
+    """Inputs of each member of a block, -1 and 1: float32 `(block, m + m_test, n)`, the training examples first; and the offset behind them."""
     generator = CudaGenerator(seed, card)
-    generator.offset = permutations(layout.p, block, seed, card)[1]
+    bits = np.concatenate([generator.randint(2, block, count, n) for count in (m, m_test)], axis=1)
+    return 2 * bits.astype(np.float32) - 1, generator.offset
+
+
+def cuda_rows(layout: AnyLayout, block: int, seed: int, members: tuple[int, ...], dtype: torch.dtype, card: Card) -> Tensor:
+    """`initial_rows` on a card: matrices in the same order, and behind each of an MLP's two layers its biases, 1e-6 times a normal number."""
+    generator = CudaGenerator(seed, card)
+    if isinstance(layout, DenseLayout):
+        generator.offset = parity_bits(layout.n, layout.m, layout.examples - layout.m, block, seed, card)[1]
+    else:
+        generator.offset = permutations(layout.p, block, seed, card)[1]
     rows = torch.zeros(len(members), layout.n_params, dtype=dtype)
-    biases = {1: 3, 2: 4} if isinstance(layout, Layout) else {}             # matrix -> view of the biases drawn after it
+    # matrix -> view of the biases drawn after it
+    biases = {1: 3, 2: 4} if isinstance(layout, Layout) else {0: 2, 1: 3} if isinstance(layout, DenseLayout) else {}
     for matrix, (inputs, outputs, divisor) in enumerate(layout.draws()):
         drawn = [(matrix, generator.randn(block, inputs, outputs) * np.float32(1 / divisor))]
         if matrix in biases:
@@ -183,28 +195,6 @@ def cuda_rows(layout: Layout | TransformerLayout, block: int, seed: int, members
             for row, member in zip(rows, members, strict=True):
                 layout.views(row)[view][..., :outputs].copy_(torch.from_numpy(numbers[member]))
     return rows
-
-
-class Parity(NamedTuple):
-    """A block of paper A's sparse parity: bits as -1 and 1, labels 1 where the product of the first k is positive, and starting weights."""
-    x: np.ndarray            # (S, m, n) float32, training examples
-    y: np.ndarray            # (S, m) int64
-    x_test: np.ndarray       # (S, m_test, n)
-    y_test: np.ndarray       # (S, m_test)
-    W1: np.ndarray           # (S, n, H) float32
-    b1: np.ndarray           # (S, H)
-    W2: np.ndarray           # (S, H, 2)
-    b2: np.ndarray           # (S, 2)
-
-
-def cuda_parity(n: int, k: int, m: int, m_test: int, H: int, block: int, seed: int, card: Card) -> Parity:
-    """The draws of paper A, section 8, in their order."""
-    generator = CudaGenerator(seed, card)
-    x, x_test = (2 * generator.randint(2, block, count, n).astype(np.float32) - 1 for count in (m, m_test))
-    y, y_test = ((bits[..., :k].prod(-1) > 0).astype(np.int64) for bits in (x, x_test))
-    weights = [generator.randn(block, *shape) * np.float32(scale) for *shape, scale in (
-        (n, H, 1 / math.sqrt(n)), (H, BIAS_SCALE), (H, 2, 1 / math.sqrt(H)), (2, BIAS_SCALE))]
-    return Parity(x, y, x_test, y_test, *weights)
 
 
 # ---------------------------------------------------------------- either
@@ -217,7 +207,19 @@ def splits(p: int, n: int, block: int, seed0: int, members: tuple[int, ...], car
     return torch.from_numpy(np.sort(orders[list(members), :n], axis=1))
 
 
-def initial_rows(layout: Layout | TransformerLayout, block: int, seed0: int, members: tuple[int, ...], dtype: torch.dtype,
+def parity_examples(n: int, k: int, m: int, m_test: int, block: int, seed0: int, members: tuple[int, ...],
+                    card: Card | None = None) -> tuple[Tensor, Tensor]:
+    """Inputs `(len(members), m + m_test, n)`, -1 and 1, and labels of each member, training examples first: 1 where the product of the first `k`
+    bits is positive, else 0 (arXiv 2606.13753, section 8). A member's generator on a CPU is that of a split."""
+    if card is None:
+        draw = lambda member: torch.randint(2, (m + m_test, n), generator=torch.Generator().manual_seed(1000 + seed0 + member))  # noqa: E731
+        x = 2 * torch.stack([draw(member) for member in members]).float() - 1
+    else:
+        x = torch.from_numpy(parity_bits(n, m, m_test, block, seed0, card)[0][list(members)])
+    return x, (x[..., :k].prod(-1) > 0).long()
+
+
+def initial_rows(layout: AnyLayout, block: int, seed0: int, members: tuple[int, ...], dtype: torch.dtype,
                  card: Card | None = None) -> Tensor:
     """Starting parameters `(len(members), n_params)`, as if the whole block were drawn; float64 rows are the float32 draws, cast."""
     return cpu_rows(layout, block, seed0, members, dtype) if card is None else cuda_rows(layout, block, seed0, members, dtype, card)

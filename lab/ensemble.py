@@ -17,12 +17,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import EVAL_EVERY, LOG_EVERY, T_GROK_ACCURACY, T_MEM_ACCURACY, Cell, Result, Trajectories, UsageError, geometric_grid, module
+from common import (
+    EVAL_EVERY,
+    LOG_EVERY,
+    N_TEST,
+    T_GROK_ACCURACY,
+    T_MEM_ACCURACY,
+    Cell,
+    Result,
+    Trajectories,
+    UsageError,
+    geometric_grid,
+    module,
+    parity_sizes,
+)
 from kernels import cpu
 from kernels.adamw import BETA1, BETA2, group_norms_ref
-from kernels.layout import Layout, TransformerLayout, model_layout
+from kernels.layout import AnyLayout, DenseLayout, model_layout
 from kernels.step import metric_names
-from lab.draws import initial_rows, splits
+from lab.draws import initial_rows, parity_examples, splits
 from lab.stats import nearest_log, without_nan
 
 SAVE_SHARE = 0.01      # of the time may go into checkpoints
@@ -31,7 +44,7 @@ CROSSINGS = (("train_accuracy", T_MEM_ACCURACY), ("test_accuracy", 0.80), ("test
 MEM, CROSS_80, GROK, CROSS_95 = range(4)
 FOURIER = ("fourier_top5", "fourier_gini")
 COLLAPSE = ("collapse32", "collapse64")
-CELL_COLUMNS = ("networks", "model", "loss", "p", "train_frac", "block", "seed0", "arm", "group", "rho", "tau", "gamma", "lr", "weight_decay",
+CELL_COLUMNS = ("networks", "model", "task", "loss", "p", "train_frac", "block", "seed0", "arm", "group", "rho", "tau", "gamma", "lr", "weight_decay",
                 "clamp_start", "clamp_stop", "w_c", "budget_steps")
 
 
@@ -44,6 +57,25 @@ def fourier_structure(E: Tensor) -> tuple[float, float]:
     rank = torch.arange(1, m + 1, dtype=torch.float64)
     gini = float(((2 * rank - m - 1) * power).sum() / (m * power.sum()))
     return float(power[-5:].sum() / power.sum()), gini
+
+
+def layout_of(cell: Cell, dtype: torch.dtype) -> AnyLayout:
+    if cell.model == "mlp_dense":
+        n, _, m = parity_sizes(cell.task)
+        return model_layout(cell.model, n, dtype, m, m + N_TEST)
+    return model_layout(cell.model, cell.p, dtype)
+
+
+def data_of(cells: list[Cell], layout: AnyLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every run its training pairs `a, b (R, n)` and a mask `(R, p*p)` that is 1 on them; of a dense MLP inputs `(R, examples, n)` and labels
+    `(R, examples)` of all its examples, and the mask of those to train on."""
+    if isinstance(layout, DenseLayout):
+        drawn = [parity_examples(*parity_sizes(c.task), N_TEST, c.block, c.seed0, c.members, c.card) for c in cells]
+        x, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        return x.to(dtype), labels, (torch.arange(layout.examples) < layout.m).to(dtype).repeat(len(x), 1)
+    p = cells[0].p
+    indices = torch.cat([splits(p, c.n_train, c.block, c.seed0, c.members, c.card) for c in cells])   # (R, n)
+    return indices // p, indices % p, torch.zeros(len(indices), p**2, dtype=dtype).scatter_(1, indices, 1)
 
 
 @dataclass
@@ -68,7 +100,7 @@ class State:
         ends = np.cumsum([0, *(len(cell.members) for cell in cells)])
         return self if len(chosen) == len(cells) else self.pick([r for i in chosen for r in range(ends[i], ends[i + 1])])
 
-    def norms(self, layout: Layout | TransformerLayout) -> list[float]:
+    def norms(self, layout: AnyLayout) -> list[float]:
         """Total norm of every row's weight matrices, summed in float64."""
         return [float(group_norms_ref(row, layout).square().sum().sqrt()) for row in self.params]
 
@@ -82,7 +114,7 @@ class State:
     def fork(self, cells: list[Cell]) -> "State":
         """A copy of all rows, one per member, for each of `cells`: weights scaled at once to the cell's held norm, if it has one.
         Biases, moments and step stay as they are (arXiv 2606.18465, same-state comparison)."""
-        layout = model_layout(cells[0].model, cells[0].p, self.params.dtype)
+        layout = layout_of(cells[0], self.params.dtype)
         copy = self.pick([*range(len(self.params))] * len(cells))
         targets = [held[0] for cell in cells for held in (cell.held or ((0.0,),) * len(cell.members))]
         for row, norm, target in zip(copy.params, copy.norms(layout), targets, strict=True):
@@ -108,7 +140,7 @@ class Ensemble:
 
     def __init__(self, cells: list[Cell], device: str, backend: str, dtype: torch.dtype, arithmetic: str, start: State | None = None):
         self.cells, first = cells, cells[0]
-        self.layout = model_layout(first.model, first.p, dtype)
+        self.layout = layout_of(first, dtype)
         self.metrics = metric_names(self.layout.groups)
         self.reported = ("norm", "logit_scale", *(f"norm_{group}" for group in self.layout.groups), "saturated", "collapse32", "collapse64")
         self.collapse_columns = [1 + self.metrics.index(name) for name in COLLAPSE]     # of `last` and `before`
@@ -130,9 +162,7 @@ class Ensemble:
         self.every, self.grids = over_runs("eval_every"), [None if cell.eval_every else geometric_grid(cell.budget_steps) for cell in cells]
         stop = np.minimum(over_runs("budget_steps"), [cells[c].stop_step or NEVER for c in self.cell_of])
         self.end = np.where(self.every > 0, stop // np.maximum(self.every, 1) * self.every, stop)
-        indices = torch.cat([splits(cell.p, cell.n_train, cell.block, cell.seed0, cell.members, cell.card) for cell in cells])   # (R, n)
-        self.a, self.b = indices // first.p, indices % first.p
-        self.train_mask = torch.zeros(len(runs), first.p**2, dtype=dtype).scatter_(1, indices, 1)
+        self.a, self.b, self.train_mask = data_of(cells, self.layout, dtype)
         if start:
             self.state = start
         else:
@@ -250,8 +280,9 @@ class Ensemble:
                     last = max(last, nearest_log(self.crossed[mine, GROK]))
                 self.retire[mine] = np.minimum(last + self.cells[c].after_grok, self.end[mine])
         for i in np.flatnonzero(self.logged(runs, step)):
-            E = self.layout.views(self.state.params[runs[i]])[0][: self.layout.p]
-            self.log.extend([runs[i], step[i], *metrics[i].tolist(), *fourier_structure(E)])
+            structure = (math.nan, math.nan) if isinstance(self.layout, DenseLayout) else fourier_structure(
+                self.layout.views(self.state.params[runs[i]])[0][: self.layout.p])
+            self.log.extend([runs[i], step[i], *metrics[i].tolist(), *structure])
 
     def log_table(self) -> np.ndarray:
         """A copy of the log `(rows, 2 + metrics)`: while somebody looks into an array it cannot grow."""
@@ -490,7 +521,8 @@ class Ensemble:
             at_grok = dict(zip(self.metrics, self.at_grok[r].tolist(), strict=True)) if t_grok is not None else {}
             held = [h or None for h in self.held[r].tolist()]
             out.runs.append({
-                **{name: getattr(cell, name) for name in CELL_COLUMNS}, "cell": cell.name, "member": int(self.member[r]), "n_train": self.n,
+                **{name: getattr(cell, name) for name in CELL_COLUMNS}, "p": cell.p or None, "train_frac": cell.train_frac or None,
+                "cell": cell.name, "member": int(self.member[r]), "n_train": self.n,
                 "dtype": str(self.dtype).removeprefix("torch."),
                 **dict(zip(("held_norm", *(f"held_{group}" for group in self.layout.groups)), held, strict=True)),
                 "t_mem_step": t_mem, "t_80_step": t_80, "t_grok_step": t_grok, "t_95_step": t_95,

@@ -46,6 +46,12 @@ def test_train_gives_rows_in_the_order_of_the_cells_and_every_shape() -> None:
     (lambda: Cell(members=()), "members must be numbers of the block"),
     (lambda: Cell(members=(-1,)), "members must be numbers of the block"),
     (lambda: Cell(loss="hinge"), "got loss hinge"),
+    (lambda: Cell(task="parity n30 k3 m1000"), "sparse parity is the task of model mlp_dense"),
+    (lambda: Cell(model="mlp_dense"), "task of an mlp_dense must be such as 'parity n30 k3 m1000', got 'add'"),
+    (lambda: Cell(model="mlp_dense", task="parity n30 k0 m1000"), "1 <= k <= n <= 256, and 2 to 100000 training examples; got k 0, n 30, m 1000"),
+    (lambda: Cell(model="mlp_dense", task="parity n3 k4 m1000"), "got k 4, n 3"),
+    (lambda: Cell(model="mlp_dense", task="parity n1000 k3 m1000"), "got k 3, n 1000"),
+    (lambda: Cell(model="mlp_dense", task="parity n30 k3 m1"), "got k 3, n 30, m 1"),
     (lambda: Cell(p=1), "p at least 2"),
     (lambda: Cell(tau=0.0), "tau above 0"),
     (lambda: Cell(tau=math.nan), "tau above 0"),
@@ -74,6 +80,7 @@ def test_a_cell_is_named_by_its_conditions_exactly() -> None:
     assert Cell(p=59, members=range(4), lr=4e-3).name == "free_p59_b4_lr0.004"
     assert Cell(rho=1.15, w_c=54.49, tau=1.3).name == "clamp_p59_b1_rho1.15_wc54.49_tau1.3"
     assert Cell(rho=1.154, w_c=54.49).name != Cell(rho=1.15, w_c=54.49).name and "rho1.154_" in Cell(rho=1.154, w_c=54.49).name
+    assert Cell(model="mlp_dense", task="parity n30 k3 m600", rho=1.3, w_c=20.0).name == "clamp_parity_n30_k3_m600_b1_rho1.30_wc20"
     for change in ({"p": 61}, {"block": 8}, {"loss": "mse"}, {"model": "transformer_ln"}, {"seed0": 7}, {"train_frac": 0.3}, {"tau": 1.0000001},
                    {"gamma": 0.3}, {"lr": 0.00100001}, {"weight_decay": 0.5}, {"dtype": "float64"}):
         assert Cell(**change).name != Cell().name, change

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import Mlp, n_train
+from common import Mlp, ParityMlp, n_train
 from kernels.adamw import SCALARS, adamw_project_ref, group_norms_ref
-from kernels.layout import Layout, mlp_layout
+from kernels.layout import DenseLayout, Layout, mlp_layout
 from kernels.loss import AUDIT, loss_gradient_ref, loss_ref, softmax_audit_ref
 from kernels.step import METRICS, evaluate_ref, gradient_ref, train_step_ref
 from lab.draws import initial_rows, split
@@ -44,6 +44,31 @@ def test_gradient_is_autograds(p: int, tau: float, loss: str) -> None:
     for mine, parameter in zip(layout.views(ours), model.parameters(), strict=True):
         theirs = parameter.grad
         assert (mine[..., : theirs.shape[-1]] - theirs).norm() <= 1e-12 * theirs.norm()
+
+
+@pytest.mark.parametrize("loss, tau", [("ce", 1.0), ("ce", 0.3), ("mse", 3.0)])
+def test_gradient_of_the_dense_mlp_is_autograds(loss: str, tau: float) -> None:
+    """Of the first m examples alone. 0 and 1 in place of -1 and 1, and a number between, are inputs as well."""
+    layout, generator = DenseLayout(n=7, H=48, m=20, examples=33), torch.Generator().manual_seed(3)
+    row = torch.randn(layout.n_params, generator=generator, dtype=torch.float64)
+    x = torch.randint(2, (33, 7), generator=generator).double()
+    x[0, 0] = 0.3
+    labels = torch.randint(2, (33,), generator=generator)
+    model = ParityMlp(7, 48).double()
+    for parameter, values in zip(model.parameters(), layout.views(row), strict=True):
+        parameter.data = values.clone()
+    plain_loss(model(x[:20]), labels[:20], tau, loss).backward()
+    ours = gradient_ref(row, x, labels, torch.tensor(tau, dtype=torch.float64), layout, loss)
+    assert not ours[sum(layout.sizes):].any()
+    for mine, parameter in zip(layout.views(ours), model.parameters(), strict=True):
+        assert (mine - parameter.grad).norm() <= 1e-12 * parameter.grad.norm()
+    train = (torch.arange(33) < 20).double()
+    got = evaluate_ref(row, train, x, labels, torch.tensor(tau, dtype=torch.float64), layout, loss)
+    z = model(x).detach()
+    right = (z.argmax(1) == labels).double()
+    assert got[:2].tolist() == [right[:20].mean(), right[20:].mean()] and len(got) == len(METRICS) - 1
+    assert got[2:5].tolist() == pytest.approx([float(plain_loss(z[:20], labels[:20], tau, loss)), float(plain_loss(z[20:], labels[20:], tau, loss)),
+                                               float((z / tau).norm(dim=1).mean())], rel=1e-12)
 
 
 def test_padding_gets_no_gradient() -> None:

@@ -13,7 +13,7 @@ import torch
 import exp_replay
 from common import Cell
 from kernels.layout import model_layout
-from lab.draws import Card, CudaGenerator, cuda_parity, initial_rows, key_bits, normal_pair, paper_a_seed, philox, splits
+from lab.draws import Card, CudaGenerator, initial_rows, key_bits, normal_pair, paper_a_seed, parity_examples, philox, splits
 from lab.ensemble import T_GROK_ACCURACY, T_MEM_ACCURACY, Ensemble
 
 RELEASED = Path(os.environ.get("RELEASED", Path(__file__).parents[2] / "shared" / "released"))
@@ -153,13 +153,26 @@ def test_starts_of_paper_a(experiment: str, model: str, condition: dict, block: 
 
 def test_sparse_parity_of_paper_a() -> None:
     """n = 20, k = 3, m = 1000, free: released norms and accuracies at step 0 of the first and the last member."""
-    drawn = cuda_parity(20, 3, 1000, 2000, 512, 16, paper_a_seed("parity", n=20, k=3, m=1000, weight_decay=1.0, lr=1e-3), Card())
-    for member, norm, train, test in ((0, 22.808506, 0.514, 0.494), (15, 22.657606, 0.507, 0.503)):
-        x, y, x_test, y_test, W1, b1, W2, b2 = (torch.from_numpy(array[member]) for array in drawn)
+    seed = paper_a_seed("parity", n=20, k=3, m=1000, weight_decay=1.0, lr=1e-3)
+    x, labels = parity_examples(20, 3, 1000, 2000, 16, seed, (0, 15), Card())
+    layout = model_layout("mlp_dense", 20, torch.float32, 1000, 3000)
+    rows = initial_rows(layout, 16, seed, (0, 15), torch.float32, Card())
+    for run, (norm, train, test) in enumerate(((22.808506, 0.514, 0.494), (22.657606, 0.507, 0.503))):
+        W1, W2, b1, b2 = layout.views(rows[run])
         assert float((W1.double().square().sum() + W2.double().square().sum()).sqrt()) == pytest.approx(norm, rel=3e-7)
-        for inputs, labels, accuracy in ((x, y, train), (x_test, y_test, test)):
-            logits = torch.nn.functional.gelu(inputs @ W1 + b1) @ W2 + b2
-            assert float((logits.argmax(-1) == labels).double().mean()) == pytest.approx(accuracy, abs=1e-9)
+        assert 0 < float(b1.abs().max()) < 1e-5 and 0 < float(b2.abs().max()) < 1e-5
+        right = (torch.nn.functional.gelu(x[run] @ W1 + b1) @ W2 + b2).argmax(-1) == labels[run]
+        assert [float(part.double().mean()) for part in (right[:1000], right[1000:])] == pytest.approx([train, test], abs=1e-9)
+
+
+def test_examples_of_parity_belong_to_a_member() -> None:
+    """Drawn anew for every member, whatever the block; a label is the sign of the product of the first k bits and of no other."""
+    x, labels = parity_examples(7, 2, 30, 20, 4, 5, (0, 3))
+    alone, _ = parity_examples(7, 2, 30, 20, 9, 5, (3,))
+    assert x.shape == (2, 50, 7) and torch.equal(x[1], alone[0]) and not torch.equal(x[0], x[1]) and set(x.flatten().tolist()) == {-1.0, 1.0}
+    assert torch.equal(labels, (x[..., 0] == x[..., 1]).long()) and labels.shape == (2, 50)
+    of_block, _ = parity_examples(7, 2, 30, 20, 4, 5, (0, 1, 2, 3), Card())
+    assert torch.equal(parity_examples(7, 2, 30, 20, 4, 5, (3, 1), Card())[0], of_block[[3, 1]])
 
 
 def test_members_are_those_of_the_whole_block_of_a_card() -> None:
