@@ -6,9 +6,11 @@
 //                       dW2' += dz' h,  dx = (dz W2') gelu'(x),  dU[a] += dx,  dV[b] += dx
 //     dE = dU W1[:d]' + dV W1[d:]',  dW1 = [E' dU; E' dV],  then AdamW and the projection on the flat row
 //
-// Order of summation: every product adds over its inner index in ascending order, one fused multiply-add after the other, in registers; sums
-// over pairs are those of the tiles, in ascending order. Nothing depends on addresses, on the thread or on how many steps
-// a call takes. Vectors are the compiler's own extension, as wide as its target has them: AVX-512, AVX2, SSE2 and NEON from one source.
+// Order of summation. A product adds over its inner index in ascending order, one fused multiply-add after the other, in a register. Over pairs:
+// dU and dV take one after the other; dW2 and db2 are sums of the tiles, each from 0, in ascending order. Sums along a row of logits (a softmax's
+// total, a column left over as a dot product) and norms are a sum for each lane of a vector, joined by halves. So bits depend on the width of
+// vectors, but not on addresses, on the thread or on how many steps a call takes. Vectors are the compiler's own extension, as wide as its target
+// has them: AVX-512, AVX2, SSE2 and NEON from one source.
 //
 // Given at compile time: REAL (float or double), ROWS = p, D = d and HIDDEN = H (multiples of 16), CLASSES, P_PAD (stored logit columns).
 #include <cmath>
@@ -213,17 +215,23 @@ INLINE void block(int row, int column, int inner, const Real* A, int a_row, int 
     }
 }
 
-// `rows` x `VECTORS` vectors from `column` on, in panels of nearly equal width: a panel of B stays in the L1 cache for all rows.
-// `LAST` is what `rows` leaves of blocks of six.
+// Rows of a panel: `columns` of B that stay in the L1 cache for all rows. `LAST` is what `rows` leaves of blocks of six.
+template <int LAST, int V, class Start, class Finish>
+INLINE void panel(int rows, int column, int inner, const Real* A, int a_row, int a_inner, const Real* B, int b_row, Start start, Finish finish) {
+    int row = 0;
+    for (; row + BLOCK_ROWS <= rows; row += BLOCK_ROWS) block<BLOCK_ROWS, V>(row, column, inner, A, a_row, a_inner, B, b_row, start, finish);
+    if constexpr (LAST > 0) block<LAST, V>(row, column, inner, A, a_row, a_inner, B, b_row, start, finish);
+}
+
+// `rows` x `VECTORS` vectors, in panels of nearly equal width, the narrower ones first.
 template <int LAST, int VECTORS, class Start, class Finish>
-INLINE void product(int rows, int inner, const Real* A, int a_row, int a_inner, const Real* B, int b_row, Start start, Finish finish, int column = 0) {
-    if constexpr (VECTORS > 0) {
-        constexpr int V = VECTORS / ((VECTORS + MOST_COLUMNS - 1) / MOST_COLUMNS);
-        int row = 0;
-        for (; row + BLOCK_ROWS <= rows; row += BLOCK_ROWS) block<BLOCK_ROWS, V>(row, column, inner, A, a_row, a_inner, B, b_row, start, finish);
-        if constexpr (LAST > 0) block<LAST, V>(row, column, inner, A, a_row, a_inner, B, b_row, start, finish);
-        product<LAST, VECTORS - V>(rows, inner, A, a_row, a_inner, B, b_row, start, finish, column + V * L);
-    }
+INLINE void product(int rows, int inner, const Real* A, int a_row, int a_inner, const Real* B, int b_row, Start start, Finish finish) {
+    constexpr int PANELS = VECTORS > 0 ? (VECTORS + MOST_COLUMNS - 1) / MOST_COLUMNS : 1, V = VECTORS / PANELS, WIDER = VECTORS % PANELS;
+    int column = 0;
+    if constexpr (V > 0)
+        for (; column < (PANELS - WIDER) * V * L; column += V * L) panel<LAST, V>(rows, column, inner, A, a_row, a_inner, B, b_row, start, finish);
+    if constexpr (WIDER > 0)
+        for (; column < VECTORS * L; column += (V + 1) * L) panel<LAST, V + 1>(rows, column, inner, A, a_row, a_inner, B, b_row, start, finish);
 }
 
 // What a product starts from and where it goes.
@@ -299,14 +307,19 @@ void logits(int rows, Scratch& s) {
 
 // -- loss
 
-// Exponentials of `scaled (ZC)`, shifted by its maximum, which comes back with their sum.
-template <class T> INLINE void softmax_row(const T* scaled, T* exponentials, T& top, T& total) {
-    Vec<T> most = load(scaled), sums = {};
+template <class T> INLINE T largest_of(const T* row) {            // (ZC)
+    Vec<T> most = load(row);
     for (int c = LANES<T>; c < ZC; c += LANES<T>) {
-        Vec<T> x = load(scaled + c);
+        Vec<T> x = load(row + c);
         most = x > most ? x : most;
     }
-    top = largest<T>(most);
+    return largest<T>(most);
+}
+
+// Exponentials of `scaled (ZC)`, shifted by its maximum, which comes back with their sum.
+template <class T> INLINE void softmax_row(const T* scaled, T* exponentials, T& top, T& total) {
+    top = largest_of(scaled);
+    Vec<T> sums = {};
     for (int c = 0; c < ZC; c += LANES<T>) {
         Vec<T> e = exp_shifted<T>(load(scaled + c) - top);
         store(exponentials + c, e);
@@ -437,43 +450,28 @@ void project(Real* params, const Real* targets) {
 
 // -- evaluation
 
-template <class T> INLINE T largest_of(const T* from) {
-    Vec<T> most = load(from);
-    for (int c = LANES<T>; c < ZC; c += LANES<T>) {
-        Vec<T> x = load(from + c);
-        most = x > most ? x : most;
-    }
-    return largest<T>(most);
-}
-
-// Exponentials of z / tau in T, whatever the run's own type is.
-template <class T> INLINE void softmax_as(const Real* z, Real tau, T* exponentials, T& total) {
-    T scaled[ZC], top;
-    for (int c = 0; c < ZC; ++c) scaled[c] = T(z[c]) / T(tau);
-    softmax_row<T>(scaled, exponentials, top, total);
-}
-
 enum Metric { TRAIN_ACCURACY, TEST_ACCURACY, TRAIN_LOSS, TEST_LOSS, LOGIT_SCALE, SATURATED, NORM, NORM_GROUPS,
               COLLAPSE32 = NORM_GROUPS + GROUPS, COLLAPSE64, SUM_EXP_IS_ONE, ZERO_GRADIENT_ROWS, MAX_GRADIENT_DIFFERENCE };
 
-// `softmax_audit_ref` of one training pair, added to `out`.
-void audit(const Real* z, int label, Real tau, double* out) {
-    float exp32[ZC], total32, gradient32[ZC];
-    double exp64[ZC], total64, difference[ZC];
-    softmax_as<float>(z, tau, exp32, total32);
-    softmax_as<double>(z, tau, exp64, total64);
+// `softmax_audit_ref` of one training pair, added to `out`, from the exponentials `(ZC)` of its logits in both types and their sums.
+INLINE void audit(int label, const float* exp32, float total32, const double* exp64, double total64, double* out) {
+    float gradient32[ZC];
+    double difference[ZC];
     const double inverse64 = 1 / total64;
     for (int c = 0; c < ZC; ++c) gradient32[c] = exp32[c] / total32;
     out[COLLAPSE32] += gradient32[label] >= 1;
     out[COLLAPSE64] += exp64[label] / total64 >= 1;
     out[SUM_EXP_IS_ONE] += total32 == 1;
     gradient32[label] -= 1;
-    exp64[label] -= total64;
     for (int c = 0; c < ZC; ++c) difference[c] = std::fabs(gradient32[c] - exp64[c] * inverse64);
+    difference[label] = std::fabs(gradient32[label] - (exp64[label] - total64) * inverse64);
     for (int c = 0; c < ZC; ++c) gradient32[c] = std::fabs(gradient32[c]);
     out[ZERO_GRADIENT_ROWS] += largest_of(gradient32) == 0;
     const double most = largest_of(difference);
     if (most > out[MAX_GRADIENT_DIFFERENCE]) out[MAX_GRADIENT_DIFFERENCE] = most;
+}
+INLINE void audit(int label, const double* exp64, double total64, const float* exp32, float total32, double* out) {
+    audit(label, exp32, total32, exp64, total64, out);
 }
 
 // The metrics of one pair, added to `out`; its logits are `z (ZC)`.
@@ -496,7 +494,12 @@ void measure(const Real* z, int label, bool train, Real tau, int loss, double* o
     out[train ? TRAIN_LOSS : TEST_LOSS] += loss == CROSS_ENTROPY ? cross_entropy : double(sum<Real>(residuals));
     out[LOGIT_SCALE] += std::sqrt(sum<Real>(squares));
     out[SATURATED] += 1 / total > Real(0.999);
-    if (train) audit(z, label, tau, out);
+    if (!train) return;
+    using Other = std::conditional_t<std::is_same_v<Real, float>, double, float>;
+    Other others[ZC], other_top, other_total;
+    for (int c = 0; c < ZC; ++c) others[c] = Other(z[c]) / Other(tau);
+    softmax_row<Other>(others, others, other_top, other_total);
+    audit(label, exponentials, total, others, other_total, out);
 }
 
 }  // namespace
