@@ -1,6 +1,6 @@
 """Compiles a C++ source of this folder for one set of constants, tries it, keeps it, loads it.
 
-Objects are keyed by source, constants, compiler with its version, flags and the model of the CPU, because `-march=native` binds them to
+Objects are keyed by source and headers, constants, compiler with its version, flags and the model of the CPU, because `-march=native` binds them to
 one. They lie in `$XDG_CACHE_HOME/grokking-lab` or `~/.cache/grokking-lab`; where that cannot be written or loaded from, in a folder of
 this process. A new object is written under a name of its own, tried, and only then moved to its place: two processes may race, and one
 that fails leaves nothing behind.
@@ -103,9 +103,10 @@ def load(source: Path, constants: dict[str, object], trial: Callable[[ctypes.CDL
     """The library of `source` compiled with `constants` as macros. A new one is tried first: `verdict(trial(library))` says in a few words what
     is wrong with it, or nothing. Raises BuildError."""
     trouble = "no C++ compiler on the PATH"
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
     for compiler in compilers():
         command = [compiler, *FLAGS, *(f"-D{name}={value}" for name, value in constants.items())]
-        key = hashlib.sha256("\0".join([*command, version(compiler), cpu_model(), source.read_text()]).encode()).hexdigest()[:32]
+        key = hashlib.sha256("\0".join([*command, version(compiler), cpu_model(), *texts]).encode()).hexdigest()[:32]
         for folder in folders():
             kept = folder / f"{source.stem}-{key}.so"
             try:

@@ -1,7 +1,8 @@
 """The CPU path: one run after the other by a worker per core, each on one thread.
 
-The MLP's step is `fused_step.cpp`, compiled on first use and called through ctypes, which releases the interpreter lock. Where no compiler
-makes one that agrees with the definition, the definition itself runs. A transformer's and a dense MLP's are their definitions through Inductor.
+The MLP's step is `fused_step.cpp`, the dense MLP's `dense_step.cpp`, compiled on first use and called through ctypes, which releases the
+interpreter lock. Where no compiler makes one that agrees with the definition, the definition itself runs. A transformer's is its definition
+through Inductor.
 Seen on 2 cores with a floating-point peak of 117 GFLOP/s each, at p=59: 1.8 ms a run-step on one core, 12 ms eagerly; two workers take
 twice the runs in the same time, which two threads inside one operation do not. A run of 1 MB stays in the cache for a whole interval.
 """
@@ -39,9 +40,9 @@ class CpuKernels:
         self.backend = "compiled" if compiled else "eager"
         self.step = functools.partial(train_step_ref, layout=layout, loss=loss, decay_last=decay_last)
         self.evaluate = functools.partial(evaluate_ref, layout=layout, loss=loss)
-        if compiled and isinstance(layout, Layout):
+        if compiled and isinstance(layout, Layout | DenseLayout):
             try:
-                fused = FusedStep(fused_library(layout, dtype), layout, loss, dtype, decay_last)
+                fused = step_of(layout)(fused_library(layout, dtype), layout, loss, dtype, decay_last)
                 self.steps, self.evaluate = fused.steps, fused.evaluate
             except build.BuildError as error:
                 self.backend = "eager"
@@ -50,8 +51,6 @@ class CpuKernels:
             keep_freed_memory()
             rows = [torch.zeros(layout.n_params, dtype=dtype) for _ in range(3)]
             a, b = torch.zeros(2, n_train, dtype=torch.int64)
-            if isinstance(layout, DenseLayout):
-                a, b = torch.zeros(layout.examples, layout.n, dtype=dtype), torch.zeros(layout.examples, dtype=torch.int64)
             self.step = compile_for(self.step, *rows, a, b, torch.ones(len(scalar_names(layout.groups)), dtype=dtype))
             self.evaluate = compile_for(self.evaluate, rows[0], torch.ones(layout.examples, dtype=dtype), a, b, torch.ones((), dtype=dtype))
 
@@ -84,6 +83,31 @@ class FusedStep:
         return out
 
 
+class DenseStep:
+    """`dense_step.cpp` for one shape, type, loss and order of decay."""
+
+    def __init__(self, library: ctypes.CDLL, layout: DenseLayout, loss: str, dtype: torch.dtype, decay_last: bool = False):
+        self.library, self.layout, self.dtype = library, layout, dtype
+        self.loss, self.decay_last = loss, int(decay_last)
+
+    def steps(self, params: Tensor, moment1: Tensor, moment2: Tensor, x: Tensor, labels: Tensor, scalars: Tensor) -> None:
+        """As `CpuKernels.steps`."""
+        assert x.dtype == scalars.dtype == params.dtype == moment1.dtype == moment2.dtype == self.dtype
+        self.library.steps(*map(address, (params, moment1, moment2, x, labels)), self.layout.m, address(scalars), len(scalars),
+                           LOSSES.index(self.loss), self.decay_last, BETA1, BETA2, EPS)
+
+    def evaluate(self, params: Tensor, train: Tensor, x: Tensor, labels: Tensor, tau: Tensor) -> Tensor:
+        """As `evaluate_ref`, of logits from here."""
+        assert x.dtype == params.dtype == self.dtype
+        logits = torch.empty(len(x), self.layout.classes, dtype=self.dtype)
+        self.library.logits(address(params), address(x), len(x), address(logits))
+        return evaluate_ref(params, train, x, labels, tau, self.layout, self.loss, logits=logits)
+
+
+def step_of(layout: Layout | DenseLayout) -> type:
+    return DenseStep if isinstance(layout, DenseLayout) else FusedStep
+
+
 def pair_labels(p: int) -> Tensor:
     """The label of every pair, `(p*p,)` int64."""
     pair = torch.arange(p * p)
@@ -97,47 +121,62 @@ def address(tensor: Tensor) -> int:
 
 
 @functools.cache
-def fused_library(layout: Layout, dtype: torch.dtype) -> ctypes.CDLL:
-    """The compiled `fused_step.cpp`. Raises build.BuildError."""
+def fused_library(layout: Layout | DenseLayout, dtype: torch.dtype) -> ctypes.CDLL:
+    """The compiled `fused_step.cpp` or `dense_step.cpp`. Raises build.BuildError."""
     real, ctype = ("float", ctypes.c_float) if dtype == torch.float32 else ("double", ctypes.c_double)
-    constants = {"REAL": real, "ROWS": layout.p, "D": layout.d, "HIDDEN": layout.H, "CLASSES": layout.classes, "P_PAD": layout.p_pad}
-    start, train = trial_problem(layout, dtype)
+    dense = isinstance(layout, DenseLayout)
+    if dense:
+        constants = {"REAL": real, "INPUTS": layout.n, "HIDDEN": layout.H}
+    else:
+        constants = {"REAL": real, "ROWS": layout.p, "D": layout.d, "HIDDEN": layout.H, "CLASSES": layout.classes, "P_PAD": layout.p_pad}
+    problem = trial_problem(layout, dtype)
     with single_thread():
-        library = build.load(Path(__file__).with_name("fused_step.cpp"), constants,
-                             lambda library: trial(declare(library, ctype), layout, start, train), lambda found: verdict(found, layout, start, train))
-    return declare(library, ctype)
+        library = build.load(Path(__file__).with_name("dense_step.cpp" if dense else "fused_step.cpp"), constants,
+                             lambda library: trial(declare(library, ctype, dense), layout, *problem), lambda found: verdict(found, layout, *problem))
+    return declare(library, ctype, dense)
 
 
-def declare(library: ctypes.CDLL, real: type) -> ctypes.CDLL:
+def declare(library: ctypes.CDLL, real: type, dense: bool) -> ctypes.CDLL:
     """The arguments of its functions: addresses, sizes, and the run's own type for `tau`."""
     at, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    if dense:
+        library.steps.argtypes = [at] * 5 + [size, at, size, ctypes.c_int, ctypes.c_int, number, number, number]
+        library.logits.argtypes = [at, at, size, at]
+        library.steps.restype = library.logits.restype = None
+        return library
     library.steps.argtypes = [at] * 5 + [size, at, at, size, ctypes.c_int, ctypes.c_int, number, number, number]
     library.evaluate.argtypes = [at, at, at, real, ctypes.c_int, at]
     library.steps.restype = library.evaluate.restype = None
     return library
 
 
-def trial_problem(layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A start `(n_params,)` of small weights, and a mask `(p*p,)` of about 100 training pairs."""
+def trial_problem(layout: Layout | DenseLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A start `(n_params,)` of small weights, a mask of those to train on, about 100 of all pairs or the first of all examples, and `a, b` as
+    `CpuKernels.steps` takes them."""
     generator = torch.Generator().manual_seed(0)
     row = 0.1 * torch.randn(layout.n_params, generator=generator, dtype=dtype)
+    if isinstance(layout, DenseLayout):
+        row[sum(layout.sizes):] = 0
+        x = torch.randn(layout.examples, layout.n, generator=generator, dtype=dtype)
+        return row, (torch.arange(layout.examples) < layout.m).to(dtype), x, (x[:, 0] > 0).long()
     _, _, W2, _, b2 = layout.views(row)
     W2[:, layout.classes:], b2[layout.classes:], row[sum(layout.sizes):] = 0, 0, 0
     train = torch.zeros(layout.p**2, dtype=dtype)
     train[:: -(-layout.p**2 // 100)] = 1
-    return row, train
+    pairs = train.nonzero()[:, 0]
+    return row, train, pairs // layout.p, pairs % layout.p
 
 
-def trial(library: ctypes.CDLL | None, layout: Layout, start: Tensor, train: Tensor) -> list[Tensor]:
+def trial(library: ctypes.CDLL | None, layout: Layout | DenseLayout, start: Tensor, train: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
     """Rows and metrics after two steps of either loss and either order of decay: by `library`, or by the definition in float64."""
-    out, pairs = [], train.nonzero()[:, 0]
-    a, b = pairs // layout.p, pairs % layout.p
-    dtype = start.dtype if library else torch.float64
+    out, dtype = [], start.dtype if library else torch.float64
+    a = a.to(dtype) if a.is_floating_point() else a
     scalars = torch.tensor([[1.25, 0.999, 0.01, 0.0316, 9.0, 0.0, 5.0, 0.0], [1.25, 0.999, 0.005, 0.0447, 0.0, 0.0, 0.0, 0.0]], dtype=dtype)
+    scalars = scalars[:, : 5 + len(layout.groups)].contiguous()
     for loss, decay_last in (("ce", False), ("mse", True)):
         rows = [row.to(dtype, copy=True) for row in (start, torch.zeros_like(start), torch.zeros_like(start))]
         if library:
-            fused = FusedStep(library, layout, loss, dtype, decay_last)
+            fused = step_of(layout)(library, layout, loss, dtype, decay_last)
             fused.steps(*rows, a, b, scalars)
             metrics = fused.evaluate(rows[0], train, a, b, scalars[-1, 0])
         else:
@@ -148,12 +187,12 @@ def trial(library: ctypes.CDLL | None, layout: Layout, start: Tensor, train: Ten
     return out
 
 
-def verdict(found: list[Tensor], layout: Layout, start: Tensor, train: Tensor) -> str:
+def verdict(found: list[Tensor], layout: Layout | DenseLayout, *problem: Tensor) -> str:
     """Whether `found` is what the definition gives, to far more than rounding and far less than any mistake; a few words if not.
 
     Adam's first steps divide by |g|: single elements may differ by as much as the learning rate, a whole row does not."""
-    tolerance = 1e-3 if start.dtype == torch.float32 else 1e-9
-    exact = trial(None, layout, start, train)
+    tolerance = 1e-3 if problem[0].dtype == torch.float32 else 1e-9
+    exact = trial(None, layout, *problem)
     wrong = [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)]
     return "" if max(wrong) < tolerance else f"its code is wrong (relative error {max(wrong):.1g})"
 

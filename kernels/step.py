@@ -60,15 +60,16 @@ def all_logits_ref(params: Tensor, layout: AnyLayout) -> Tensor:
     return h @ W2 + b2
 
 
-def evaluate_ref(params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: AnyLayout, loss: str) -> Tensor:
+def evaluate_ref(params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: AnyLayout, loss: str, *,
+                 logits: Tensor | None = None) -> Tensor:
     """Everything measured at one step, float64, as `metric_names` names it; the last five (`loss.AUDIT`) are over the training pairs.
 
     `train (p*p,)` is 1 on training pairs. A pair counts as correct when its label's logit exceeds every other one. Of a dense MLP these are its
-    own examples, and `a, b` as for the gradient.
+    own examples, and `a, b` as for the gradient; its `logits (examples, 2)`, if they are known.
     """
     classes = layout.classes
     if isinstance(layout, DenseLayout):
-        logits, labels, learned = dense.logits_ref(params, a, layout)[0], b, slice(layout.m)
+        logits, labels, learned = dense.logits_ref(params, a, layout)[0] if logits is None else logits, b, slice(layout.m)
     else:
         logits, p = all_logits_ref(params, layout), layout.p        # (p*p, p_pad)
         pair = torch.arange(p * p, device=params.device)

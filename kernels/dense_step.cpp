@@ -1,0 +1,174 @@
+// The training step of a dense MLP with two classes, and its logits, on one core. The definitions are `gradient_ref` of dense.py and
+// `adamw_project_ref`; `cpu.py` compiles this file once per shape and element type, tries it against them, and calls it.
+//
+//     a tile of examples:  h = gelu(x W1 + b1),  z = h W2 + b2,  dz            (TILE, H); they live in the L2 cache
+//                          dW2' += dz' h,  dx = (dz W2') gelu',  db1 += dx,  dW1 += x' dx
+//
+// Order of summation: a product adds over its inner index in ascending order, in registers; sums over examples are those of the tiles, in
+// ascending order; a logit is a sum for each lane of a vector, joined by halves. Nothing depends on addresses, on the thread or on how many steps
+// a call takes.
+//
+// Given at compile time: REAL (float or double), INPUTS = n, HIDDEN = H (a multiple of 16).
+#include "vectors.h"
+
+namespace {
+
+using Real = REAL;
+constexpr int L = LANES<Real>, N = INPUTS, H = HIDDEN, C = 2, TILE = 48;   // TILE: examples in a tile, a multiple of a register block and of a vector
+constexpr int W2_AT = N * H, B1_AT = W2_AT + H * C, B2_AT = B1_AT + H, SIZE = B2_AT + C;
+constexpr int GROUPS = 2, ENDS[] = {0, W2_AT, B1_AT};                      // of the groups of weight matrices in the row
+constexpr int HS = H + L;                                                  // row length in scratch: no power of two
+constexpr int V = H / L % MOST_COLUMNS == 0 ? MOST_COLUMNS : H / L % 2 == 0 ? 2 : 1;   // vectors in a row of a register block
+enum { TAU, DECAY, STEP_SIZE, BIAS2_SQRT, TARGETS, SCALARS = TARGETS + 1 + GROUPS };
+enum Loss { CROSS_ENTROPY, MSE };
+static_assert(H % 16 == 0, "whole vectors of every width");
+
+#include "adamw.h"
+
+struct Scratch {
+    Real x[TILE * N], h[TILE * HS], dx[TILE * HS];                          // of a tile; gelu' becomes dx
+    Real z[C][TILE];                                                       // becomes dz
+    Real W2_transposed[C][H], dW2_transposed[C][H];
+    Real gradient[SIZE + 16];
+};
+alignas(64) thread_local Scratch scratch;
+
+// `sums` += A B over `inner`: a block of `R` rows and V vectors, A read element by element, B row by row.
+template <int R> INLINE void add_product(int inner, const Real* A, int a_row, int a_inner, const Real* B, int b_row, Vec<Real> (&sums)[R][V]) {
+    for (int k = 0; k < inner; ++k, A += a_inner, B += b_row) {
+        Vec<Real> right[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) right[v] = load(B + v * L);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) sums[r][v] += A[r * a_row] * right[v];
+    }
+}
+
+// h, gelu' if it is wanted, and z of a tile: of `rows` examples at `x (rows, N)`.
+template <bool DERIVATIVE> void forward(const Real* params, const Real* x, int rows, Scratch& s) {
+    std::memcpy(s.x, x, rows * N * sizeof(Real));
+    std::memset(s.x + rows * N, 0, (TILE - rows) * N * sizeof(Real));
+    for (int column = 0; column < H; column += V * L)                      // a panel of W1 stays in the L1 cache for all rows
+        for (int row = 0; row < rows; row += BLOCK_ROWS) {
+            Vec<Real> sums[BLOCK_ROWS][V];
+#pragma GCC unroll 8
+            for (int r = 0; r < BLOCK_ROWS; ++r)
+#pragma GCC unroll 8
+                for (int v = 0; v < V; ++v) sums[r][v] = load(params + B1_AT + column + v * L);
+            add_product<BLOCK_ROWS>(N, s.x + row * N, N, 1, params + column, H, sums);
+#pragma GCC unroll 8
+            for (int r = 0; r < BLOCK_ROWS; ++r) {
+                Vec<Real> line[V], h[V], slope[V];
+                for (int v = 0; v < V; ++v) line[v] = sums[r][v];
+                gelu<Real, DERIVATIVE>(line, h, slope);
+                for (int v = 0; v < V; ++v) store(s.h + (row + r) * HS + column + v * L, h[v]);
+                if (DERIVATIVE)
+                    for (int v = 0; v < V; ++v) store(s.dx + (row + r) * HS + column + v * L, slope[v]);
+            }
+        }
+    for (int row = 0; row < rows; ++row)
+        for (int c = 0; c < C; ++c) {
+            Vec<Real> sums = {};
+            for (int unit = 0; unit < H; unit += L) sums += load(s.h + row * HS + unit) * load(s.W2_transposed[c] + unit);
+            s.z[c][row] = sum<Real>(sums) + params[B2_AT + c];
+        }
+}
+
+void prepare(const Real* params, Scratch& s) {
+    for (int c = 0; c < C; ++c)
+        for (int unit = 0; unit < H; ++unit) s.W2_transposed[c][unit] = params[W2_AT + unit * C + c];
+}
+
+// z -> dz, the gradient of the mean loss over `m` examples; 0 past the `rows` of a tile. Its column sums are added to db2.
+void loss_gradient(const int64_t* labels, int rows, Real tau, int64_t m, int loss, Scratch& s, Real* db2) {
+    const Real inverse = 1 / tau, mean = 1 / (tau * Real(m));
+    Real live[TILE] = {}, second[TILE] = {};
+    for (int row = 0; row < rows; ++row) live[row] = 1, second[row] = labels[row] == 1;
+    for (int row = rows; row < TILE; ++row) s.z[0][row] = s.z[1][row] = 0;
+    Vec<Real> sums[C] = {};
+    for (int row = 0; row < TILE; row += L) {
+        Vec<Real> p0 = load(s.z[0] + row) * inverse, p1 = load(s.z[1] + row) * inverse;
+        const Vec<Real> on = load(live + row), one = load(second + row);
+        if (loss == CROSS_ENTROPY) {
+            const Vec<Real> top = p0 > p1 ? p0 : p1;
+            p0 = exp_shifted<Real>(p0 - top), p1 = exp_shifted<Real>(p1 - top);
+            const Vec<Real> total = p0 + p1;
+            p0 /= total, p1 /= total;
+        }
+        const Vec<Real> factor = on * (loss == CROSS_ENTROPY ? mean : 2 * mean);
+        p0 = (p0 - (Real(1) - one)) * factor, p1 = (p1 - one) * factor;    // only now: p - 1 is a few units in the last place of 1
+        store(s.z[0] + row, p0), store(s.z[1] + row, p1);
+        sums[0] += p0, sums[1] += p1;
+    }
+    for (int c = 0; c < C; ++c) db2[c] += sum<Real>(sums[c]);
+}
+
+// Of inputs `input` .. `input + R` the rows of dW1, to which a tile's are added.
+template <int R> void first_layer(int input, int rows, Scratch& s) {
+    for (int column = 0; column < H; column += V * L) {
+        Vec<Real> sums[R][V] = {};
+        add_product<R>(rows, s.x + input, 1, N, s.dx + column, HS, sums);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) {
+                Real* at = s.gradient + (input + r) * H + column + v * L;
+                store(at, load(at) + sums[r][v]);
+            }
+    }
+}
+
+void gradient(const Real* params, const Real* x, const int64_t* labels, int64_t m, Real tau, int loss, Scratch& s) {
+    prepare(params, s);
+    std::memset(s.gradient, 0, sizeof s.gradient);
+    std::memset(s.dW2_transposed, 0, sizeof s.dW2_transposed);
+    Real* db1 = s.gradient + B1_AT;
+    for (int64_t first = 0; first < m; first += TILE) {
+        const int rows = m - first < TILE ? m - first : TILE;
+        forward<true>(params, x + first * N, rows, s);
+        loss_gradient(labels + first, rows, tau, m, loss, s, s.gradient + B2_AT);
+        for (int unit = 0; unit < H; unit += L) {
+            const Vec<Real> w0 = load(s.W2_transposed[0] + unit), w1 = load(s.W2_transposed[1] + unit);
+            Vec<Real> dw0 = {}, dw1 = {}, db = {};
+            for (int row = 0; row < rows; ++row) {
+                const Real dz0 = s.z[0][row], dz1 = s.z[1][row];
+                const Vec<Real> h = load(s.h + row * HS + unit), dx = (dz0 * w0 + dz1 * w1) * load(s.dx + row * HS + unit);
+                dw0 += dz0 * h, dw1 += dz1 * h, db += dx;
+                store(s.dx + row * HS + unit, dx);
+            }
+            store(s.dW2_transposed[0] + unit, load(s.dW2_transposed[0] + unit) + dw0);
+            store(s.dW2_transposed[1] + unit, load(s.dW2_transposed[1] + unit) + dw1);
+            store(db1 + unit, load(db1 + unit) + db);
+        }
+        int input = 0;
+        for (; input + BLOCK_ROWS <= N; input += BLOCK_ROWS) first_layer<BLOCK_ROWS>(input, rows, s);
+        if constexpr (N % BLOCK_ROWS > 0) first_layer<N % BLOCK_ROWS>(input, rows, s);
+    }
+    for (int unit = 0; unit < H; ++unit)
+        for (int c = 0; c < C; ++c) s.gradient[W2_AT + unit * C + c] = s.dW2_transposed[c][unit];
+}
+
+}  // namespace
+
+// `k` steps in place on one run's rows. `x (m, N)`, `labels (m)`: its training examples; `scalars (k, SCALARS)` as `adamw.scalar_names` has them.
+extern "C" void steps(Real* params, Real* moment1, Real* moment2, const Real* x, const int64_t* labels, int64_t m, const Real* scalars, int64_t k,
+                      int loss, int decay_last, double beta1, double beta2, double eps) {
+    for (; k > 0; --k, scalars += SCALARS) {
+        gradient(params, x, labels, m, scalars[TAU], loss, scratch);
+        update(params, moment1, moment2, scratch.gradient, scalars, beta1, beta2, eps, decay_last);
+        project(params, scalars + TARGETS);
+    }
+}
+
+// Logits `z (count, C)` of the examples `x (count, N)`.
+extern "C" void logits(const Real* params, const Real* x, int64_t count, Real* z) {
+    prepare(params, scratch);
+    for (int64_t first = 0; first < count; first += TILE) {
+        const int rows = count - first < TILE ? count - first : TILE;
+        forward<false>(params, x + first * N, rows, scratch);
+        for (int row = 0; row < rows; ++row)
+            for (int c = 0; c < C; ++c) z[(first + row) * C + c] = scratch.z[c][row];
+    }
+}
