@@ -40,7 +40,7 @@ PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")
 class Config(settings.Config):
     model: str = settings.option("mlp", "", "fixed")
     seeds: int = settings.option(16, "block size of the other parts: members drawn from one generator; member 3 of 12 is not member 3 of 8",
-                                 parts=("dense", "matrix", "oneshot"))
+                                 parts=("dense", "matrix", "oneshot"), fresh=True)
     rhos: tuple[float, ...] = settings.option((), "held norms over W_c; default: each part's own", float, ("dense", "matrix", "moduli", "oneshot"))
     lrs: tuple[float, ...] = settings.option((1e-3, 2e-3, 4e-3, 8e-3), "learning rates of the matrix; the first is everybody else's",
                                              all_of=("matrix",))
@@ -48,11 +48,12 @@ class Config(settings.Config):
                                                      ("concentration",))
     weight_decays: tuple[float, ...] = settings.option((), "weight decays of the concentration part; default .3 1 3", float, ("concentration",))
     moduli: tuple[int, ...] = settings.option((31, 41, 53, 59, 71), "moduli of the moduli part; --p replaces them", parts=("moduli",))
-    moduli_seeds: int = settings.option(12, "block size of the moduli part", parts=("moduli",))
+    moduli_seeds: int = settings.option(12, "block size of the moduli part", parts=("moduli",), fresh=True)
     free_moduli: tuple[int, ...] = settings.option((29, 41, 59, 79, 97), "moduli of the concentration part; --p replaces them",
                                                    parts=("concentration",))
-    free_seeds: int = settings.option(20, "block size of the concentration part", parts=("concentration",))
-    budget: int = settings.option(200_000, "largest step at which a run that has not grokked is censored; cells with a smaller one keep it")
+    free_seeds: int = settings.option(20, "block size of the concentration part", parts=("concentration",), fresh=True)
+    budget: int = settings.option(200_000, "largest step at which a run that has not grokked is censored; cells with a smaller one keep it",
+                                 fresh=True)
 
 
 PRESETS = {
@@ -165,12 +166,16 @@ def held_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
 
 def own_cells(config: Config, given: dict) -> list[Cell]:
     """The paper's own networks: those of its cells that the flags leave."""
-    rows = [row for part in config.parts for row in published("A.").values() if row["experiment"] == RELEASED[part]]
-    top = next(row for row in published("A.").values() if row["id"] == "A.dense.rho1.25")
-    rows += [{**top, "rho": 1.30, "statistic": "", "value": None}] if "dense" in config.parts else []     # behind A.saturation.p59 alone
-    only = {column: given[flag] for column, flag in (("p", "p"), ("p", "moduli"), ("rho", "rhos"), ("lr", "lrs"), ("wd", "weight_decays"),
-                                                      ("train_frac", "train_fracs")) if flag in given}
-    return own.cells(rows, given.get("members", ()), **only)
+    cells = []
+    for part in config.parts:
+        rows = [row for row in published("A.").values() if row["experiment"] == RELEASED[part]]
+        if part == "dense":                                  # the paper prints nothing of rho 1.30 but its share in A.saturation.p59
+            rows.append({**published("A.dense.rho1.25")["A.dense.rho1.25"], "rho": 1.30, "statistic": "", "value": None})
+        only = {column: given.get(flag, ()) for column, flag in (("rho", "rhos"), ("lr", "lrs"), ("wd", "weight_decays"),
+                                                                 ("train_frac", "train_fracs"))}
+        moduli = {"moduli": "moduli", "concentration": "free_moduli"}.get(part, "p")
+        cells += own.cells(rows, given.get("members", ()), p=given.get(moduli, given.get("p", ())), **only)
+    return cells
 
 
 # ---------------------------------------------------------------- what is measured
@@ -348,9 +353,7 @@ def run(argv: list[str]) -> None:
     desk.open()
     result = desk.train("published", theirs, deal=True) + desk.train("control", controls)
     w_c = stats.critical_norms(result.runs)
-    for cell in controls:
-        print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}" if cell.name in w_c else
-              f"{cell.name}: no member grokked within {cell.budget_steps} steps: no W_c, so the cells held relative to it are not run")
+    console.say_norms(controls, w_c)
     result += desk.train("cells", [*others, *held_cells(config, w_c)], deal=True)
     publish(desk, result)
     desk.finish()

@@ -50,20 +50,23 @@ BUDGET = {"free": 60_000, "base": 40_000, "mediation": 120_000, "mse": 120_000, 
 @dataclass(frozen=True)
 class Config(settings.Config):
     p: tuple[int, ...] = settings.option((59, 97), "moduli; of the audit the first one only; with --parts dose see --moduli")
-    seeds: int = settings.option(12, "block size of mediation, mse, grid and allocation", parts=("mediation", "mse", "grid", "allocation"))
+    seeds: int = settings.option(12, "block size of mediation, mse, grid and allocation", parts=("mediation", "mse", "grid", "allocation"),
+                                 fresh=True)
     parts: tuple[str, ...] = settings.option((), f"parts to run: {' '.join(PARTS)}")
     rhos: tuple[float, ...] = settings.option((), "held norms over W_c of grid and dose; mediation and mse raise to the largest", float, PARTS[:4])
     taus: tuple[float, ...] = settings.option((), "temperatures at the raised norm, and of the grid; 1 is always among them", float, PARTS[:3])
     gammas: tuple[float, ...] = settings.option((-0.6, -0.3, 0.0, 0.3, 0.6), "power moved from embedding to unembedding", parts=("allocation",))
-    weight_decays: tuple[float, ...] = settings.option((0.5, 1.0, 2.0, 3.0, 4.0), "weight decays of the free runs of the dose part", parts=("dose",))
+    weight_decays: tuple[float, ...] = settings.option((0.5, 1.0, 2.0, 3.0, 4.0), "weight decays of the free runs of the dose part", parts=("dose",),
+                                                     fresh=True)
     lr: float = settings.option(1e-3, "learning rate; published numbers are answered at 1e-3 only")
     moduli: tuple[int, ...] = settings.option((43, 59, 67, 97, 113), "moduli of the dose part; --p replaces them", parts=("dose",))
-    dose_seeds: int = settings.option(0, "block size of the dose part; 0 = the paper's, 16 at p=59 and 97, else 8", parts=("dose",))
+    dose_seeds: int = settings.option(0, "block size of the dose part; 0 = the paper's, 16 at p=59 and 97, else 8", parts=("dose",), fresh=True)
     audit_cells: tuple[str, ...] = settings.option(("1.15", "1.20", "1.25"), "cells of the audit, each RHO or RHO:TAU", parts=("audit",))
     audit_dtypes: tuple[str, ...] = settings.option(("float32", "float64"), "precisions that the audit trains in", parts=("audit",))
-    audit_seeds: int = settings.option(8, "block size of the audit", parts=("audit",))
-    w_c: float = settings.option(0.0, "hold multiples of this norm and train no control; 0 = the control's")
-    budget: int = settings.option(120_000, "largest step at which a run that has not grokked is censored; parts with a smaller one keep it")
+    audit_seeds: int = settings.option(8, "block size of the audit", parts=("audit",), fresh=True)
+    w_c: float = settings.option(0.0, "hold multiples of this norm and train no control; 0 = the control's", fresh=True)
+    budget: int = settings.option(120_000, "largest step at which a run that has not grokked is censored; parts with a smaller one keep it",
+                                 fresh=True)
 
     def tables(self) -> list[tuple[str, int, str, int]]:
         """`(part, p, loss, block)` of every table that the command makes."""

@@ -50,7 +50,7 @@ class Config(settings.Config):
     model: str = settings.option("transformer", "transformer, transformer_ln (with LayerNorm) or transformer_b (as in paper B's released runs, "
                                  "of the part temperature if left out)")
     seeds: int = settings.option(16, "block size of dense and groups: members drawn from one generator; member 3 of 12 is not member 3 of 8",
-                                 parts=("dense", "groups"))
+                                 parts=("dense", "groups"), fresh=True)
     rhos: tuple[float, ...] = settings.option((), "held norms over W_c; default: each part's own; temperature raises to the largest", float,
                                               ("dense", "groups", "temperature"))
     lrs: tuple[float, ...] = settings.option((5e-4,), "learning rates of the concentration part, the first everybody's; default: the model's own, "
@@ -59,14 +59,15 @@ class Config(settings.Config):
                                                      ("concentration",))
     free_moduli: tuple[int, ...] = settings.option((29, 41, 59, 79, 97), "moduli of the concentration part; --p replaces them",
                                                    parts=("concentration",))
-    free_seeds: int = settings.option(20, "block size of the concentration part", parts=("concentration",))
+    free_seeds: int = settings.option(20, "block size of the concentration part", parts=("concentration",), fresh=True)
     group_moduli: tuple[int, ...] = settings.option((71,), "moduli of the groups part; --p replaces them", parts=("groups",))
     taus: tuple[float, ...] = settings.option((), "temperatures at the raised norm, 1 always among them; default 1 1.15 1.3 1.5 1.7", float,
                                               ("temperature",))
-    temperature_seeds: int = settings.option(12, "block size of the temperature part", parts=("temperature",))
+    temperature_seeds: int = settings.option(12, "block size of the temperature part", parts=("temperature",), fresh=True)
     w_c: float = settings.option(0.0, "hold multiples of this total norm and train no control (paper B's: 32.49242, from the end of its free "
-                                 "runs); 0 = the control's", parts=("dense", "temperature"))
-    budget: int = settings.option(200_000, "largest step at which a run that has not grokked is censored; cells with a smaller one keep it")
+                                 "runs); 0 = the control's", parts=("dense", "temperature"), fresh=True)
+    budget: int = settings.option(200_000, "largest step at which a run that has not grokked is censored; cells with a smaller one keep it",
+                                 fresh=True)
 
 
 PRESETS = {
@@ -377,21 +378,18 @@ def run(argv: list[str]) -> None:
     if config.figures_only:
         return desk.redraw(lambda: publish(desk, None))
     theirs = own_cells(config, given) if "published" in config.networks else []
-    config = config if "fresh" in config.networks else dataclasses.replace(config, parts=())
-    norms = {control.name: dict.fromkeys(("", *GROUPS), config.w_c or 30.0) for control in control_cells(config)}   # 30: for a dry run's list only
-    controls, others = [] if config.w_c else control_cells(config), other_free_cells(config)
-    console.announce(config, own.some([*theirs, *controls, *others, *held_cells(config, norms)]), given)
+    fresh = config if "fresh" in config.networks else dataclasses.replace(config, parts=())
+    norms = {control.name: dict.fromkeys(("", *GROUPS), config.w_c or 30.0) for control in control_cells(fresh)}   # 30: for a dry run's list only
+    controls, others = [] if config.w_c else control_cells(fresh), other_free_cells(fresh)
+    console.announce(config, own.some([*theirs, *controls, *others, *held_cells(fresh, norms)]), given)
     if config.dry_run:
         return None
     desk.open()
     result, ours = desk.train("published", theirs, deal=True), desk.train("control", controls)
     if controls:
         norms = critical_norms(ours.runs)
-    for control in controls:
-        print(f"{control.name}: norms at own T_grok " + ", ".join(f"{group or 'total'} {norm:.2f}" for group, norm in norms[control.name].items())
-              if control.name in norms else
-              f"{control.name}: no member grokked within {control.budget_steps} steps: no W_c, so the cells held relative to it are not run")
-    result += ours + desk.train("cells", [*others, *held_cells(config, norms)], deal=True)
+    console.say_norms(controls, norms)
+    result += ours + desk.train("cells", [*others, *held_cells(fresh, norms)], deal=True)
     publish(desk, result)
     desk.finish()
     return None

@@ -203,6 +203,8 @@ class Table:
 
     def say(self, label: str, ours: tuple[float, float, float], n: int, censored: int, key: str = "") -> None:
         """A sentence of the command's last lines: an estimate with its interval, beside the published number `key` where it answers one."""
+        if math.isnan(ours[0]):
+            return
         interval = f" [{stats.short(ours[1])}, {stats.short(ours[2])}]" if all(map(math.isfinite, ours[1:])) else ""
         claim = self.claims.get(key)
         paper = f", paper {stats.short(claim['published'])}: {claim['verdict']}" if claim else ""

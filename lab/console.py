@@ -89,11 +89,16 @@ def announce(config: settings.Machine, cells: list[Cell], given: dict) -> None:
           f"about {duration(seconds)} of training", flush=True)
 
 
-def say_norms(controls: list[Cell], w_c: dict[str, float]) -> None:
-    """The critical norm of each free cell, or that it has none."""
+def say_norms(controls: list[Cell], w_c: dict[str, float | dict[str, float]]) -> None:
+    """The critical norm of each free cell, or its norms by group of weights (the total under ""), or that it has none."""
     for cell in controls:
-        print(f"{cell.name}: W_c = {w_c[cell.name]:.2f}" if cell.name in w_c else
-              f"{cell.name}: no member grokked within {cell.budget_steps} steps: no W_c, so the cells held relative to it are not run")
+        norms = w_c.get(cell.name)
+        if norms is None:
+            print(f"{cell.name}: no member grokked within {cell.budget_steps} steps: no W_c, so the cells held relative to it are not run")
+        elif isinstance(norms, float):
+            print(f"{cell.name}: W_c = {norms:.2f}")
+        else:
+            print(f"{cell.name}: W_c = {norms['']:.2f}; by group " + ", ".join(f"{group} {norm:.2f}" for group, norm in norms.items() if group))
 
 
 def duration(seconds: float) -> str:

@@ -14,11 +14,12 @@ from kernels.cuda import MOST_CLASSES
 from kernels.layout import model_layout
 
 
-def option(default: object, text: str, kind: type = str, parts: tuple[str, ...] = (), all_of: tuple[str, ...] = ()) -> object:
+def option(default: object, text: str, kind: type = str, parts: tuple[str, ...] = (), all_of: tuple[str, ...] = (), fresh: bool = False) -> object:
     """A setting that the command line offers, with its help text; `kind` of the values where the default is an empty tuple. One of kind
     "fixed" is not offered: an experiment that is about one model has no --model.
-    `parts`: the only parts of the experiment that read it; `all_of`: the only ones that read more than its first value."""
-    return field(default=default, metadata={"help": text, "kind": kind, "parts": parts, "all_of": all_of})
+    `parts`: the only parts of the experiment that read it; `all_of`: the only ones that read more than its first value; `fresh`: only fresh
+    networks read it, the papers' own have a value of theirs."""
+    return field(default=default, metadata={"help": text, "kind": kind, "parts": parts, "all_of": all_of, "fresh": fresh})
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ class Config(Machine):
     p: tuple[int, ...] = option((59,), "moduli; any p >= 2 works, the papers use primes")
     networks: tuple[str, ...] = option(("fresh",), "fresh: networks of our own; published: the paper's own, by its draws, held norms and protocol, "
                                        "whole blocks unless --members are given; or both")
-    seeds: int = option(16, "block size: members drawn from one generator; member 3 of 12 is not member 3 of 8")
-    seed0: int = option(1000, "first seed of fresh networks: weights use seed0, the split of member s uses 1000 + seed0 + s")
+    seeds: int = option(16, "block size: members drawn from one generator; member 3 of 12 is not member 3 of 8", fresh=True)
+    seed0: int = option(1000, "first seed of fresh networks: weights use seed0, the split of member s uses 1000 + seed0 + s", fresh=True)
     parts: tuple[str, ...] = option((), "parts of the experiment to run")
     model: str = option("mlp", "mlp, transformer, transformer_ln (with LayerNorm) or transformer_b (as in paper B's released runs); "
                         "learning rates default to the model's")
-    after_grok: int = option(0, "steps to train a cell on past its last member's grokking")
+    after_grok: int = option(0, "steps to train a cell on past its last member's grokking", fresh=True)
 
     def offered(self) -> tuple[str, ...]:
         """The parts that the model has; none named: all."""
@@ -63,26 +64,50 @@ LARGEST = {"rhos": 100, "rho": 100, "taus": 1e6, "weight_decays": 1e6, "w_c": 1e
 SMALLEST = {"rhos": 1e-3, "rho": 1e-3, "taus": 1e-6, "w_c": 1e-6, "lrs": 1e-20, "lr": 1e-20}   # of what must be above 0: less is 0 in float32
 
 
+HOW = ("device", "backend", "dtype", "arithmetic")                      # groups of --help; every other flag says what to train
+WHERE = ("out", "resume", "dry_run", "figures_only")
+ENDINGS = """exit codes: 0 done, 2 an error said in one line, 130 after Ctrl-C, 143 SIGTERM, 138 SIGUSR1, 129 a hangup, 141 nobody reads stdout.
+Of several processes, started by torchrun, Slurm or MPI, each trains its share of the cells; the last one to finish merges the shards. The share
+of a process that died is trained by the same command with its RANK and WORLD_SIZE."""
+
+
 class Parser(argparse.ArgumentParser):
+    """A command line of one experiment. Its --help begins with the commands of the docstring `text`; then what they are about, then the flags."""
+
+    def __init__(self, text: str):
+        commands = [line for line in text.splitlines() if line.startswith("    python ")]
+        about = [line for line in text.splitlines() if line not in commands]
+        super().__init__(usage=argparse.SUPPRESS, description="\n".join([*commands, "", *about]).rstrip(), epilog=ENDINGS, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
     def error(self, message: str) -> None:
         raise UsageError(message)
 
 
-def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: list[str]) -> tuple[Machine, dict]:
-    """Settings of `cls` from preset and flags, checked, and the flags that were given. Raises UsageError."""
-    parser = Parser(description=sys.modules[cls.__module__].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for f in dataclasses.fields(cls):
-        flag = "--" + f.name.replace("_", "-")
-        if f.metadata["kind"] == "fixed":
-            continue
+def add_flags(parser: Parser, cls: type) -> None:
+    """The settings of `cls` as flags in three groups: what to train, its own before those that all experiments have, how, and where."""
+    titles = {"what": "what to train", "how": "how to compute", "where": "where to write, and what to do there"}
+    groups = {key: parser.add_argument_group(title) for key, title in titles.items()}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata["kind"] != "fixed"}
+    own = [name for name in cls.__annotations__ if name in fields]
+    for f in [fields[name] for name in dict.fromkeys([*own, *fields])]:
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        group = groups["how" if f.name in HOW else "where" if f.name in WHERE else "what"]
         if f.metadata["kind"] == "positional":
-            parser.add_argument(f.name, help=f.metadata["help"])
+            group.add_argument(f.name, help=text)
         elif f.type in (bool, "bool"):
-            parser.add_argument(flag, action="store_true", default=None, help=f.metadata["help"])
+            group.add_argument(flag, action="store_true", default=None, help=text)
         else:
             many = isinstance(f.default, tuple)
             kind = type(f.default[0]) if many and f.default else f.metadata["kind"] if many else type(f.default)
-            parser.add_argument(flag, type=kind, nargs="+" if many else None, default=None, help=f.metadata["help"])
+            usual = " ".join(map(str, f.default)) if many else str(f.default)
+            group.add_argument(flag, type=kind, nargs="+" if many else None, default=None, help=f"{text} [{usual}]" if usual else text)
+
+
+def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: list[str]) -> tuple[Machine, dict]:
+    """Settings of `cls` from preset and flags, checked, and the flags that were given. Raises UsageError."""
+    parser = Parser(sys.modules[cls.__module__].__doc__)
+    add_flags(parser, cls)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     if presets and given.get("preset", next(iter(presets))) not in presets:
         raise UsageError(f"--preset must be one of {', '.join(presets)}, got {given['preset']!r}")
@@ -141,8 +166,8 @@ def doses(flag: str, texts: tuple[str, ...]) -> list[tuple[float, float]]:
 
 
 def unread(config: Config, given: dict) -> list[str]:
-    """A line for every given flag that only parts which do not run would read, whole or beyond its first value."""
-    lines = []
+    """A line for every given flag that nothing of what runs reads, whole or beyond its first value."""
+    lines, theirs_alone = [], getattr(config, "networks", ()) == ("published",)
     for f in dataclasses.fields(config):
         flag, parts, all_of = "--" + f.name.replace("_", "-"), f.metadata.get("parts"), f.metadata.get("all_of")
         if f.name in given and parts and not set(parts) & set(config.parts):
@@ -151,6 +176,8 @@ def unread(config: Config, given: dict) -> list[str]:
                                                              f"no part of --model {config.model} reads it"))
         elif f.name in given and all_of and len(given[f.name]) > 1 and not set(all_of) & set(config.parts):
             lines.append(f"of {flag} the first value alone is read here; all are with --parts {' or '.join(all_of)}")
+        elif f.name in given and theirs_alone and f.metadata["fresh"]:
+            lines.append(f"{flag} changes nothing here: it is read with --networks fresh, the papers' own networks have theirs")
     return lines
 
 

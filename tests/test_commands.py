@@ -2,6 +2,8 @@
 import dataclasses
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,9 +18,10 @@ import torch
 import exp_delay_law
 import exp_fork
 import exp_logit_scale
+import exp_replay
 import exp_transformer
 from common import Cell, UsageError, unique
-from lab import desk, files
+from lab import desk, files, settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bench_step
@@ -108,6 +111,23 @@ def test_a_flag_that_no_part_reads_is_said(tmp_path: Path, capsys: pytest.Captur
     assert "note: --seeds changes nothing here" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("experiment", "flags"), [
+    (exp_delay_law, "--seeds 4 --seed0 7 --budget 500 --after-grok 200"), (exp_logit_scale, "--budget 500 --seed0 7 --weight-decays 2 --parts dose"),
+    (exp_fork, "--seeds 4 --budget 5000 --after-grok 200"), (exp_transformer, "--budget 500 --w-c 30 --seeds 4")])
+def test_a_flag_that_the_papers_own_networks_do_not_read_is_said(experiment: object, flags: str, tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture) -> None:
+    words = ["--dry-run", "--members", "0", "--out", str(tmp_path / "out"), "--networks"]
+    experiment.run([*words, "published"])
+    cells = [line for line in capsys.readouterr().out.splitlines() if ": 1 members of a block of " in line]
+    for networks, told in ((("published",), True), (("published", "fresh"), False)):
+        experiment.run([*words, *networks, *flags.split()])
+        text = capsys.readouterr().out
+        for flag in flags.replace("--parts dose", "").split("--")[1:]:
+            assert (f"note: --{flag.split()[0]} changes nothing here: it is read with --networks fresh" in text) == told, flag
+        if told and "--parts" not in flags:
+            assert [line for line in text.splitlines() if ": 1 members of a block of " in line] == cells     # and indeed it changes nothing
+
+
 def test_provenance_names_no_folder_outside(tmp_path: Path) -> None:
     words = ["--out", "results/fork/p97", str(tmp_path / "runs"), "../released/metrics", "0.9"]
     assert [desk._without_machine(word) for word in words] == ["--out", "results/fork/p97", "runs", "metrics", "0.9"]
@@ -153,11 +173,29 @@ def test_exit_code_and_stderr_of_a_bad_command(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout == "" and done.stderr == "error: --rhos must be > 0, got 0\n"
 
 
-def test_every_flag_has_help(capsys: pytest.CaptureFixture) -> None:
+EXPERIMENTS = (exp_delay_law, exp_fork, exp_logit_scale, exp_replay, exp_transformer)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_help_begins_with_three_commands_then_flags_in_groups_the_experiments_own_first(experiment: object, tmp_path: Path,
+                                                                                       capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as done:
-        exp_delay_law.run(["--help"])
+        experiment.run(["--help"])
     text = capsys.readouterr().out
-    assert done.value.code == 0 and all(flag in text for flag in ("--rhos", "--lrs", "--members", "--dry-run", "--figures-only"))
+    commands = [shlex.split(line.strip().split("   ")[0]) for line in text.splitlines()[:3]]
+    assert done.value.code == 0 and [words[:2] for words in commands] == [["python", f"{experiment.__name__}.py"]] * 3
+    assert text.splitlines()[3] == "" and text.count("    python ") == 3
+    place = {f.name: re.search(rf"\n  (--)?{f.name.replace('_', '-')}\s", text.replace("metrics_dir", "metrics-dir"))
+             for f in dataclasses.fields(experiment.Config) if f.metadata["kind"] != "fixed"}
+    assert None not in place.values()
+    own = [name for name in experiment.Config.__annotations__ if name in place]
+    shared = [name for name in place if name not in (*own, *settings.HOW, *settings.WHERE)]
+    order = ["what to train:", *own, *shared, "how to compute:", *settings.HOW, "where to write", *settings.WHERE]
+    at = [place[name].start() if name in place else text.index(name) for name in order]
+    assert at == sorted(at)
+    for words in commands:
+        if not {"METRICS_DIR", "--twin-of"} & set(words):
+            experiment.run([*words[2:], "--device", "cpu", "--dry-run", "--out", str(tmp_path / "out")])
 
 
 def test_dry_run_lists_the_cells_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import exp_replay
-from common import Cell
+from common import Cell, UsageError
 from kernels.layout import model_layout
+from lab import released
 from lab.draws import Card, CudaGenerator, initial_rows, key_bits, normal_pair, paper_a_seed, parity_examples, philox, splits
 from lab.ensemble import T_GROK_ACCURACY, T_MEM_ACCURACY, Ensemble
 
@@ -209,8 +209,8 @@ FILES = sorted((RELEASED / "critical-norm").rglob("*.npz"))
 def test_every_released_run_of_paper_a_starts_here() -> None:
     for path in FILES:
         try:
-            cell = exp_replay.read(path, path.stem, ()).cell
-        except exp_replay.UsageError:   # sparse parity, tested above, and what is no run
+            cell = released.read(path, path.stem, ()).cell
+        except UsageError:   # sparse parity, tested above, and what is no run
             continue
         norms = norms_at_start(cell.model, cell.p, cell.block, cell.seed0)
         with np.load(path) as data:

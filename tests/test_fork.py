@@ -12,7 +12,7 @@ import exp_fork
 import exp_replay
 from common import Cell, UsageError
 from kernels.layout import mlp_layout
-from lab import desk, files
+from lab import desk, files, released
 from lab.answers import Table
 from lab.ensemble import Ensemble, State
 
@@ -217,7 +217,8 @@ def test_claims_and_findings_of_planted_rows() -> None:
     assert ratio["ours"] == pytest.approx(24162 / 7200, rel=1e-3) and ratio["hi"] / ratio["lo"] < 1.001   # paired: the members' factor cancels
     assert found(table)["ordering.p59.fork800.rho1.15"]["ours"] == 1
     assert found(table)["same_over_free.p59.fork800.rho1.15"]["ours"] == pytest.approx(7200 / 4225, rel=1e-3)
-    assert table.law == ["delay raised / same, p59.fork800.rho1.15 = 3.356 [3.356, 3.356], paper 3.36: REPLICATED, 12 networks, 0 censored"]
+    assert table.law == ["delay raised / same, p=59, fork at step 800, rho 1.15 = 3.356 [3.356, 3.356], paper 3.36: REPLICATED, "
+                         "12 networks, 0 censored"]
 
 
 @pytest.mark.parametrize("changed", [{"lr": 2e-3}, {"fork_step": 400}, {"block": 8}, {"weight_decay": 2}, {"model": "transformer"}])
@@ -233,7 +234,7 @@ def test_arms_at_nearly_the_published_rho_are_kept_and_answer_nothing() -> None:
     table = measured([*near, *exact, *same], rho=(1.15, 1.154))
     assert set(table.claims) == {"B.fork.p59.lowered", "B.fork.p59.raised", "B.fork.p59.same", "B.fork.p59.ratio"}
     assert {"raised_over_same.p59.fork800.rho1.15", "raised_over_same.p59.fork800.rho1.154"} <= set(found(table))
-    assert table.law[1] == "delay raised / same, p59.fork800.rho1.154 = 3.356 [3.356, 3.356], 12 networks, 0 censored"
+    assert table.law[1] == "delay raised / same, p=59, fork at step 800, rho 1.154 = 3.356 [3.356, 3.356], 12 networks, 0 censored"
 
 
 def test_a_censored_member_counts_as_late_and_not_as_in_order() -> None:
@@ -258,7 +259,7 @@ def fork_file(arm: str, /, **changed: object) -> dict:
 
 
 def test_released_forks_share_their_free_phase_and_hold_the_released_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exp_replay, "FORK_BUDGET", 250)
+    monkeypatch.setattr(released, "FORK_BUDGET", 250)
     for arm in ("free", "clamp_raised"):
         np.savez(tmp_path / f"{arm}.npz", **fork_file(arm))
     exp_replay.run([str(tmp_path), "--out", str(tmp_path / "r"), "--backend", "eager"])

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 import exp_delay_law
 import exp_fork
-import exp_replay
 from common import UsageError
 from kernels import cpu
 from kernels.step import METRICS
 from lab import desk, figures
+from lab.released import read
 
 EXAMPLES = int(os.environ.get("GROKKING_TEST_EXAMPLES", "120"))   # of each property
 FUZZED = int(os.environ.get("GROKKING_TEST_FUZZED", "400"))       # damaged files of each kind
@@ -199,7 +199,7 @@ def test_no_released_file_crashes_hangs_or_is_executed(tmp_path: Path, kind: str
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
-                item = exp_replay.read(path, "cell", ())
+                item = read(path, "cell", ())
                 assert 2 <= item.cell.p <= 1000 and np.isfinite([item.cell.lr, item.cell.tau, *np.ravel(item.cell.held)]).all()
                 outcomes["taken"] += 1
             except UsageError as error:

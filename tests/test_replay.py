@@ -13,7 +13,7 @@ import pytest
 
 import exp_replay
 from common import Cell, UsageError, geometric_grid
-from lab import files
+from lab import files, released
 from lab.draws import Card, paper_a_seed
 
 RELEASED = Path(os.environ.get("RELEASED", Path(__file__).parents[2] / "shared" / "released" / "logit-scale" / "metrics"))
@@ -28,7 +28,8 @@ def test_released_runs_come_out_seed_by_seed(tmp_path: Path, capsys: pytest.Capt
                                                     "difference_evaluations"]
     assert all(row["t_mem"] == row["t_mem_released"] for row in rows)
     assert all(abs(int(row["difference_steps"])) <= 25 for row in rows), rows
-    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("replayed 6 runs: ")
+    out = capsys.readouterr().out.splitlines()
+    assert out[-6].startswith("replayed 6 runs: ") and out[-5].startswith("replayed ") and "mlp_mse_full" in "".join(out[-4:-1])
 
 
 def good() -> dict:
@@ -79,7 +80,7 @@ CONDITION = {"p": 7, "train_frac": 0.4, "weight_decay": 1.0, "lr": 1e-3}
 ])
 def test_files_of_paper_a_say_what_to_train(tmp_path: Path, changed: dict, expected: dict) -> None:
     np.savez(tmp_path / "a.npz", **of_paper_a(**changed))
-    cell = exp_replay.read(tmp_path / "a.npz", "a", ()).cell
+    cell = released.read(tmp_path / "a.npz", "a", ()).cell
     expected = {**CONDITION, "n_train": 20, "members": (0, 1), **expected}
     assert {name: getattr(cell, name) for name in expected} == expected
 
@@ -109,9 +110,11 @@ def test_both_releases_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixt
     rows = files.read_csv(tmp_path / "r" / "replay.csv")
     assert [(row["t_grok_released"], row["t_grok"]) for row in rows] == [(None, None), (60, None), (None, None), (50, None)]
     assert {row["difference_evaluations"] for row in rows} == {0}
-    assert [line.split()[:5] for line in out[-3:-1]] == [["denserho", "2", "1", "1", "2"], ["dose", "2", "1", "1", "2"]]
-    assert out[-1] == ("replayed 4 runs: T_mem exact in 2, T_grok exact in 2, within one logged step in 4, largest difference 0.00%, "
-                       "censored alike 2")
+    said, _, *table, folder = out[-5:]
+    assert said == ("replayed 4 runs: T_mem exact in 2, T_grok exact in 2, within one logged step in 4, largest difference 0.00%, "
+                    "censored alike 2")
+    assert [line.split()[:5] for line in table] == [["data/denserho/metrics/a", "2", "1", "1", "2"], ["metrics/dose/b", "2", "1", "1", "2"]]
+    assert folder == f"tables in {tmp_path / 'r'}, main figure {tmp_path / 'r/figures/replay.png'}"
     logged = [row["step"] for row in files.read_csv(tmp_path / "r" / "trajectories.csv") if row["cell"].endswith("a") and not row["member"]]
     assert logged == geometric_grid(60).tolist()
 
@@ -219,11 +222,12 @@ def test_the_comparison_walks_through_everything_once_whatever_the_number_of_cel
             for row in super().__iter__():
                 self.walked += 1
                 yield row
-    item = exp_replay.describe({k: np.asarray(v) for k, v in good().items()}, "0", ())
-    released = [dataclasses.replace(item, cell=dataclasses.replace(item.cell, name=str(i))) for i in range(200)]
+    item = released.describe({k: np.asarray(v) for k, v in good().items()}, "0", ())
+    items = [dataclasses.replace(item, cell=dataclasses.replace(item.cell, name=str(i))) for i in range(200)]
     runs = Counted({"cell": str(i), "member": m, "budget_steps": 50, "t_mem_step": 25, "t_grok_step": None} for i in range(200) for m in range(2))
     log = Counted({"cell": str(i), "member": m, "step": step, "logit_scale": i + m} for i in range(200) for m in range(2) for step in (1, 50))
-    rows = Counted(exp_replay.compare(released, runs))
-    scales = exp_replay.compare_scales(released, log, rows)
+    rows = Counted(exp_replay.compare(items, runs))
+    cells = exp_replay.cell_rows(items, log, rows)
     assert (runs.walked, log.walked, rows.walked) == (400, 800, 400)
-    assert [(s["cell"], s["n"], s["exact"], s["logit_scale"]) for s in scales] == [(str(i), 2, 2, i + 0.5) for i in range(200)]
+    found = [(row["cell"], row["n"], row["exact"], row["logit_scale"]) for row in cells]
+    assert found == [(str(i), 2, 1, i + 0.5) for i in range(200)]            # member 1 is censored here alone
