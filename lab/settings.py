@@ -72,16 +72,16 @@ of a process that died is trained by the same command with its RANK and WORLD_SI
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line of one experiment. Its --help begins with the commands of the docstring `text`; then what they are about, then the flags."""
-
-    def __init__(self, text: str):
-        commands = [line for line in text.splitlines() if line.startswith("    python ")]
-        about = [line for line in text.splitlines() if line not in commands]
-        super().__init__(usage=argparse.SUPPRESS, description="\n".join([*commands, "", *about]).rstrip(), epilog=ENDINGS, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
     def error(self, message: str) -> None:
         raise UsageError(message)
+
+
+def parser_of(text: str) -> Parser:
+    """The command line of an experiment with docstring `text`: its --help begins with the commands in it, then says what they are about."""
+    commands = [line for line in text.splitlines() if line.startswith("    python ")]
+    about = [line for line in text.splitlines() if line not in commands]
+    return Parser(usage=argparse.SUPPRESS, description="\n".join([*commands, "", *about]).rstrip(), epilog=ENDINGS, allow_abbrev=False,
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_flags(parser: Parser, cls: type) -> None:
@@ -106,7 +106,7 @@ def add_flags(parser: Parser, cls: type) -> None:
 
 def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: list[str]) -> tuple[Machine, dict]:
     """Settings of `cls` from preset and flags, checked, and the flags that were given. Raises UsageError."""
-    parser = Parser(sys.modules[cls.__module__].__doc__)
+    parser = parser_of(sys.modules[cls.__module__].__doc__)
     add_flags(parser, cls)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     if presets and given.get("preset", next(iter(presets))) not in presets:
