@@ -180,16 +180,20 @@ template <class T> INLINE T largest_of(const T* row) {            // (ZC)
     return largest<T>(most);
 }
 
-// Exponentials of `scaled (ZC)`, shifted by its maximum, which comes back with their sum.
+// Exponentials of `scaled (ZC)`, shifted by its maximum, which comes back with their sum. The order of the sum is that of torch's CUDA softmax,
+// which the papers ran: lane l of 32 adds columns l, l + 32, ..., then lanes are added by halves. In softmax collapse it decides what is lost beside 1.
 template <class T> INLINE void softmax_row(const T* scaled, T* exponentials, T& top, T& total) {
+    constexpr int VECTORS = 32 / LANES<T>;
     top = largest_of(scaled);
-    Vec<T> sums = {};
+    Vec<T> sums[VECTORS] = {};
     for (int c = 0; c < ZC; c += LANES<T>) {
         Vec<T> e = exp_shifted<T>(load(scaled + c) - top);
         store(exponentials + c, e);
-        sums += e;
+        sums[c / LANES<T> % VECTORS] += e;
     }
-    total = sum<T>(sums);
+    for (int half = VECTORS / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    total = sum<T>(sums[0]);
 }
 
 // z -> dz, the gradient of the mean loss over `n` pairs, for `rows` pairs of a tile; its column sums are added to db2 (C).

@@ -181,13 +181,15 @@ class Table:
         if row["printed"].startswith("not within ") and worst >= 0.5 and budget < float(row["printed"].split()[-1]):
             missing = f"censored at {budget} steps, the paper {row['printed']}"
         ours = stats.resampled(n, statistic)
+        if self.networks == "fresh" and row["id"].startswith("B.") and self.first[cells[0]]["seed0"] == 0:
+            missing = "seed0 0 draws paper B's own networks, fresh ones are needed (--seed0 1000)"
         if self.networks == "published":
             self.claims[row["id"]] = stats.reproduced(row, ours, n, censored, missing)
         else:
             self.claims[row["id"]] = stats.replicated(row, ours, n, censored, missing, 1.0 if missing else worst)
             norm = self.first[cells[0]].get("w_c")
             if norm and row["w_c"] and abs(norm / row["w_c"] - 1) > 5e-4:
-                self.claims[row["id"]]["why"] += f"; our W_c is {100 * (norm / row['w_c'] - 1):+.1f}% off the paper's"
+                self.claims[row["id"]]["why"] += f"; our W_c is {100 * (norm / row['w_c'] - 1):+.1f}% off the paper's{worth(row, norm, ours[0])}"
 
     def finding(self, key: str, quantity: str, cells: Iterable[str], statistic: Statistic | float, law: str = "", paper: str = "",
                 **where: object) -> None:
@@ -215,6 +217,16 @@ class Table:
         everyone = np.arange(len(self.grok[cell]))[None]
         return {**self.first[cell], "T": self.grok[cell], "T_mem": self.mem[cell],
                 **{k: float(self.at(cell, k)(everyone)[0]) for k in ("logit_scale", "collapse32", "collapse64")}}
+
+
+def worth(row: dict, norm: float, ours: float) -> str:
+    """What of the difference to a published T_grok another held norm explains by paper A's law T ~ exp(alpha rho), and what is left to seeds and
+    protocol; nothing of other numbers, and of models and losses that the law was not fitted to."""
+    law = (row["statistic"], row["arm"], row["model"], row["loss"], row["tau"] or 1.0) == ("T_grok", "clamp", "mlp", "ce", 1.0)
+    if not law or not row["value"] or not math.isfinite(ours):
+        return ""
+    by_norm = math.exp(published("A.alpha.dense")["A.alpha.dense"]["value"] * row["rho"] * (norm / row["w_c"] - 1))
+    return f", worth {100 * (by_norm - 1):+.0f}% of T_grok by the delay law; seeds and protocol {100 * (ours / row['value'] / by_norm - 1):+.0f}%"
 
 
 READOUTS: dict[str, Callable[[Table, str], Statistic]] = {

@@ -12,7 +12,7 @@ RUN = {"model": "mlp", "loss": "ce", "p": 59, "train_frac": 0.4, "block": 16, "s
        "dtype": "float32", "budget_steps": 60_000, "t_mem_step": 175, "norm_at_grok": 55.0}   # whole numbers are read back from runs.csv as such
 ROW = {"id": "x", "quantity": "q", "statistic": "T_grok", "model": "mlp", "task": "add", "p": 59, "train_frac": 0.4, "loss": "ce", "arm": "clamp",
        "rho": 1.15, "tau": None, "lr": 1e-3, "wd": 1.0, "dtype": None, "block": None, "n_seeds": None, "value": 1000.0, "lo": None, "hi": None,
-       "printed": "1000"}
+       "printed": "1000", "w_c": None}
 
 
 def cell(name: str, *times: float | None, **conditions: object) -> list[dict]:
@@ -128,6 +128,19 @@ def test_censored_short_of_the_papers_budget_says_nothing(budget: int, verdict: 
     """The paper's median is later than 60000 steps: runs that end before that cannot tell."""
     claim = answered(cell("c", *[None] * 16, budget_steps=budget), NEVER)["x"]
     assert claim["verdict"] == verdict and claim["n_censored"] == 16 and claim["ours"] is None
+
+
+def test_paper_bs_own_networks_are_no_fresh_ones() -> None:
+    """B drew its networks from seed 0 of the CPU's generator, as `--seed0 0` does; A drew on a CUDA card."""
+    for name, seed0, verdict in (("B.x", 0, "INCONCLUSIVE"), ("B.x", 1000, "REPLICATED"), ("A.x", 0, "REPLICATED")):
+        assert answered(cell("c", *[1000] * 16, seed0=seed0), {**ROW, "id": name})[name]["verdict"] == verdict
+
+
+def test_a_time_off_the_published_one_is_parted_into_the_norms_share_and_the_rest() -> None:
+    """exp(7.64 * 1.15 * 0.02) = 1.192 by the norm; 1.3 / 1.192 = 1.091 by what is left."""
+    why = answered(cell("c", *[1300] * 16, w_c=51.0), {**ROW, "w_c": 50.0})["x"]["why"]
+    assert why.endswith("our W_c is +2.0% off the paper's, worth +19% of T_grok by the delay law; seeds and protocol +9%")
+    assert "worth" not in answered(cell("c", *[1300] * 16, w_c=51.0, tau=1.3), {**ROW, "w_c": 50.0, "tau": 1.3})["x"]["why"]
 
 
 # ---------------------------------------------------------------- verdicts: the papers' own networks

@@ -331,3 +331,25 @@ def test_a_nearly_saturated_pair_keeps_the_residual_of_its_probability(dtype: to
         step(row.clone(), moment1, torch.zeros_like(row), a, b, scalars)
         found.append(float(layout.views(moment1)[4][0]))
     assert found[1] < 0 and found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("p", [29, 59, 97, 113])    # fewer columns than lanes, 1 to 4 columns a lane
+def test_the_softmax_adds_its_exponentials_in_the_order_of_torchs_cuda_kernel(p: int) -> None:
+    """Lane l of 32 adds columns l, l + 32, ..., then lanes are added by halves: each exponential here is lost beside 1 and counts beside another."""
+    layout = mlp_layout(p, 16, 16, torch.float32)
+    row = torch.zeros(layout.n_params)
+    layout.views(row)[4][1:] = -16.9
+    a = b = torch.zeros(1, dtype=torch.int64)
+    moment1 = torch.zeros_like(row)
+    cpu.FusedStep(cpu.fused_library(layout, torch.float32), layout, "ce", torch.float32).steps(
+        row, moment1, torch.zeros_like(row), a, b, torch.tensor([[1.0, 1.0, 1e-3, 1.0, 0, 0, 0, 0]]))
+    lanes = np.zeros(32, np.float32)
+    for column in range(p):
+        lanes[column % 32] += np.exp(np.float32(-16.9 * (column > 0)))
+    while len(lanes) > 1:
+        lanes = lanes[:len(lanes) // 2] + lanes[len(lanes) // 2:]
+    in_columns_order = np.float32(1)
+    for _ in range(1, p):
+        in_columns_order += np.exp(np.float32(-16.9))
+    assert in_columns_order == 1 < lanes[0]
+    assert float(layout.views(moment1)[4][0]) == pytest.approx(0.1 * float(np.float32(1) / lanes[0] - np.float32(1)), rel=1e-6)

@@ -134,7 +134,7 @@ def test_a_smaller_budget_answers_nothing_about_a_larger_one() -> None:
 
 def planted(cell: str, t_grok: list, **changed: object) -> list[dict]:
     """Rows of runs.csv of one cell, a member each."""
-    run = {"cell": cell, "arm": "clamp", "model": "mlp", "loss": "ce", "p": 59, "train_frac": 0.4, "block": 12, "seed0": 0, "rho": 1.0, "tau": 1.0,
+    run = {"cell": cell, "arm": "clamp", "model": "mlp", "loss": "ce", "p": 59, "train_frac": 0.4, "block": 12, "seed0": 1000, "rho": 1.0, "tau": 1.0,
            "gamma": None, "lr": 1e-3, "weight_decay": 1.0, "dtype": "float32", "budget_steps": 120_000, "t_mem_step": 175, "w_c": 54.0,
            "held_norm": 54.0 * (changed.get("rho") or 1.0), "norm_at_grok": 54.0, "held_E": None, **changed}
     return [{**run, "member": m, "t_grok_step": t, "censored": int(t is None)} for m, t in enumerate(t_grok)]

@@ -87,7 +87,7 @@ def configured(flags: str, **more: object) -> exp_transformer.Config:
 def rows(cell: object, grok: list[int | None], norms: dict[str, float] = NORMS) -> list[dict]:
     """One row a member; norms spread by 0 and 2% over members."""
     held = cell.held[0] if cell.held else (0.0,) * 5
-    return [{"cell": cell.name, "member": i, "loss": "ce", "seed0": 0, "t_grok_step": t, "t_mem_step": 200, "censored": int(t is None),
+    return [{"cell": cell.name, "member": i, "loss": "ce", "seed0": 1000, "t_grok_step": t, "t_mem_step": 200, "censored": int(t is None),
              **{k: getattr(cell, k) for k in ("model", "arm", "p", "block", "rho", "tau", "lr", "train_frac", "weight_decay", "budget_steps",
                                               "clamp_start")},
              "held_norm": held[0] or None, **{f"held_{g}": h or None for g, h in zip(exp_transformer.GROUPS, held[1:], strict=True)},
