@@ -12,8 +12,8 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from kernels.layout import MOST_INPUTS
 from lab.draws import Card
+from lab.result import Result
 
 EVAL_EVERY = 25        # steps between evaluations, unless a cell has its own: the resolution of every T_mem and T_grok
 LOG_EVERY = 200        # steps between rows of trajectories.csv
@@ -29,8 +30,7 @@ T_MEM_ACCURACY = 0.99    # train accuracy that counts as memorised: T_mem is the
 T_GROK_ACCURACY = 0.90   # test accuracy that counts as grokked: T_grok is the first evaluation at or above it
 GRID_POINTS = 360      # of paper A's geometric grid, before rounding makes some of them equal
 CLAMP_START = {"ce": 500, "mse": 50}   # step at which the papers engage the clamp on the MLP
-TRANSFORMER_CLAMP_START = 600
-PARITY_CLAMP_START = 1000
+CLAMP_START_OF = {"transformer": 600, "transformer_ln": 600, "transformer_b": 600, "mlp_dense": 1000}   # and on the others
 MODELS = {"mlp": 1e-3, "transformer": 5e-4, "transformer_ln": 1e-3, "transformer_b": 5e-4}   # of pairs; learning rates are the papers'
 LEARNING_RATES = {**MODELS, "mlp_dense": 1e-3}   # and of the one whose inputs are no pairs
 N_TEST = 2000          # test examples of sparse parity, drawn beside the training examples
@@ -72,9 +72,7 @@ def parity_sizes(task: str) -> tuple[int, int, int]:
 
 def clamp_start(model: str, loss: str) -> int:
     """First step after which the papers project the norm."""
-    if model == "mlp_dense":
-        return PARITY_CLAMP_START
-    return CLAMP_START[loss] if model == "mlp" else TRANSFORMER_CLAMP_START
+    return CLAMP_START_OF.get(model, CLAMP_START[loss])
 
 
 @functools.lru_cache
@@ -257,41 +255,6 @@ def unique(cells: Iterable[Cell]) -> list[Cell]:
 
 
 # ---------------------------------------------------------------- training
-
-class Trajectories:
-    """Logged rows, the lines of trajectories.csv, made anew from what was logged every time they are walked through."""
-
-    def __init__(self, *parts: Callable[[], Iterable[dict]]):
-        self.parts = parts
-
-    def __iter__(self) -> Iterator[dict]:
-        for part in self.parts:
-            yield from part()
-
-    def __add__(self, other: "Trajectories") -> "Trajectories":
-        return Trajectories(*self.parts, *other.parts)
-
-
-@dataclass
-class Result:
-    """What training left. `runs`: a dict per network, the columns of runs.csv (`results/README.md`); `trajectories`: its logged rows; `state`:
-    parameters and moments, a row per run (`lab.ensemble.State`), where all runs have one shape; run-steps executed and needed; seconds."""
-    runs: list[dict] = field(default_factory=list)
-    trajectories: Trajectories = field(default_factory=Trajectories)
-    state: object = None
-    executed: int = 0
-    needed: int = 0
-    seconds: float = 0.0
-
-    def __add__(self, other: "Result") -> "Result":
-        return Result(self.runs + other.runs, self.trajectories + other.trajectories, None, self.executed + other.executed,
-                      self.needed + other.needed, self.seconds + other.seconds)
-
-    def table(self) -> str:
-        """A line per condition: members, censored, median T_mem and T_grok with its 95% interval over members, norm at T_grok."""
-        from lab import stats
-        return stats.cell_table(self.runs)
-
 
 def train(cells: Iterable[Cell], device: str = "auto", backend: str = "auto", dtype: str = "float32", arithmetic: str = "ieee") -> Result:
     """Train all `cells`, those of equal shape together, with a bar on a terminal; nothing is written. Raises UsageError for what cannot be.

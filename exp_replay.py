@@ -29,11 +29,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common import Cell, Result, Trajectories, UsageError, geometric_grid
+from common import Cell, Result, UsageError, geometric_grid
 from lab import console, figures, files, settings, stats
 from lab.desk import Lab, main, provenance
 from lab.ensemble import inherit
 from lab.released import NoRun, NotTrained, Released, read
+from lab.result import Trajectories
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,6 @@ from common import (
     T_MEM_ACCURACY,
     Cell,
     Result,
-    Trajectories,
     UsageError,
     geometric_grid,
     module,
@@ -36,6 +35,7 @@ from kernels.adamw import BETA1, BETA2, group_norms_ref
 from kernels.layout import AnyLayout, DenseLayout, model_layout
 from kernels.step import metric_names
 from lab.draws import initial_rows, parity_examples, splits
+from lab.result import Trajectories
 from lab.stats import nearest_log, without_nan
 
 SAVE_SHARE = 0.01      # of the time may go into checkpoints

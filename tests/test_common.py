@@ -1,5 +1,6 @@
 """`common.py` as a notebook uses it: conditions that name themselves, training in five lines, a table for a person, bad cells in one line."""
 import dataclasses
+import importlib.util
 import math
 import subprocess
 import sys
@@ -127,3 +128,18 @@ def test_the_table_counts_censored_runs_as_later() -> None:
     assert "published" in stats.cell_table(result.runs, {"c": 3900.0}) and "3900" in stats.cell_table(result.runs, {"c": 3900.0})
     assert stats.cell_table(result.runs, column="delay_steps", most=1).splitlines()[1:] == [
         stats.cell_table(result.runs[:3], column="delay_steps").splitlines()[1], "and 1 more conditions in cells.csv"]
+
+
+def test_the_example_measures_a_delay_at_every_decay(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """As it stands, of a small modulus and a few steps; a run counts as grokked at its first evaluation."""
+    spec = importlib.util.spec_from_file_location("weight_decay", ROOT / "examples" / "weight_decay.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    small = {"p": 7, "members": (0, 1), "budget_steps": 50}
+    example.main("eager", **small)
+    assert [line.split(":")[1] for line in capsys.readouterr().out.splitlines()] == [" no network grokked in 50 steps"] * 3
+    monkeypatch.setattr("lab.ensemble.CROSSINGS", (("train_accuracy", 0.0), *[("test_accuracy", 0.0)] * 3))
+    example.main("eager", **small)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["weight decay 0.5", "weight decay 1", "weight decay 2"]
+    assert all("W_c" in line and line.endswith("median T_grok 25, 25, 25, alpha 0.00") for line in lines), lines

@@ -8,9 +8,10 @@ import exp_delay_law
 import exp_fork
 import exp_logit_scale
 import exp_transformer
-from common import Cell, Result, Trajectories, UsageError
+from common import Cell, Result, UsageError
 from lab import own, settings, stats
 from lab.answers import Table, published
+from lab.result import Trajectories
 
 SHARES = {p: (0.15, 0.64, 0.21) for p in (59, 97)}
 
