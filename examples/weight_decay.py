@@ -24,9 +24,11 @@ def main(backend: str = "auto", **same: object) -> None:
             continue
         held = [Cell(weight_decay=control.weight_decay, rho=rho, w_c=norms[control.name], **same) for rho in RHOS]
         runs = train(held, backend=backend).runs
-        times = [stats.median(np.array([*stats.times(runs, cell.name).values()])) for cell in held]      # a run that did not grok is later
-        alpha, _, _ = stats.line(np.array(RHOS), np.log(times))
-        print(f"weight decay {control.weight_decay:g}: W_c {norms[control.name]:.1f}, median T_grok {', '.join(map(stats.short, times))}, alpha {alpha:.2f}")
+        grok = [np.array([*stats.times(runs, cell.name).values()]) for cell in held]      # infinite where a network did not grok
+        medians = [float(stats.median(times)) for times in grok]
+        alpha, _, _ = stats.line(np.array(RHOS), np.log(medians))
+        steps = ", ".join(map(stats.short, medians))
+        print(f"weight decay {control.weight_decay:g}: W_c {norms[control.name]:.1f}, median T_grok {steps}, alpha {alpha:.2f}")
 
 
 if __name__ == "__main__":
