@@ -3,7 +3,9 @@
     python bench/bench_step.py --p 59 97 --runs 12 --out results/bench
 
 Unit: one optimiser step of one network, clamp included, evaluation not. Every contender advances the same R runs from the same state; the
-medians and the 10-90% range are over interleaved rounds, so a disturbance of the machine falls on all. step.csv has a row per contender.
+medians and the 10-90% range are over interleaved rounds, so a disturbance of the machine falls on all. step.csv has a row per contender; besides,
+on a CPU, of our step on one core and of one evaluation of one run on one core; of the step's matrix products at the rate of the best library at hand
+(`roofline`), and at that of the arithmetic units (`fma_peak`). provenance.json has the machine and its load.
 """
 import sys
 from pathlib import Path
@@ -14,6 +16,9 @@ if __name__ == "__main__":
     early.guard()
 
 import argparse
+import ctypes
+import functools
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,6 +35,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from peers import peers
 
+from kernels import build, cpu
 from kernels.layout import GROUPS
 
 TARGET, LR, WEIGHT_DECAY = 40.0, 1e-3, 1.0   # any held norm would do: the work is the same
@@ -63,10 +69,13 @@ class Ours:
             return
         scalars = scalars.to(self.dtype)
 
-        def one(r: int) -> None:
-            with torch.no_grad():
-                e.kernels.steps(e.state.params[r], e.state.moment1[r], e.state.moment2[r], e.a[r], e.b[r], scalars[r])
-        list(self.pool.map(one, every))
+        list(self.pool.map(lambda r: self.one(r, scalars[r]), every))
+
+    @torch.no_grad()
+    def one(self, r: int, scalars: Tensor) -> None:
+        """Run `r` on a CPU, on one core."""
+        e = self.ensemble
+        e.kernels.steps(e.state.params[r], e.state.moment1[r], e.state.moment2[r], e.a[r], e.b[r], scalars)
 
     def weights(self, i: int) -> list[Tensor]:
         row = self.kernels.state.params[i].cpu() if self.device == "cuda" else self.ensemble.state.params[i]
@@ -75,6 +84,30 @@ class Ours:
             return [*whole, last[:, : self.ensemble.layout.classes]]
         E, W1, W2, b1 = whole
         return [E, W1, W2[:, : self.p], b1, last[: self.p]]
+
+
+class OneCore:
+    """Our step, all runs on one core of a CPU."""
+    name = "ours_one_core"
+
+    def __init__(self, ours: Ours):
+        self.ours, self.dtype, self.backend, self.arithmetic = ours, ours.dtype, ours.backend, ours.arithmetic
+
+    def steps(self, k: int) -> None:
+        scalars = self.ours.ensemble.scalars(np.arange(self.ours.runs), k).to(self.dtype)
+        with cpu.single_thread():
+            for r in range(self.ours.runs):
+                self.ours.one(r, scalars[r])
+
+
+class Evaluation(OneCore):
+    """The evaluation of every run, audit included, on one core of a CPU."""
+    name = "evaluation_one_core"
+
+    def steps(self, k: int) -> None:
+        with cpu.single_thread(), torch.no_grad():
+            for r in range(self.ours.runs * k):
+                self.ours.ensemble.measure(r % self.ours.runs)
 
 
 def stacked(ours: Ours) -> list[Tensor]:
@@ -107,17 +140,46 @@ def flops(model: str, p: int, d: int = 128, H: int = 256) -> float:
     return 6 * n_train(p, 0.40) * H * p + 12 * p * d * H
 
 
-def matmul_rate(device: str) -> float:
-    """FLOP/s of the best of several square float32 products, all cores: the ceiling of the roofline."""
-    best = 0.0
-    for size in (1024, 1536, 2048):
+def product_rates(device: str) -> dict[str, float]:
+    """FLOP/s of square float32 products on all cores by each library at hand: the best of a few sizes and repeats."""
+    best: dict[str, float] = {}
+    for size in (1024, 1536) if device == "cpu" else (1024, 1536, 2048):
         x = torch.randn(size, size, device=device)
-        for _ in range(4):
-            started = time.perf_counter()
-            x @ x
-            if device == "cuda":
-                torch.cuda.synchronize()
-            best = max(best, 2 * size**3 / (time.perf_counter() - started))
+        ways = {"torch": lambda: x @ x}                                                        # noqa: B023
+        if device == "cpu":
+            ways["numpy"] = lambda: x.numpy() @ x.numpy()                                      # noqa: B023
+            if torch.backends.mkldnn.is_available():
+                ways["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], "")   # noqa: B023
+        for name, way in ways.items():
+            for _ in range(4):
+                started = time.perf_counter()
+                way()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                best[name] = max(best.get(name, 0.0), 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+@functools.cache
+def fma_chains() -> ctypes.CDLL:
+    """The compiled `fma_peak.cpp`. Raises build.BuildError."""
+    def declared(library: ctypes.CDLL) -> float:
+        library.operations.restype, library.chains.restype = ctypes.c_int64, ctypes.c_float
+        library.chains.argtypes = [ctypes.c_int64, ctypes.c_float, ctypes.c_float]
+        return library.chains(1, 0.5, 1.0)
+
+    library = build.load(Path(__file__).with_name("fma_peak.cpp"), {}, declared, lambda total: "" if total > 0 else "it adds nothing")
+    declared(library)
+    return library
+
+
+def fma_peak(pool: ThreadPoolExecutor, cores: int) -> float:
+    """FLOP/s of all cores of a CPU when they do nothing but fused multiply-adds in registers: the best of a few repeats."""
+    library, rounds, best = fma_chains(), 500_000, 0.0
+    for _ in range(4):
+        started = time.perf_counter()
+        list(pool.map(lambda _: library.chains(rounds, 0.5, 1.0), range(cores)))
+        best = max(best, cores * rounds * library.operations() / (time.perf_counter() - started))
     return best
 
 
@@ -150,16 +212,20 @@ def measure(model: str, p: int, runs: int, rounds: int, device: str, only: list[
     rivals = [rival for peer in chosen if (rival := started(peer, start, e, p, device))]
     worst = agreement([*ours[1:], *rivals], ours[0])
     print(f"{model}, p={p}: {len(rivals)} peers agree with ours after 3 steps to {worst:.1e} of a tensor's norm", flush=True)
+    alone = [OneCore(ours[0]), Evaluation(ours[0])] if device == "cpu" else []
+    contenders = [*ours, *alone, *rivals]
     taken: dict[int, list[float]] = {}
-    for contender in [*ours, *rivals]:   # enough steps for 0.3 s a visit, chosen once
+    for contender in contenders:   # enough steps for 0.3 s a visit, chosen once
         one = min(seconds(contender, 1, device) for _ in range(2))
         contender.per_visit = int(np.clip(0.3 / one, 1, 500))
         contender.steps(contender.per_visit)
-    rates = []
+    rates, peaks = [], []
     for _ in range(rounds):
-        for contender in [*ours, *rivals]:
+        for contender in contenders:
             taken.setdefault(id(contender), []).append(1e6 * seconds(contender, contender.per_visit, device) / (contender.per_visit * runs))
-        rates.append(matmul_rate(device))
+        rates.append(product_rates(device))
+        if device == "cpu" and ours[0].backend == "compiled":
+            peaks.append(fma_peak(ours[0].pool, torch.get_num_threads()))
     base = float(np.median(taken[id(ours[0])]))
 
     def row(name: str, backend: str, arithmetic: str, dtype: str, samples: list[float]) -> dict:
@@ -167,10 +233,14 @@ def measure(model: str, p: int, runs: int, rounds: int, device: str, only: list[
         return {"name": name, "model": model, "device": device, "backend": backend, "arithmetic": arithmetic, "dtype": dtype, "p": p, "runs": runs,
                 "us_per_run_step": round(middle, 3), "low": round(float(np.percentile(samples, 10)), 3),
                 "high": round(float(np.percentile(samples, 90)), 3), "ratio_to_ours": round(middle / base, 4)}
-    rows = [row("ours", o.backend, o.arithmetic, str(o.dtype).split(".")[1], taken[id(o)]) for o in ours]
+    rows = [row(o.name, o.backend, o.arithmetic, str(o.dtype).split(".")[1], taken[id(o)]) for o in [*ours, *alone]]
     rows += [row(r.name, "jax" if r.name == "jax_vmap" else "torch", "ieee", "float32", taken[id(r)]) for r in rivals]
-    rows.append(row("roofline", "matmul", "ieee", "float32", [1e6 * flops(model, p) / rate for rate in rates]))
-    return rows
+    middle = {name: float(np.median([rate[name] for rate in rates])) for name in rates[0]}
+    print("products: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in middle.items())
+          + (f"; peak {np.median(peaks) / 1e9:.0f}" if peaks else "") + f"; of our step {flops(model, p) / base / 1e3:.0f}", flush=True)
+    best = max(middle, key=middle.get)
+    rows.append(row("roofline", best, "ieee", "float32", [1e6 * flops(model, p) / rate[best] for rate in rates]))
+    return rows + ([row("fma_peak", "registers", "ieee", "float32", [1e6 * flops(model, p) / peak for peak in peaks])] if peaks else [])
 
 
 def sweep(out: Path, device: str, counts: list[int], ps: list[int], rounds: int) -> None:
@@ -199,7 +269,7 @@ def figure(rows: list[dict], folder: Path) -> None:
         mine = [row for row in rows if row["p"] == p][::-1]
         modes = ["" if (row["dtype"], row["arithmetic"]) == ("float32", "ieee") else f" {row['dtype']} {row['arithmetic']}" for row in mine]
         labels = [row["name"] + mode for row, mode in zip(mine, modes, strict=True)]
-        colors = ["C3" if row["name"] == "ours" else "0.75" if row["name"] == "roofline" else "C0" for row in mine]
+        colors = ["C3" if row["name"].startswith("ours") else "0.75" if row["name"] in ("roofline", "fma_peak") else "C0" for row in mine]
         axis.barh(labels, [row["us_per_run_step"] for row in mine], color=colors, edgecolor="black")
         for i, row in enumerate(mine):
             axis.text(row["us_per_run_step"], i, f" {row['us_per_run_step']:.0f} us, {row['ratio_to_ours']:.2g}x", va="center", fontsize=7)
@@ -242,7 +312,8 @@ def run(argv: list[str]) -> None:
     if options.sweep:
         counts = [1, 4, 16, 64, 160, 640, 4096] if device == "cuda" else [1, 2, 4, 12, 48]
         return sweep(out, device, counts, [59, 29, 43, 67, 97, 113], options.rounds)
-    origin = {**desk.origin(), "device": desk.device_name(device)}
+    compiler = build.version(build.compilers()[0]).splitlines()[0] if build.compilers() else "none"
+    origin = {**desk.origin(), "device": desk.device_name(device), "cpu": build.cpu_name(), "compiler": compiler, "load_before": os.getloadavg()}
     for p in options.p:
         rows += measure(options.model, p, options.runs, options.rounds, device, options.peers)
         files.write_csv(out / "step.csv", rows)
@@ -250,7 +321,7 @@ def run(argv: list[str]) -> None:
             print(f"p={p} {row['name']:18s} {row['dtype']} {row['arithmetic']:6s} {row['us_per_run_step']:10.1f} us per run-step "
                   f"[{row['low']:.1f}, {row['high']:.1f}]  {row['ratio_to_ours']:.2f}x ours", flush=True)
     figure(rows, out / "figures")
-    files.write_json(out / "provenance.json", origin)
+    files.write_json(out / "provenance.json", {**origin, "load_after": os.getloadavg()})
     print(f"results in {out}")
     return None
 

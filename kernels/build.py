@@ -53,6 +53,12 @@ def cpu_model() -> str:
     return "\n".join([platform.machine(), platform.processor(), *lines])
 
 
+def cpu_name() -> str:
+    """As a person calls it, for records."""
+    named = [line for line in cpu_model().splitlines() if line.startswith("model name")]
+    return named[0].split(":", 1)[1].strip() if named else platform.machine()
+
+
 @functools.cache
 def version(compiler: str) -> str:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
