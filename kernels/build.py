@@ -108,7 +108,7 @@ def survives(call: Callable[[], object]) -> bool:
 def load(source: Path, constants: dict[str, object], trial: Callable[[ctypes.CDLL], Any], verdict: Callable[[Any], str]) -> ctypes.CDLL:
     """The library of `source` compiled with `constants` as macros. A new one is tried first: `verdict(trial(library))` says in a few words what
     is wrong with it, or nothing. Raises BuildError."""
-    trouble = "no C++ compiler on the PATH"
+    trouble: dict[str, str] = {}
     texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
     for compiler in compilers():
         command = [compiler, *FLAGS, *(f"-D{name}={value}" for name, value in constants.items())]
@@ -121,11 +121,11 @@ def load(source: Path, constants: dict[str, object], trial: Callable[[ctypes.CDL
                 try:
                     return _compile(command, source, kept, trial, verdict)
                 except _Unusable as error:
-                    trouble = f"{Path(compiler).name}: {error}"
+                    trouble[Path(compiler).name] = str(error)
                     break
                 except (OSError, BuildError) as error:       # the folder may be full, or forbid execution
-                    trouble = f"{Path(compiler).name}: {error}"
-    raise BuildError(trouble)
+                    trouble[Path(compiler).name] = str(error)
+    raise BuildError("; ".join(f"{name}: {why}" for name, why in trouble.items()) or "no C++ compiler on the PATH")
 
 
 def _compile(command: list[str], source: Path, kept: Path, trial: Callable, verdict: Callable) -> ctypes.CDLL:

@@ -35,24 +35,33 @@ def has_compiler() -> bool:
 
 class CpuKernels:
     """`steps` and `evaluate` for runs of one shape. `backend` says what came of it: compiled or eager."""
+    unusable = False    # whether the compiler has failed: it is tried once a process
 
     def __init__(self, layout: AnyLayout, n_train: int, loss: str, dtype: torch.dtype, compiled: bool, decay_last: bool = False):
-        self.backend = "compiled" if compiled else "eager"
+        self.backend = "eager"
         self.step = functools.partial(train_step_ref, layout=layout, loss=loss, decay_last=decay_last)
         self.evaluate = functools.partial(evaluate_ref, layout=layout, loss=loss)
-        if compiled and isinstance(layout, Layout | DenseLayout):
-            try:
+        if compiled and not CpuKernels.unusable:
+            self._compile(layout, n_train, loss, dtype, decay_last)
+
+    def _compile(self, layout: AnyLayout, n_train: int, loss: str, dtype: torch.dtype, decay_last: bool) -> None:
+        """If the compiler fails, the definition stays, and a line says why."""
+        ours = isinstance(layout, Layout | DenseLayout)
+        try:
+            if ours:
                 fused = step_of(layout)(fused_library(layout, dtype), layout, loss, dtype, decay_last)
                 self.steps, self.evaluate = fused.steps, fused.evaluate
-            except build.BuildError as error:
-                self.backend = "eager"
-                print(f"the step runs eagerly, about 7 times slower: {error}", file=sys.stderr, flush=True)
-        elif compiled:
-            keep_freed_memory()
-            rows = [torch.zeros(layout.n_params, dtype=dtype) for _ in range(3)]
-            a, b = torch.zeros(2, n_train, dtype=torch.int64)
-            self.step = compile_for(self.step, *rows, a, b, torch.ones(len(scalar_names(layout.groups)), dtype=dtype))
-            self.evaluate = compile_for(self.evaluate, rows[0], torch.ones(layout.examples, dtype=dtype), a, b, torch.ones((), dtype=dtype))
+            else:
+                keep_freed_memory()
+                rows = [torch.zeros(layout.n_params, dtype=dtype) for _ in range(3)]
+                a, b = torch.zeros(2, n_train, dtype=torch.int64)
+                step = compile_for(self.step, *rows, a, b, torch.ones(len(scalar_names(layout.groups)), dtype=dtype))
+                evaluate = compile_for(self.evaluate, rows[0], torch.ones(layout.examples, dtype=dtype), a, b, torch.ones((), dtype=dtype))
+                self.step, self.evaluate = step, evaluate
+            self.backend = "compiled"
+        except build.BuildError as error:
+            CpuKernels.unusable = True
+            print(f"the step runs eagerly, about {7 if ours else 3} times slower: {error}", file=sys.stderr, flush=True)
 
     def steps(self, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor) -> None:
         """`k` steps in place on one run's rows `(n_params,)`; `a, b (n,)` its training pairs, or inputs and labels of all its examples;
@@ -207,13 +216,24 @@ def keep_freed_memory() -> None:
         mallopt(top_pad, 64 << 20)
 
 
+def first_words(error: Exception) -> str:
+    """What a compiler's error begins with, and the first line of it that speaks of an error; one line."""
+    first, *rest = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = next((line for line in rest if "error:" in line.lower()), "")
+    return f"{first[:200]} ({said[:200]})" if said else first[:400]
+
+
 def compile_for(definition: Callable, *example: Tensor) -> Callable:
     """`definition` through Inductor for arguments of exactly these shapes, called once here. The graph is traced without Dynamo, whose
-    guards cost 50 us a call and count calls in a variable that all threads share."""
+    guards cost 50 us a call and count calls in a variable that all threads share. Raises build.BuildError."""
+    options = {**COMPILE_OPTIONS, "cpp.cxx": (None, *build.COMPILERS)}      # Inductor's own search ends with g++
     with single_thread(), torch.no_grad():
         graph = make_fx(lambda *args: () if (out := definition(*args)) is None else out, tracing_mode="fake")(*example)
-        compiled = torch._inductor.compile(graph, list(example), options=COMPILE_OPTIONS)
-        compiled(*example)
+        try:
+            compiled = torch._inductor.compile(graph, list(example), options=options)
+            compiled(*example)
+        except Exception as error:      # whatever its compiler, its folder or the loader meets
+            raise build.BuildError(first_words(error)) from error
     return compiled
 
 

@@ -69,8 +69,8 @@ def binder(kernel: object) -> Callable:
 
 
 def kind(launch: Launch) -> str:
-    """What tells the compiled kernels of a source apart: constants, types, and which numbers and addresses are 1 or multiples of 16."""
-    return repr((launch.kernel.fn.__name__, *bound(launch)[1:]))
+    """What tells compiled kernels apart: source, constants, types, and which numbers and addresses are 1 or multiples of 16."""
+    return repr((launch.kernel.fn.__name__, launch.kernel.cache_key, *bound(launch)[1:]))
 
 
 def kinds(found: object) -> dict[str, Launch]:
@@ -202,8 +202,7 @@ def main() -> int:
                                                   ("tests", itertools.chain(*map(launches.of_tests, recorded))))}
     wanted = found["tests"] | found["bench"] | found["experiments"]
     users = {key: " ".join(name for name in found if key in found[name]) for key in wanted}
-    sources = [*(ROOT / "kernels").glob("*.py"), ROOT / "bench/gpu_measurements.py", Path(__file__)]
-    log = folder / f"built_{digest(sources)}.jsonl"
+    log = folder / f"built_{digest([Path(__file__)])}.jsonl"
     kept = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")] if log.exists() else []     # the last may be a piece
     log.write_text("".join(kept))
     done = {key: (row, fault) for key, row, fault in map(json.loads, kept)}

@@ -13,10 +13,11 @@ import pytest
 import torch
 from tolerance import EPS32, assert_accurate, references
 from torch import Tensor
+from torch._inductor import cpp_builder
 
 from common import n_train
 from kernels import build, cpu
-from kernels.layout import mlp_layout
+from kernels.layout import mlp_layout, transformer_layout
 from kernels.step import METRICS, evaluate_ref, train_step_ref
 from lab.draws import initial_rows, split
 
@@ -233,6 +234,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
         return tmp_path / cache / "grokking-lab"
 
+    monkeypatch.setattr(cpu.CpuKernels, "unusable", False)
     with contextlib.ExitStack() as stack:
         for cached in (cpu.fused_library, build.version):
             cached.cache_clear()
@@ -262,10 +264,28 @@ namespace std { inline void* fault(void*, int, unsigned long) { __builtin_trap()
 ])
 def test_a_compiler_that_breaks_leaves_the_definition(tools: Callable, script: str, reason: str, capfd: pytest.CaptureFixture) -> None:
     cache = tools(gpp=script)
-    assert backend() == "eager"
+    assert backend() == backend() == "eager"
     said = capfd.readouterr().err.strip()
     assert reason in said and "\n" not in said and said.startswith("the step runs eagerly"), said
     assert not list(cache.iterdir())
+
+
+def test_every_compiler_that_breaks_is_named(tools: Callable, capfd: pytest.CaptureFixture) -> None:
+    tools(gpp="exit 3", clangpp="exit 4")
+    assert backend() == "eager" and capfd.readouterr().err.endswith(": g++: ended with code 3; clang++: ended with code 4\n")
+
+
+def test_a_transformer_without_a_working_compiler_keeps_its_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                       capfd: pytest.CaptureFixture) -> None:
+    """Inductor's errors are pages; it finds nothing in the cache of an earlier run."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "COMPILERS", ("absent++",))
+    monkeypatch.setattr(cpu.CpuKernels, "unusable", False)
+    cpp_builder.cpp_compiler_search.cache_clear()
+    for p in (3, 5):
+        assert cpu.CpuKernels(transformer_layout(p, 16, 16), 4, "ce", torch.float32, True).backend == "eager"
+    said = capfd.readouterr().err.strip()
+    assert "No working C++ compiler" in said and said.startswith("the step runs eagerly") and "\n" not in said
 
 
 def test_the_next_compiler_is_taken(tools: Callable) -> None:
