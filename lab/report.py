@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import math
 import os
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,10 @@ MARGIN = 0.05         # of T_grok, for equivalence with the released runs
 PROVENANCE = {"command", "commit", "dirty", "device", "backend", "dtype", "training_seconds", "run_steps", "executed_over_needed"}
 NETWORK = ("model", "loss", "p", "train_frac", "block", "seed0", "member", "arm", "tau", "lr", "weight_decay", "clamp_start", "held_norm", "held_E",
            "held_W1", "held_W2")   # what makes two runs the same one
-HEADLINES = {"A.alpha.dense": "The delay grows exponentially with the held norm: alpha", "A.alpha.shared": "with one exponent for four moduli",
-             "A.oneshot.spread": "One rescale of the norm does nothing of the kind: largest over smallest T_grok",
-             "A.saturation.p59": "Above rho 1.25 the delay saturates: measured over extrapolated",
-             "B.recovery.p59": "Temperature gives back what the norm took: recovery fraction",
-             "B.collapse.r2_logit.p59": "The logit scale alone explains ln T_grok: R2",
-             "B.fork.p59.ratio": "From one state, the raised arm over the one held: delay", "A.tf.alpha": "A transformer without LayerNorm: alpha"}
+HEADLINES = {"A.alpha.dense": "T_grok ~ exp(alpha rho): alpha", "A.alpha.shared": "one alpha for four moduli",
+             "A.oneshot.spread": "one rescale: most over least T_grok", "A.saturation.p59": "rho 1.30: T_grok over that law",
+             "B.recovery.p59": "delay that a temperature gives back", "B.collapse.r2_logit.p59": "ln T_grok on the logit scale: R2",
+             "B.fork.p59.ratio": "one state: delay, raised over held", "A.tf.alpha": "transformer, no LayerNorm: alpha"}   # lines of 120 characters
 DOUBTS = (   # question, beginnings of the ids of the findings that answer it
     ("Does a clamp at rho = 1 grok on the free timescale?", ("clamp_over_free.",)),
     ("Is ln T_grok a straight line in the held norm?", ("lack_of_fit.", "local_slope.")),
@@ -139,10 +138,10 @@ def headline_table(best: dict[str, dict[str, dict]], published: dict[str, dict])
         for kind in STRENGTH:
             answer = best[kind].get(key)
             shown = f"{value(answer)}, n {answer['n']}" if answer and kind == "reproduced" else \
-                f"{value(answer)} [{interval(answer['lo'], answer['hi'])}], n {answer['n']}" if answer else "-"
+                f"{value(answer)} [{number(answer['lo'])}, {number(answer['hi'])}], n {answer['n']}" if answer else "-"
             cells += [shown, answer["verdict"] if answer else "NOT RUN"]
         rows.append([text, published[key]["printed"], *cells])
-    return table(["claim", "paper", "its own networks", "reproduced?", "fresh networks [95% interval]", "replicated?"], rows)
+    return table(["claim", "paper", "its networks", "reproduced?", "fresh networks [95%]", "replicated?"], rows)
 
 
 def claims_section(best: dict[str, dict[str, dict]], published: dict[str, dict]) -> list[str]:
@@ -350,7 +349,7 @@ def build(root: Path, draw: bool) -> tuple[str, str]:
              total, RULE, "## Headlines", headlines, *claims_section(best, published), *doubts_section(folders),
              *sensitivity_section(folders, root, best["replicated"], published), *replay_section(root, drawn, draw),
              *survival_section(folders, drawn, draw), *speed_section(root), *figures_section(folders, root), *provenance_section(root)]
-    return f"{headlines}\n\n{total}", "\n\n".join(parts) + "\n"
+    return f"{headlines}\n\n{textwrap.fill(total, 118)}", "\n\n".join(parts) + "\n"
 
 
 def stale(root: Path) -> list[str]:

@@ -24,9 +24,17 @@ def test_make_targets_of_the_readme_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_figures_of_the_readme_exist() -> None:
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / path).is_file(), path
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text()
+    first_screen = text[: text.index("![")]
+    assert len(text.split()) <= 1200 and text.count("\n") <= 150 and len(first_screen.split()) <= 200
+    assert [line for line in text.splitlines() if len(line) > 120] == []
+
+
+def test_figures_and_links_of_the_pages_exist() -> None:
+    for page in ("README.md", "results/README.md", "results/FINDINGS.md"):
+        for path in re.findall(r"\]\((.*?)\)", (ROOT / page).read_text()):
+            assert (ROOT / page).parent.joinpath(path).is_file(), (page, path)
 
 
 def test_report_refuses_other_flags() -> None:

@@ -1,5 +1,6 @@
 """What the repository promises beside its programs."""
 import os
+import re
 import shutil
 import subprocess
 import tomllib
@@ -31,3 +32,24 @@ def test_it_is_no_package_has_a_licence_and_one_oldest_python() -> None:
     licence = (ROOT / "LICENSE").read_text()
     assert licence.startswith("MIT License\n\nCopyright (c) 2026 The grokking lab's contributors\n")
     assert "license: MIT" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_top_level_is_what_a_user_runs_or_starts_from() -> None:
+    """Eight files, each of a size that fits in a head; what lies behind the doors knows no experiment, and experiments not each other."""
+    sizes = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
+    assert len(sizes) <= 8 and sizes.pop("common.py") <= 300 and all(name.startswith("exp_") for name in sizes)
+    assert {name: size for name, size in sizes.items() if size > 400} == {}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py"), *ROOT.glob("kernels/*.py")]:
+        assert not re.search(r"^\s*(import|from) exp_", path.read_text(), re.MULTILINE), path.name
+
+
+SECTIONS = ("claims", "Config", "cells", "what is measured", "figures", "run")
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("exp_*.py")))
+def test_experiments_have_one_order(script: str) -> None:
+    text = (ROOT / script).read_text()
+    places = [text.index("\nclass Config("), *(text.index(f"\n# ---------------------------------------------------------------- {section}\n")
+                                                for section in SECTIONS[2:])]
+    assert places == sorted(places) and re.search(r"^Claims?\b", text, re.MULTILINE).start() < places[0]
+    assert text.endswith('\n\n\nif __name__ == "__main__":\n    main(run)\n')
