@@ -4,15 +4,14 @@ Claim: every network of both papers (arXiv 2606.13753, "A", and 2606.18465, "B")
 logged step beside it. Nothing is fitted: a clamp at rho times a critical norm takes the critical norm stored with the run. A run censored on one
 side only counts as grokked at the budget there.
 
-Reads the released `.npz` files and trains what each describes: network, block size, modulus, train fraction, loss, temperature, learning rate,
-decay, clamp target and step, budget.
+Reads the released `.npz` files and trains what each describes: network, block size, modulus or parity, train fraction, loss, temperature, learning
+rate, decay, clamp target and step, budget.
   B  the CPU's generators; an allocation holds the stored group norms; weight decay follows the Adam update. A fork file (same-state comparison) is
      trained freely to its fork step, once for all its arms, and continued at the stored target of each member. Logged every 25 steps.
   A  the draws of its CUDA card (lab/draws.py), measured on its geometric grid of steps, about 3% apart.
-A run that is damaged, or of another kind, is refused; a file that is no run, such as weights beside one, is counted and left out, and so is a
-run that there is no trainer for, by name.
+A run that is damaged, or of another kind, is refused; a file that is no run, such as weights beside one, is counted and left out.
 
-    python exp_replay.py METRICS_DIR                                                     every run that there is a trainer for
+    python exp_replay.py METRICS_DIR                                                     every released run
     python exp_replay.py METRICS_DIR --match 'mediation/*p59*tau1.70*' --members 0 1 2   minutes on 2 cores
     python exp_replay.py METRICS_DIR --match 'denserho/*' --dry-run                      what it would train
 """
@@ -33,7 +32,7 @@ from common import Cell, Result, UsageError, geometric_grid
 from lab import console, figures, files, settings, stats
 from lab.desk import Lab, main, provenance
 from lab.ensemble import inherit
-from lab.released import NoRun, NotTrained, Released, read
+from lab.released import NoRun, Released, read
 from lab.result import Trajectories
 
 
@@ -63,9 +62,9 @@ def files_chosen(config: Config) -> dict[str, Path]:
     return {label: paths[label] for label in wanted}
 
 
-def runs_among(paths: dict[str, Path], members: tuple[int, ...]) -> tuple[list[Released], list[str]]:
-    """The released cells in `paths`, and what is said of the others, a line a kind. Raises UsageError for one that is damaged, or if none is left."""
-    released, no_runs, not_trained = [], [], []
+def runs_among(paths: dict[str, Path], members: tuple[int, ...]) -> tuple[list[Released], str]:
+    """The released cells in `paths`, and what is said of the others, if any. Raises UsageError for one that is damaged, or if none is left."""
+    released, no_runs = [], []
     for label, path in paths.items():
         # the folder of the file: denserho of data/denserho/metrics/x.npz, dose of metrics/dose/x.npz
         experiment = next((name for name in reversed(path.resolve().parent.parts) if name != "metrics"), "")
@@ -73,12 +72,9 @@ def runs_among(paths: dict[str, Path], members: tuple[int, ...]) -> tuple[list[R
             released.append(dataclasses.replace(read(path, label, members), experiment=experiment))
         except NoRun:
             no_runs.append(label)
-        except NotTrained as which:
-            not_trained.append(str(which))
-    skipped = [f"{len(names)} of {len(paths)} files {what} and are left out: {', '.join(names)[:300]}"
-               for what, names in (("are no runs", no_runs), ("cannot be trained yet", not_trained)) if names]
+    skipped = f"{len(no_runs)} of {len(paths)} files are no runs and are left out: {', '.join(no_runs)[:300]}" if no_runs else ""
     if not released:
-        raise UsageError(f"no released run that can be trained is among the files; {'; '.join(skipped)}")
+        raise UsageError(f"no released run is among the files; {skipped}")
     return released, skipped
 
 
@@ -211,8 +207,8 @@ def run(argv: list[str]) -> None:
     paths = files_chosen(config)
     released, skipped = runs_among(paths, config.members)
     desk = Lab("replay", config, given, {}, inputs=files.digest({item.cell.name: paths[item.cell.name] for item in released}))
-    for line in skipped:
-        print(f"note: {line}")
+    if skipped:
+        print(f"note: {skipped}")
     if config.figures_only:
         return desk.redraw(lambda: draw(desk.out))
     settings.check_size(config.device, ((item.cell.model, item.cell.p) for item in released))

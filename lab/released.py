@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import EVAL_EVERY, Cell, UsageError, geometric_grid, n_train
+from common import EVAL_EVERY, N_TEST, Cell, UsageError, geometric_grid, n_train, parity_task
 from lab.draws import LAYERS, Card, paper_a_seed
 
 
@@ -45,10 +45,6 @@ SMALLEST_NORM, LARGEST_NORM = float(np.finfo(np.float32).tiny), float(np.finfo(n
 
 class NoRun(UsageError):
     """A readable file that is not meant to be a run."""
-
-
-class NotTrained(UsageError):
-    """A released run of a kind that this project cannot train yet."""
 
 
 def read(path: Path, label: str, members: tuple[int, ...]) -> Released:
@@ -127,12 +123,11 @@ def describe_fork(data: dict[str, np.ndarray], label: str, members: tuple[int, .
 def describe_paper_a(data: dict[str, np.ndarray], label: str, members: tuple[int, ...]) -> Released:
     """A run of paper A, whose settings are stored in float32."""
     experiment, arm, S = paper_a_experiment(data), str(data.get("arm", "none")), len(data["T_grok_per_seed"])
-    if experiment == "parity":
-        raise NotTrained(f"{label} (sparse parity)")
     if arm not in PAPER_A_ARMS:
         raise ValueError(f"arm {arm!r}")
-    model, budget, start = PAPER_A_MODELS.get(experiment, "mlp"), whole(data, "max_steps"), whole(data, "t_int", 0)
-    check_runs(data, S, 1 <= budget <= LONGEST, 0 <= start <= 10**9)
+    parity = experiment in ("parity", "parity_lambda")
+    model, budget, start = "mlp_dense" if parity else PAPER_A_MODELS.get(experiment, "mlp"), whole(data, "max_steps"), whole(data, "t_int", 0)
+    check_runs(data, S, 1 <= budget <= LONGEST, 0 <= start <= 10**9, pairs=not parity)
     if not np.array_equal(data["steps"], geometric_grid(budget)):
         raise ValueError("its steps are not paper A's grid")
     w_c, held, scale_once = None, (), ()
@@ -145,18 +140,25 @@ def describe_paper_a(data: dict[str, np.ndarray], label: str, members: tuple[int
         check_norms([max(held)])
     elif arm == "layer":
         scale_once = tuple(typed(data, "f") if chosen else 1.0 for chosen in LAYERS[str(data["layer"])])
-    chosen, same = choose(members, S, label), conditions(data, typed)
-    cell = Cell(label, members=chosen, block=S, budget_steps=budget, arm=PAPER_A_ARMS[arm], model=model, seed0=paper_a_seed(experiment, **same),
+    chosen, same, task = choose(members, S, label), conditions(data, typed, pairs=not parity), {}
+    if parity:
+        sizes = {key: whole(data, key) for key in ("n", "k", "m")}
+        seed, task = paper_a_seed(experiment, **sizes, **same), {"task": parity_task(**sizes)}
+    else:
+        seed = paper_a_seed(experiment, **same)
+    cell = Cell(label, members=chosen, block=S, budget_steps=budget, arm=PAPER_A_ARMS[arm], model=model, seed0=seed,
                 rho=typed(data, "rho") if held else None, clamp_start=start, clamp_stop=start + 1 if arm == "rescale" else None, w_c=w_c,
                 held=(held,) * len(chosen) if held else (), expected_steps=slowest(data, chosen, budget), card=Card(), eval_every=0,
-                scale_once=scale_once, **same)
-    check_widths(data, d_model=128, H=WIDTHS.get(model, 512), n_heads=4, n_layers=1, n_train=cell.n_train)
+                scale_once=scale_once, **task, **same)
+    check_widths(data, d_model=128, H=WIDTHS.get(model, 512), n_heads=4, n_layers=1, n_train=cell.n_train, m_test=N_TEST)
     return outcome(cell, data)
 
 
 def paper_a_experiment(data: dict[str, np.ndarray]) -> str:
     """Which of paper A's released experiments left a file, by what only its files hold."""
-    for key, experiment in (("m_test", "parity"), ("layer", "normint"), ("eff_lr_E", "efflr"), ("n_layers", "tfgrok"), ("role", "grokfss"),
+    if "m_test" in data:
+        return "parity" if whole(data, "t_int") <= LONGEST else "parity_lambda"     # which has no clamp
+    for key, experiment in (("layer", "normint"), ("eff_lr_E", "efflr"), ("n_layers", "tfgrok"), ("role", "grokfss"),
                             ("group", "tfnormint"), ("n_heads", "tfnoln"), ("norm_before_int", "denserho")):
         if key in data:
             return experiment
@@ -185,13 +187,15 @@ def typed(data: dict[str, np.ndarray], key: str) -> float:
     return float(str(np.float32(value))) if data[key].dtype == np.float32 else value
 
 
-def conditions(data: dict[str, np.ndarray], number: Callable[[dict, str], float] = scalar) -> dict[str, float]:
-    return {"p": whole(data, "p"), "train_frac": number(data, "alpha"), "weight_decay": number(data, "lam"), "lr": number(data, "lr")}
+def conditions(data: dict[str, np.ndarray], number: Callable[[dict, str], float] = scalar, pairs: bool = True) -> dict[str, float]:
+    of_pairs = {"p": whole(data, "p"), "train_frac": number(data, "alpha")} if pairs else {}
+    return {**of_pairs, "weight_decay": number(data, "lam"), "lr": number(data, "lr")}
 
 
-def check_runs(data: dict[str, np.ndarray], S: int, *more: bool) -> None:
-    """What every released run has: numbers in their range, an entry per member and per logged step. `more`: what must hold besides."""
-    p, train_frac = whole(data, "p"), scalar(data, "alpha")
+def check_runs(data: dict[str, np.ndarray], S: int, *more: bool, pairs: bool = True) -> None:
+    """What every released run has: numbers in their range, an entry per member and per logged step. `more`: what must hold besides; `pairs`: it
+    is about pairs."""
+    p, train_frac = (whole(data, "p"), scalar(data, "alpha")) if pairs else (2, 0.5)
     if not (2 <= p <= 1000 and 1 <= n_train(p, train_frac) < p * p and scalar(data, "lr") > 0 and scalar(data, "lam") >= 0 and 1 <= S <= 1000
             and all(more) and data["T_mem_per_seed"].shape == data["T_grok_per_seed"].shape == (S,)
             and data["steps"].shape == data.get("logit_scale", data["steps"]).shape == (len(data["steps"]),)):
