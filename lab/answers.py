@@ -18,7 +18,7 @@ import numpy as np
 from lab import own, stats
 
 ROOT = Path(__file__).resolve().parents[1]
-SAME = ("model", "p", "block", "lr", "seed0", "train_frac", "weight_decay")   # what a clamp shares with its free control
+SAME = ("model", "task", "p", "block", "lr", "seed0", "train_frac", "weight_decay")   # what a clamp shares with its free control
 NUMBERS = {"p": int, "block": int, **dict.fromkeys(("train_frac", "rho", "tau", "gamma", "lr", "wd", "w_c", "lo", "hi", "n_seeds"), float)}
 # column of published.csv -> column of runs.csv; an empty field is no condition, but for these
 CONDITIONS = {"model": "model", "task": "task", "p": "p", "train_frac": "train_frac", "loss": "loss", "arm": "arm", "group": "group", "rho": "rho",

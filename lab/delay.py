@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from lab import stats
-from lab.answers import SAME, Table, lacking
+from lab.answers import SAME, Statistic, Table, lacking
 
 
 def line(table: Table, cells: Iterable[str]) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -56,6 +56,35 @@ def tell(table: Table, rows: dict[str, dict], statistics: dict[str, Callable], l
             cells = statistics[rows[key]["statistic"]](table, rows[key])[0]
             ours = tuple(math.nan if claim[end] is None else claim[end] for end in ("ours", "lo", "hi"))
             table.say(label, ours, claim["n"] * len(cells), claim["n_censored"], key)
+
+
+def cv(table: Table, cells: Iterable[str], column: str = "norm_at_grok") -> Statistic:
+    """Standard deviation over mean, in percent, of a column over all members of `cells` together."""
+    values = table.values(cells, column)                                                    # (cells, members)
+
+    def statistic(picks: np.ndarray) -> np.ndarray:
+        chosen = values[:, picks]                                                           # (cells, B, members)
+        return 100 * np.nanstd(chosen, axis=(0, 2), ddof=1) / np.nanmean(chosen, axis=(0, 2))
+    return statistic
+
+
+def off_frontier(table: Table, held: str, free: list[str], key: str = "") -> None:
+    """By how much a held norm leaves the frontier that `free` cells trace over weight decays: its median T_grok over theirs, on a log scale
+    interpolated between the median norms at own T_grok; a value only where the frontier reaches the held norm."""
+    norms, target = table.values(free, "norm_at_grok"), table.first[held]["held_norm"]
+
+    def ratio(picks: np.ndarray) -> np.ndarray:
+        W, T = stats.finite_median(norms[:, picks]).T, table.log_T(free)(picks)             # (B, cells) each
+        expected = []
+        for x, y in zip(W, T, strict=True):
+            order = np.argsort(x)[: np.isfinite(x).sum()]                                   # not a number sorts last: a cell that never groks
+            expected.append(np.interp(np.log(target), np.log(x[order]), y[order], left=np.nan, right=np.nan) if len(order) > 1 else np.nan)
+        return table.T(held)(picks) / np.exp(expected)
+    run = table.first[held]
+    if len(free) > 1:
+        where = f"p{run['p']}" if run["p"] else run["task"].replace(" ", "_")
+        table.finding(key or f"off_frontier.{where}.rho{run['rho']:g}", f"median T_grok held at rho {run['rho']:g}, over that of the free frontier "
+                      "at this norm", (held, *free), ratio)
 
 
 def contraction(runs: list[dict], trajectories: list[dict]) -> list[dict]:

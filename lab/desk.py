@@ -322,7 +322,7 @@ class Lab:
         out, config = self.out, self.config
         if result:
             runs = [{"experiment": self.experiment, **run} for run in result.runs]
-            if config.model != "mlp":
+            if not config.model.startswith("mlp"):
                 flag_unlearned(runs, result.trajectories)
             files.write_csv(out / "runs.csv", runs, columns)
             files.write_csv(out / "trajectories.csv", result.trajectories)
@@ -392,7 +392,7 @@ class Lab:
         anybody = [] if dealt else sorted({*self.checkpoint.glob(f"{stage}.*of*.done.pt"), self.checkpoint / f"{stage}.done.pt"} - {done})
         c = self.config
         if c.device == "cpu" and c.backend == "auto":
-            compiling, slower = ("a few seconds a modulus", 7) if cells[0].model == "mlp" else ("up to a minute per modulus", 3)
+            compiling, slower = ("a few seconds a modulus", 7) if cells[0].model.startswith("mlp") else ("up to a minute per modulus", 3)
             self.say(f"the step is compiled on first use, {compiling}" if has_compiler() else
                      f"no C++ compiler on the PATH: the step runs eagerly, about {slower} times slower")
         ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, cells[0].dtype or c.dtype), c.arithmetic, start)

@@ -11,7 +11,8 @@ def findings(table: Table, cells: Sequence[str], early: int = 0, law: tuple[str,
     base, up, last = cells[0], cells[1], cells[-1]
     loss, rho, dtype, model = (table.first[up].get(key) for key in ("loss", "rho", "dtype", "model"))
     p, tau, dtype = table.first[base]["p"], table.first[last]["tau"], dtype or "float32"
-    where, over, cool = f"{loss}.p{p}", lambda a, b: lambda picks: a(picks) / b(picks), (up, last)
+    about = f"p{p}" if p else f"{table.first[base]['task'].replace(' ', '_')}.rho{rho:g}"
+    where, over, cool = f"{loss}.{about}", lambda a, b: lambda picks: a(picks) / b(picks), (up, last)
     table.finding(f"norm_up.{where}", f"median T_grok, rho {rho:g} over 1, tau 1", (up, base), table.ratio(up, base),
                   law=f"p={p}, {loss}: T_grok at rho {rho:g} over rho 1" if law[0] else "", paper=law[0])
     for step, log, joint in itertools.product((None, early) if early else (None,), (False, True), (False, True)):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from common import EVAL_EVERY, MODELS, Cell, Result, UsageError
+from common import EVAL_EVERY, LEARNING_RATES, Cell, Result, UsageError, parity_sizes
 from lab.draws import LAYERS, Card, paper_a_seed
 
 AUDIT_EVERY = 50   # steps between evaluations of paper B's audit
@@ -19,7 +19,7 @@ BUDGETS = {
     "efflr": 30_000, "normint": 20_000, "grokfss": 60_000,
     "pscan": {None: 25_000, 0.85: 15_000, 1.00: 25_000, 1.15: 80_000, 1.30: 160_000},       # and 1.2 times as long at p=71
     "tfnoln": 30_000, "tfnoln_long": {None: 40_000, 0.85: 30_000, 1.00: 40_000, 1.15: 120_000, 1.20: 180_000},
-    "tfnormint": 25_000, "tfgrok": 40_000,
+    "tfnormint": 25_000, "tfgrok": 40_000, "parity": 50_000, "parity_lambda": 50_000,
     "mediation": {None: 60_000, 1.00: 40_000, 1.15: 120_000}, "collapse": {1.00: 20_000, 1.05: 38_000, 1.10: 72_200, 1.15: 137_179},
     "dose": {None: 60_000, 0.85: 2186, 0.90: 4155, 0.95: 7894, 1.00: 15_000, 1.05: 28_500, 1.10: 54_150, 1.15: 102_884, 1.20: 195_481,
              1.25: 300_000},
@@ -55,8 +55,12 @@ def cells(rows: Iterable[dict], members: tuple[int, ...] = (), **only: tuple) ->
 def cell(row: dict, members: tuple[int, ...] = (), shares: tuple[float, ...] = ()) -> Cell:
     """The cell of one published row. An allocation needs the `shares` of the groups: its held norms over w_c."""
     a, free, block = row["id"].startswith("A."), row["arm"] == "free", row["block"]
-    fields = {"p": row["p"], "train_frac": row["train_frac"] or 0.40, "lr": row["lr"] or MODELS[row["model"]], "weight_decay": row["wd"] or 1.0}
-    protocol = ({"card": Card(), "seed0": paper_a_seed(row["experiment"], **fields), "eval_every": 0} if a else
+    fields = {"lr": row["lr"] or LEARNING_RATES[row["model"]], "weight_decay": row["wd"] or 1.0}
+    if parity := row["model"] == "mlp_dense":
+        network, key = {"task": row["task"]}, dict(zip("nkm", parity_sizes(row["task"]), strict=True))
+    else:
+        network = key = {"p": row["p"], "train_frac": row["train_frac"] or 0.40}
+    protocol = ({"card": Card(), "seed0": paper_a_seed(row["experiment"], **key, **fields), "eval_every": 0} if a else
                 {"seed0": 0, "decay_last": True, "eval_every": AUDIT_EVERY if row["experiment"] == "audit" else EVAL_EVERY})
     group, chosen, held = row["group"] or "", tuple(members) or tuple(range(block)), ()
     scaled = row["arm"] == "rescale" and group in LAYERS     # a transformer's group has the same name, and is held
@@ -66,14 +70,15 @@ def cell(row: dict, members: tuple[int, ...] = (), shares: tuple[float, ...] = (
         held = tuple(row["rho"] * row["w_c"] if name == group else 0.0 for name in ("total", "embed", "attn", "mlp", "unembed"))
     elif not free:
         held = tuple(row["w_c"] * share for share in (0.0, *shares)) if shares else (row["rho"] * row["w_c"],)
-    parts = [label(row), row["arm"], *([group] if group else []), f"p{row['p']}", f"b{block}", *([row["loss"]] if row["loss"] != "ce" else [])]
+    about = row["task"].replace(" ", "_") if parity else f"p{row['p']}"
+    parts = [label(row), row["arm"], *([group] if group else []), about, f"b{block}", *([row["loss"]] if row["loss"] != "ce" else [])]
     parts += [f"{short}{row[column]:g}" for short, column, default in (("rho", "rho", None), ("tau", "tau", 1.0), ("gamma", "gamma", None),
-              ("lr", "lr", MODELS[row["model"]]), ("wd", "wd", 1.0), ("frac", "train_frac", 0.40)) if row[column] not in (None, default)]
+              ("lr", "lr", LEARNING_RATES[row["model"]]), ("wd", "wd", 1.0), ("frac", "train_frac", 0.40)) if row[column] not in (None, default)]
     steps = row["value"] if row["statistic"] == "T_grok" and row["value"] else 0
     made = Cell("_".join([*parts, *([row["dtype"]] if row["dtype"] == "float64" else [])]), members=chosen, block=block, budget_steps=budget(row),
                 arm=row["arm"], loss=row["loss"], model=row["model"], rho=None if scaled else row["rho"], tau=row["tau"] or 1.0,
                 gamma=row["gamma"], w_c=row["w_c"] if held else None, held=(held,) * len(chosen) if held else (), group=group, networks=label(row),
-                expected_steps=int(1.15 * steps), dtype=row["dtype"] or "", **fields, **protocol)
+                expected_steps=int(1.15 * steps), dtype=row["dtype"] or "", **network, **fields, **protocol)
     return made if row["arm"] != "rescale" or scaled else once(made)
 
 

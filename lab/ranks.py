@@ -51,7 +51,7 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
 def cost(cell: Cell, start_step: int = 0) -> float:
     """Expected work of `cell` from `start_step` on, in run-steps of p=59; a step's time grows with p as seen on GPUs and CPUs."""
     steps = min(cell.expected_steps or cell.budget_steps, cell.budget_steps) - start_step
-    return max(steps, 1) * len(cell.members) * (cell.p / 59) ** 2.4
+    return max(steps, 1) * len(cell.members) * ((cell.p / 59) ** 2.4 if cell.p else cell.n_train / 1000)
 
 
 def deal(costs: list[float], loads: list[float]) -> list[int]:

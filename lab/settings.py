@@ -116,7 +116,7 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
     if presets:
         preset = given.get("preset", "paper" if device == "cuda" else "laptop")
         settings = {"parts": parts, **presets[preset], **settings, "preset": preset}
-    if model != "mlp":   # a preset's learning rates are those of the MLP
+    if model in MODELS and model != "mlp":   # a preset's learning rates are those of the MLP
         rates = {"lr": MODELS[model], "lrs": (MODELS[model],)}
         settings |= {f.name: rates[f.name] for f in dataclasses.fields(cls) if f.name in rates and f.name not in given}
     config = cls(**settings)
