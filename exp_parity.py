@@ -224,7 +224,10 @@ def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
 
 def say(table: Table, key: str, cells: list[str], statistic: Callable) -> None:
     """A property of Table 2, among the last lines if it is alpha."""
-    table.finding(f"property.{key}", PROPERTIES[key].text, cells, statistic, law="alpha, sparse parity" if key == "alpha" else "")
+    table.finding(f"property.{key}", PROPERTIES[key].text, cells, statistic)
+    if key == "alpha":
+        n, censored, _ = table.count(tuple(cells))
+        table.say("alpha of sparse parity", stats.resampled(n, statistic), n * len(cells), censored)
 
 
 def temperature(table: Table, held: dict[tuple[float, float], str]) -> None:
