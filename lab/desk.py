@@ -235,7 +235,7 @@ class Lab:
             if self.shard and not files.lock(self.checkpoint / f"lock{self.shard}"):
                 raise UsageError(f"rank {self.rank.number} of {self.rank.size} already works in {self.folder}; wait for it or choose another --out")
         except OSError as error:
-            raise UsageError(f"cannot write to {self.folder}: {error.strerror}; choose another --out") from None
+            raise UsageError(f"cannot write to {error.filename or self.folder}: {error.strerror}; choose another --out") from None
         self.opened = True
         if self.shard:
             (self.checkpoint / f"done{self.shard}").unlink(missing_ok=True)

@@ -16,6 +16,7 @@ def guard() -> None:
     streams()
     home()
     room()
+    os.environ["MPLBACKEND"] = "Agg"   # figures are files; another name, or a backend that is not installed, would end the import of matplotlib
     signal.signal(signal.SIGINT, interrupted)
     sys.excepthook = failed
 

@@ -51,7 +51,6 @@ class Build(NamedTuple):
     stack_bytes: int        # per thread
     spill_accesses: int     # loads and stores of local memory in the code
     shared_bytes: int       # per program
-    instructions: int
     dots_written: int       # in the source
     dots_compiled: int      # three for each in tf32x3, more where a loop is peeled
     seconds: float
@@ -81,15 +80,17 @@ def kinds(found: object) -> dict[str, Launch]:
     return unique
 
 
-def assembled(cubin: bytes) -> tuple[dict[str, int], list[str]]:
-    """What the assembler reports (REG, STACK, ...), and the opcodes of the machine code."""
+def assembled(cubin: bytes) -> tuple[dict[str, int], int]:
+    """What the assembler reports (REG, STACK, ...), and how many loads and stores of local memory are in the machine code. That is read only
+    where there is a stack: it takes as long as to compile."""
+    def said(flag: str) -> str:
+        return subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
-                       for flag in ("-res-usage", "-sass"))
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code, flags=re.MULTILINE)
-    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage)}, opcodes
+        usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", said("-res-usage"))}
+        code = said("-sass") if usage["STACK"] or usage["LOCAL"] else ""
+    return usage, len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?:STL|LDL)", code, flags=re.MULTILINE))
 
 
 def build(launch: Launch) -> Build:
@@ -103,14 +104,14 @@ def build(launch: Launch) -> Build:
         compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=packed.__dict__)
         seconds = time.perf_counter() - start
         asm = {stage: compiled.asm[stage] for stage in ("ttir", "ttgir", "ptx")}
-        usage, opcodes = assembled(compiled.asm["cubin"])
+        usage, spills = assembled(compiled.asm["cubin"])
     floats = [str(arg.dtype).removeprefix("torch.") for arg in args if str(getattr(arg, "dtype", "")).startswith("torch.float")]
     own = {"p", "PRECISION", "LOSS"}
     fixed = {names[path[0]]: value for path, value in constants.items() if len(path) == 1 and names[path[0]] not in own}
     return Build(
         kernel.fn.__name__.strip("_"), given.get("p", ""), floats[0], given.get("PRECISION", ""), given.get("LOSS", ""),
         " ".join(f"{name}={str(value).replace(' ', '')}" for name, value in fixed.items()), options["num_warps"], usage["REG"], usage["STACK"],
-        sum(opcode.startswith(("STL", "LDL")) for opcode in opcodes), compiled.metadata.shared, len(opcodes),
+        spills, compiled.metadata.shared,
         len(re.findall(r"= tt\.dot ", asm["ttir"])), len(re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) ", asm["ttgir"])),
         round(seconds, 2), asm)
 
@@ -166,6 +167,12 @@ def built(key: str) -> tuple[list, str]:
     return list(row[:-2]), ""
 
 
+def deaf() -> None:
+    """A process that builds is stopped by the one that asked for it, never by what a terminal or `timeout` sends to all."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def digest(sources: list[Path]) -> str:
     """Of their text and Triton's version."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources)) + triton.__version__.encode()).hexdigest()[:16]
@@ -190,7 +197,7 @@ def record_tests(folder: Path) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Registers, stack, shared memory and instructions of every kernel on sm_90.")
+    parser = argparse.ArgumentParser(description="Registers, stack and shared memory of every kernel on sm_90.")
     parser.add_argument("--out", type=Path, required=True, help="folder for kernels_sm90.csv")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args()
@@ -209,7 +216,7 @@ def main() -> int:
     print(f"{len(wanted)} kernels ({', '.join(f'{len(each)} of {name}' for name, each in found.items())}), {len(done)} built before; "
           f"recorded in {time.monotonic() - start:.0f} s", flush=True)
     WANTED.update(wanted)           # the processes are forks of this one: a kernel cannot be sent to them
-    pool = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork"), deaf)
     try:
         with log.open("a") as file:
             jobs = {pool.submit(built, key): key for key in wanted if key not in done}

@@ -67,12 +67,12 @@ def test_a_limit_that_the_libraries_alone_reach_is_one_line() -> None:
 
 
 def test_a_user_without_a_home_goes_on(tmp_path: Path) -> None:
-    """HOME unset and no entry in the password file, as in a container with a user number of its own."""
+    """HOME unset and no entry in the password file, as in a container with a user number of its own, and a backend for figures that is not there."""
     code = ("import os, pwd, runpy, sys\n[os.environ.pop(k, None) for k in ('HOME', 'USER', 'LOGNAME', 'MPLCONFIGDIR', 'XDG_CONFIG_HOME')]\n"
             "def none(*_): raise KeyError\npwd.getpwuid = pwd.getpwnam = none\nsys.path.insert(0, '.')\n"
             "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code, "exp_fork.py", "--dry-run", "--out", str(tmp_path / "out")], cwd=ROOT, capture_output=True,
-                          text=True, check=False, env={**os.environ, "TMPDIR": str(tmp_path)})
+                          text=True, check=False, env={**os.environ, "TMPDIR": str(tmp_path), "MPLBACKEND": "none"})
     assert (done.returncode, done.stderr) == (0, "") and "cells" in done.stdout
 
 
