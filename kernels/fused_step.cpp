@@ -7,10 +7,10 @@
 //     dE = dU W1[:d]' + dV W1[d:]',  dW1 = [E' dU; E' dV],  then AdamW and the projection on the flat row
 //
 // Order of summation. A product adds over its inner index in ascending order, one fused multiply-add after the other, in a register. Over pairs:
-// dU and dV take one after the other; dW2 and db2 are sums of the tiles, each from 0, in ascending order. Sums along a row of logits (a softmax's
-// total, a column left over as a dot product) and norms are a sum for each lane of a vector, joined by halves. So bits depend on the width of
-// vectors, but not on addresses, on the thread or on how many steps a call takes. Vectors are the compiler's own extension, as wide as its target
-// has them: AVX-512, AVX2, SSE2 and NEON from one source.
+// dU and dV take one after the other; dW2 and db2 are sums of the tiles, each from 0, in ascending order. A softmax's total is 32 sums joined by
+// halves (`softmax_row`), a norm 32 sums added in ascending order. A column of logits left over as a dot product is four sums for each lane of a
+// vector, the lanes joined by halves: its bits depend on the width of vectors. Nothing depends on addresses, on the thread or on how many steps a
+// call takes. Vectors are the compiler's own extension, as wide as its target has them: AVX-512, AVX2, SSE2 and NEON from one source.
 //
 // Given at compile time: REAL (float or double), ROWS = p, D = d and HIDDEN = H (multiples of 16), CLASSES, P_PAD (stored logit columns).
 #include "vectors.h"
@@ -101,17 +101,10 @@ INLINE void product(int rows, int inner, const Real* A, int a_row, int a_inner, 
 // What a product starts from and where it goes.
 INLINE auto from_zero() { return [](int, int) { return Vec<Real>{}; }; }
 INLINE auto from(const Real* at, int at_row) { return [=](int row, int column) { return load(at + row * at_row + column); }; }
-INLINE auto into(Real* to, int to_row) {
+template <bool ADDED> INLINE auto into(Real* to, int to_row) {
     return [=](int row, int column, auto& line) {
         Real* at = to + row * to_row + column;
-        for (auto& x : line) store(at, x), at += L;
-    };
-}
-
-INLINE auto added_to(Real* to, int to_row) {
-    return [=](int row, int column, auto& line) {
-        Real* at = to + row * to_row + column;
-        for (auto& x : line) store(at, load(at) + x), at += L;
+        for (auto& x : line) store(at, ADDED ? load(at) + x : x), at += L;
     };
 }
 int padded(int rows) { return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS; }   // of a tile, so that its products need no remainder
@@ -130,7 +123,8 @@ void prepare(const Real* params, Scratch& s) {
     const Real *E = params, *W1 = params + W1_AT, *W2 = params + W2_AT;
     const Real no_bias[H] = {};
     for (int half = 0; half < 2; ++half)
-        product<P % BLOCK_ROWS, H / L>(P, d, E, d, 1, W1 + half * d * H, H, from(half ? no_bias : params + B1_AT, 0), into(s.tables[half], HS));
+        product<P % BLOCK_ROWS, H / L>(P, d, E, d, 1, W1 + half * d * H, H, from(half ? no_bias : params + B1_AT, 0),
+                                       into<false>(s.tables[half], HS));
     for (int unit = 0; unit < H; ++unit) {
         std::memcpy(s.W2 + unit * ZC, W2 + unit * P_PAD, C * sizeof(Real));
         for (int c = C; c < ZC; ++c) s.W2[unit * ZC + c] = 0;
@@ -157,7 +151,7 @@ template <bool DERIVATIVE> __attribute__((noinline)) void hidden(const Real* U, 
 
 // z of `rows` pairs of a tile whose h is there.
 void logits(int rows, Scratch& s) {
-    product<0, ZV>(padded(rows), H, s.h, HS, 1, s.W2, ZC, from(s.b2, 0), into(s.z, ZC));
+    product<0, ZV>(padded(rows), H, s.h, HS, 1, s.W2, ZC, from(s.b2, 0), into<false>(s.z, ZC));
     for (int row = 0; row < rows; ++row) {
         for (int c = ZV * L; c < ZC; ++c) s.z[row * ZC + c] = -INFINITY;
         for (int c = C - LEFT_OVER; c < C; ++c) {
@@ -181,7 +175,8 @@ template <class T> INLINE T largest_of(const T* row) {            // (ZC)
 }
 
 // Exponentials of `scaled (ZC)`, shifted by its maximum, which comes back with their sum. The order of the sum is that of torch's CUDA softmax,
-// which the papers ran: lane l of 32 adds columns l, l + 32, ..., then lanes are added by halves. In softmax collapse it decides what is lost beside 1.
+// which the papers ran: lane l of 32 adds columns l, l + 32, ..., then lanes are added by halves. In softmax collapse it decides what is lost
+// beside 1.
 template <class T> INLINE void softmax_row(const T* scaled, T* exponentials, T& top, T& total) {
     constexpr int VECTORS = 32 / LANES<T>;
     top = largest_of(scaled);
@@ -223,8 +218,8 @@ void backward(const Real* params, Scratch& s) {
     Real *dE = s.gradient, *dW1 = s.gradient + W1_AT, *db1 = s.gradient + B1_AT;
     for (int half = 0; half < 2; ++half) {
         transpose(W1 + half * d * H, H, d, H, s.W1_transposed, DS);
-        product<d % BLOCK_ROWS, H / L>(d, P, E, 1, d, s.dtables[half], HS, from_zero(), into(dW1 + half * d * H, H));
-        product<P % BLOCK_ROWS, d / L>(P, H, s.dtables[half], HS, 1, s.W1_transposed, DS, from_zero(), added_to(dE, d));
+        product<d % BLOCK_ROWS, H / L>(d, P, E, 1, d, s.dtables[half], HS, from_zero(), into<false>(dW1 + half * d * H, H));
+        product<P % BLOCK_ROWS, d / L>(P, H, s.dtables[half], HS, 1, s.W1_transposed, DS, from_zero(), into<true>(dE, d));
     }
     for (int row = 0; row < P; ++row)
         for (int unit = 0; unit < H; ++unit) db1[unit] += s.dtables[0][row * HS + unit];
@@ -249,8 +244,8 @@ void gradient(const Real* params, const int64_t* a, const int64_t* b, const int6
             std::memset(s.z + row * ZC, 0, ZC * sizeof(Real));
             std::memset(s.derivative + row * HS, 0, H * sizeof(Real));
         }
-        product<C % BLOCK_ROWS, H / L>(C, rows, s.z, 1, ZC, s.h, HS, from_zero(), added_to(s.dW2_transposed, HS));
-        // six rows of dx: each into its row of dV, and together into dU where they share a, as in a sorted split nearly all do
+        product<C % BLOCK_ROWS, H / L>(C, rows, s.z, 1, ZC, s.h, HS, from_zero(), into<true>(s.dW2_transposed, HS));
+        // a row of dx goes into its rows of dU and dV at once, pair after pair: where pairs are sorted by a, that of dU stays in the L1 cache
         product<0, H / L>(padded(rows), C, s.z, ZC, 1, s.W2_transposed, HS, from_zero(), [&](int row, int column, auto& line) {
             Real *dU = s.dtables[0] + left[row] * HS + column, *dV = s.dtables[1] + right[row] * HS + column;
             const Real* slope = s.derivative + row * HS + column;
@@ -266,7 +261,6 @@ void gradient(const Real* params, const int64_t* a, const int64_t* b, const int6
 }
 
 #include "adamw.h"
-
 
 // -- evaluation
 
