@@ -120,7 +120,7 @@ def kinds(config: Config, given: dict) -> list[Config]:
                                  budget=60_000, after_grok=0, fork_steps=asked("fork_steps", (FORK_STEP,)), rho=asked("rho", (RHO,)),
                                  p=asked("p", PUBLISHED_P) if config.model == "mlp" and given.get("lr", 1e-3) == 1e-3 else ())
     ours = dataclasses.replace(config, networks=("fresh",))
-    return [theirs] * bool("published" in config.networks and theirs.p and theirs.fork_steps) + [ours] * ("fresh" in config.networks)
+    return [command for command in (theirs, ours) if command.networks[0] in config.networks and command.p and command.fork_steps]
 
 
 def label(config: Config) -> str:

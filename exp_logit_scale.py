@@ -56,8 +56,7 @@ class Config(settings.Config):
     rhos: tuple[float, ...] = settings.option((), "held norms over W_c of grid and dose; mediation and mse raise to the largest", float, PARTS[:4])
     taus: tuple[float, ...] = settings.option((), "temperatures at the raised norm, and of the grid; 1 is always among them", float, PARTS[:3])
     gammas: tuple[float, ...] = settings.option((-0.6, -0.3, 0.0, 0.3, 0.6), "power moved from embedding to unembedding", parts=("allocation",))
-    weight_decays: tuple[float, ...] = settings.option((0.5, 1.0, 2.0, 3.0, 4.0), "weight decays of the free runs of the dose part", parts=("dose",),
-                                                     fresh=True)
+    weight_decays: tuple[float, ...] = settings.option((0.5, 1.0, 2.0, 3.0, 4.0), "weight decays of its free runs", parts=("dose",), fresh=True)
     lr: float = settings.option(1e-3, "learning rate; published numbers are answered at 1e-3 only")
     moduli: tuple[int, ...] = settings.option((43, 59, 67, 97, 113), "moduli of the dose part; --p replaces them", parts=("dose",))
     dose_seeds: int = settings.option(0, "block size of the dose part; 0 = the paper's, 16 at p=59 and 97, else 8", parts=("dose",), fresh=True)
@@ -173,9 +172,12 @@ def own_cells(rows: list[dict], members: tuple[int, ...]) -> tuple[list[Cell], l
     of_split = {row["p"] for row in rows if row["arm"] == "alloc"}
     controls = own.cells(row for row in own.under(rows, experiment="mediation", arm="free") if row["p"] in of_split)
     known = {control.name for control in controls}
-    guess = lambda c: c.expected_steps or cell(Config(), c.p, c.loss, c.block, c.budget_steps, c.arm, c.rho).expected_steps  # noqa: E731
-    return tuple([dataclasses.replace(c, expected_steps=guess(c)) for c in cells] for cells in (
-        controls, [c for c in own.cells((row for row in rows if row["arm"] != "alloc"), members) if c.name not in known]))
+    others = [c for c in own.cells((row for row in rows if row["arm"] != "alloc"), members) if c.name not in known]
+
+    def timed(c: Cell) -> Cell:
+        guess = cell(Config(), c.p, c.loss, c.block, c.budget_steps, c.arm, c.rho).expected_steps
+        return dataclasses.replace(c, expected_steps=c.expected_steps or guess)
+    return [timed(c) for c in controls], [timed(c) for c in others]
 
 
 def own_allocations(rows: list[dict], members: tuple[int, ...], shares: dict[int, tuple[float, ...]]) -> list[Cell]:

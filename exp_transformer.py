@@ -169,14 +169,12 @@ def own_cells(config: Config, given: dict) -> list[Cell]:
     cells = []
     for part in config.parts:
         rows = [row for row in published().values() if row["experiment"] in RELEASED[part] and row["model"] == config.model]
-        flags = {"lr": ("lrs",), "rho": ("rhos",), "train_frac": ("train_fracs",), "tau": ("taus",),
-                 "p": ({"groups": "group_moduli", "concentration": "free_moduli"}.get(part, "p"), "p")}
-        only = {name: next((given[flag] for flag in of if flag in given), ()) for name, of in flags.items()}
+        only = {column: given.get(flag, ()) for column, flag in (("rho", "rhos"), ("lr", "lrs"), ("train_frac", "train_fracs"))}
         if part == "temperature":
-            only |= {name: (1.0, *only[name]) if only[name] else () for name in ("rho", "tau")}
-        else:
-            only["tau"] = ()
-        cells += own.cells(rows, given.get("members", ()), **only)
+            only["rho"] = (1.0, *given["rhos"]) if "rhos" in given else ()
+            only["tau"] = (1.0, *given["taus"]) if "taus" in given else ()
+        moduli = {"groups": "group_moduli", "concentration": "free_moduli"}.get(part, "p")
+        cells += own.cells(rows, given.get("members", ()), p=given.get(moduli, given.get("p", ())), **only)
     return cells
 
 
