@@ -176,5 +176,5 @@ def _check(layout: AnyLayout, loss: str, dtype: torch.dtype, arithmetic: str, pa
             raise ValueError(f"{name}: expected contiguous {dtype}, got {tensor.dtype}, contiguous: {tensor.is_contiguous()}")
     if dtype not in (torch.float32, torch.float64) or loss not in ("ce", "mse") or arithmetic not in ARITHMETIC:
         raise ValueError(f"expected float32 or float64, ce or mse, {' or '.join(ARITHMETIC)}; got {dtype}, {loss}, {arithmetic}")
-    if layout.d % 16 or layout.H % 16:
-        raise ValueError(f"d and H must be multiples of 16, the shortest inner dimension of a product; got {layout.d}, {layout.H}")
+    if any(width % 16 for width in ((layout.H,) if isinstance(layout, DenseLayout) else (layout.d, layout.H))):
+        raise ValueError(f"d and H must be multiples of 16, the shortest inner dimension of a product; got {layout}")

@@ -21,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from kernels import mlp_launches
 from kernels.cuda import CudaKernels, launches_of
 from kernels.dialect import triton
-from kernels.layout import Layout, TransformerLayout, model_layout
+from kernels.layout import DenseLayout, Layout, TransformerLayout, model_layout
 from kernels.pairs import order_of, slots_of
 
 ROOT = Path(__file__).parent.parent
 MODULI = (29, 31, 41, 43, 53, 59, 67, 71, 79, 97, 113)
 MODELS = ("mlp", "transformer", "transformer_ln", "transformer_b")
 MODES = ((torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.float64, "ieee"))
-SUITES = ("triton_kernels.py", "triton_steps.py", "triton_transformer.py", "triton_transformer_steps.py")
+SUITES = ("triton_kernels.py", "triton_steps.py", "triton_transformer.py", "triton_transformer_steps.py", "triton_dense.py")
 
 
 class Launch(NamedTuple):
@@ -82,6 +82,19 @@ def step_launches(layout: Layout | TransformerLayout, dtype: torch.dtype, arithm
     return launches
 
 
+def dense_launches(layout: DenseLayout, dtype: torch.dtype, arithmetic: str, loss: str, runs: int = 1, chunk: int = 1, steps: int = 1,
+                   decay_last: bool = False) -> list[Launch]:
+    """The same of dense MLPs."""
+    rows, launches = [torch.empty(runs, layout.n_params, dtype=dtype) for _ in range(3)], []
+    x, labels = torch.zeros(runs, layout.examples, layout.n, dtype=dtype), torch.zeros(runs, layout.examples, dtype=torch.int64)
+    engine = CudaKernels(layout, loss, dtype, arithmetic, *rows, x, labels, torch.zeros(runs, layout.examples), decay_last)
+    engine.chunk = chunk
+    with recording(launches):
+        engine.interval(torch.ones(runs, steps, engine.scalars, dtype=torch.float64))
+    return launches
+
+
+PARITY = ((30, 1000), (30, 600), (30, 1500), (20, 1000), (40, 1000))     # inputs and training examples of the experiment
 EXPERIMENTS = list(itertools.product(MODELS, MODULI, MODES, ("ce", "mse")))
 
 
@@ -91,6 +104,12 @@ def of_experiments(chosen: list = EXPERIMENTS) -> Iterator[Launch]:
         layout, n = model_layout(model, p, dtype), int(0.4 * p * p)
         yield from step_launches(layout, dtype, arithmetic, loss, decay_last=loss == "mse")
         yield from step_launches(layout, dtype, arithmetic, loss, n=n + 1 if n % 16 == 0 else n - n % 16)
+
+
+def of_parity() -> Iterator[Launch]:
+    """All sizes, modes and losses of exp_parity.py."""
+    for (n, m), (dtype, arithmetic), loss in itertools.product(PARITY, MODES, ("ce", "mse")):
+        yield from dense_launches(model_layout("mlp_dense", n, dtype, m, m + 2000), dtype, arithmetic, loss, decay_last=loss == "mse")
 
 
 def of_bench() -> Iterator[Launch]:

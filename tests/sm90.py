@@ -127,7 +127,7 @@ def check(row: Build) -> None:
     if row.kernel in ("hidden_backward_kernel", "mix_kernel", "row_adds_kernel"):       # each tile reads back what another wrote
         waits = re.search(r"\b(ttg|gpu)\.barrier", row.asm["ttgir"])
         assert waits and "cp.async" not in row.asm["ptx"], f"{where}: a load may overtake a store"
-    if row.kernel in ("hidden_backward_kernel", "gelu_backward_kernel"):
+    if row.kernel in ("hidden_backward_kernel", "gelu_backward_kernel", "dense_backward_kernel"):
         apart = re.search(r"(%\w+) = tt\.dot .*maxNumImpreciseAcc = 1", row.asm["ttir"])
         added = apart and re.search(rf"arith\.addf %\w+, {re.escape(apart[1])}\b", row.asm["ttir"])
         assert added, f"{where}: a tile's product is not summed by itself"

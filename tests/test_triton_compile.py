@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton cannot be installed here: its kernels are NOT compiled")
-from launches import EXPERIMENTS, MODES, Launch, of_bench, of_experiments, recording, step_launches
+from launches import EXPERIMENTS, MODES, Launch, dense_launches, of_bench, of_experiments, recording, step_launches
 from sm90 import build, check, kind, kinds
 
 import kernels.dialect
@@ -33,6 +33,15 @@ def test_mlp(p: int, mode: tuple[torch.dtype, str]) -> None:
     found = kinds(step_launches(model_layout("mlp", p, mode[0]), *mode, "ce"))
     assert len(found) == 9
     assert_sound(found)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["ieee", "tf32x3", "float64"])
+def test_dense_mlp(mode: tuple[torch.dtype, str]) -> None:
+    """Of sparse parity; every step of every chunk launches the kernels of the first."""
+    layout = model_layout("mlp_dense", 30, mode[0], 1000, 3000)
+    found = kinds(dense_launches(layout, *mode, "ce"))
+    assert set(kinds(dense_launches(layout, *mode, "ce", 3, 2, 2))) == set(found)
+    assert_sound({key: launch for key, launch in found.items() if "dense" in launch.kernel.fn.__name__})
 
 
 def test_sample_of_the_experiments() -> None:

@@ -8,8 +8,9 @@ import native
 import torch
 from torch import Tensor
 
+from kernels import dense
 from kernels.adamw import scalar_names
-from kernels.layout import Layout, TransformerLayout, mlp_layout, transformer_layout
+from kernels.layout import AnyLayout, DenseLayout, mlp_layout, transformer_layout
 from kernels.pairs import order_of, slots_of
 
 ON_GPU = os.environ.get("GROKKING_TEST_GPU") == "1"
@@ -24,12 +25,12 @@ if path := os.environ.get("GROKKING_RECORD_LAUNCHES"):
 @dataclass(frozen=True)
 class Case:
     """Inputs on the CPU, drawn in float32 so that both dtypes start from equal numbers."""
-    layout: Layout | TransformerLayout
+    layout: AnyLayout
     loss: str
     params: Tensor      # (R, n_params)
-    a: Tensor           # (R, n)
-    b: Tensor
-    train: Tensor       # (R, p*p)
+    a: Tensor           # (R, n); of a dense MLP inputs (R, examples, n)
+    b: Tensor           # and labels (R, examples)
+    train: Tensor       # (R, p*p), or (R, examples)
     slots: Tensor       # (R, slots): the order of the pairs
     scalars: Tensor     # (R, 5 + groups)
 
@@ -48,8 +49,8 @@ class Case:
 
     def to(self, dtype: torch.dtype) -> "Case":
         """The same numbers for a definition in another dtype, same layout."""
-        return Case(self.layout, self.loss, self.params.to(dtype), self.a, self.b, self.train.to(dtype), self.slots,
-                    self.scalars.to(dtype))
+        a = self.a.to(dtype) if self.a.is_floating_point() else self.a
+        return Case(self.layout, self.loss, self.params.to(dtype), a, self.b, self.train.to(dtype), self.slots, self.scalars.to(dtype))
 
 
 def make_case(p: int = 13, runs: int = 2, dtype: torch.dtype = torch.float32, loss: str = "ce", tau: float = 1.0, scale: float = 1.0,
@@ -82,6 +83,22 @@ def make_transformer_case(model: str, p: int = 5, runs: int = 2, dtype: torch.dt
     scalars = torch.zeros(runs, len(scalar_names(layout.groups)))
     scalars[:, :4] = torch.tensor([tau, 0.999, 0.01, 0.0316])
     return Case(layout, loss, params.to(dtype), pairs // p, pairs % p, train, order_of(pairs // p, pairs % p, p), scalars.to(dtype))
+
+
+def make_dense_case(layout: DenseLayout, runs: int = 2, dtype: torch.dtype = torch.float32, loss: str = "ce", tau: float = 1.0, scale: float = 1.0,
+                    seed: int = 0) -> Case:
+    """Labels are the products of the first two inputs, which are -1 and 1 but for one; `scale` multiplies W2, hence the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    params = torch.zeros(runs, layout.n_params)
+    for row in params:
+        for part, size in zip(layout.views(row), (1.0, scale * 32**-0.5, 0.1, 0.1), strict=True):
+            part.copy_(size * torch.randn(part.shape, generator=generator))
+    x = 2.0 * torch.randint(2, (runs, layout.examples, layout.n), generator=generator) - 1
+    x[:, 0, 0] *= 0.3
+    labels = (x[..., :2].prod(-1) > 0).long()
+    train = (torch.arange(layout.examples) < layout.m).float().repeat(runs, 1)
+    scalars = torch.tensor([tau, 0.999, 0.01, 0.0316, 0, 0, 0]).repeat(runs, 1)
+    return Case(layout, loss, params.to(dtype), x.to(dtype), labels, train, dense.order_of(x, labels, layout.n), scalars.to(dtype))
 
 
 def nan(*shape: int, dtype: torch.dtype) -> Tensor:
