@@ -205,7 +205,8 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     recorded = record_tests(folder)
     start = time.monotonic()
-    found = {name: kinds(each) for name, each in (("experiments", launches.of_experiments()), ("bench", launches.of_bench()),
+    experiments = itertools.chain(launches.of_experiments(), launches.of_parity())
+    found = {name: kinds(each) for name, each in (("experiments", experiments), ("bench", launches.of_bench()),
                                                   ("tests", itertools.chain(*map(launches.of_tests, recorded))))}
     wanted = found["tests"] | found["bench"] | found["experiments"]
     users = {key: " ".join(name for name in found if key in found[name]) for key in wanted}
