@@ -36,7 +36,7 @@ import numpy as np
 from common import EVAL_EVERY, Cell, Result, UsageError, exactly
 from kernels.cuda import MOST_CLASSES
 from kernels.layout import model_layout
-from lab import console, figures, files, own, settings, stats
+from lab import console, delay, figures, files, own, settings, stats
 from lab.answers import Statistic, Table, answer, published
 from lab.desk import Lab, main
 from lab.ensemble import State, inherit
@@ -262,7 +262,7 @@ def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
     """The published table; ratios of delays and their order at every fork; collapse of every arm; the twins at the other precision."""
     answer(table, published("B.fork.").values(), STATISTICS)
     if table.networks == "published":
-        return
+        return delay.tell(table, published("B.fork."), STATISTICS, {f"B.fork.p{p}.ratio": f"delay raised / same, p={p}" for p in PUBLISHED_P})
     for where, arms, name in forks(table, config):
         for over, under in (("raised", "same"), ("lowered", "same"), ("same", "free")):
             if over in arms and under in arms:

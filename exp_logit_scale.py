@@ -32,7 +32,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from common import Cell, Result, UsageError, exactly, unique
-from lab import console, figures, mediation, own, settings, stats
+from lab import console, delay, figures, mediation, own, settings, stats
 from lab.answers import Statistic, Table, answer, at_doses, lacking, published
 from lab.desk import Lab, main
 
@@ -50,8 +50,7 @@ BUDGET = {"free": 60_000, "base": 40_000, "mediation": 120_000, "mse": 120_000, 
 @dataclass(frozen=True)
 class Config(settings.Config):
     p: tuple[int, ...] = settings.option((59, 97), "moduli; of the audit the first one only; with --parts dose see --moduli")
-    seeds: int = settings.option(12, "block size of mediation, mse, grid and allocation", parts=("mediation", "mse", "grid", "allocation"),
-                                 fresh=True)
+    seeds: int = settings.option(12, "block size of all parts but dose and audit", parts=("mediation", "mse", "grid", "allocation"), fresh=True)
     parts: tuple[str, ...] = settings.option((), f"parts to run: {' '.join(PARTS)}")
     rhos: tuple[float, ...] = settings.option((), "held norms over W_c of grid and dose; mediation and mse raise to the largest", float, PARTS[:4])
     taus: tuple[float, ...] = settings.option((), "temperatures at the raised norm, and of the grid; 1 is always among them", float, PARTS[:3])
@@ -64,8 +63,7 @@ class Config(settings.Config):
     audit_dtypes: tuple[str, ...] = settings.option(("float32", "float64"), "precisions that the audit trains in", parts=("audit",))
     audit_seeds: int = settings.option(8, "block size of the audit", parts=("audit",), fresh=True)
     w_c: float = settings.option(0.0, "hold multiples of this norm and train no control; 0 = the control's", fresh=True)
-    budget: int = settings.option(120_000, "largest step at which a run that has not grokked is censored; parts with a smaller one keep it",
-                                 fresh=True)
+    budget: int = settings.option(120_000, "step at which a run that has not grokked is censored; a part with a smaller one keeps it", fresh=True)
 
     def tables(self) -> list[tuple[str, int, str, int]]:
         """`(part, p, loss, block)` of every table that the command makes."""
@@ -242,6 +240,8 @@ STATISTICS = {
 
 def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
     answer(table, PUBLISHED, STATISTICS)
+    if table.networks == "published":
+        delay.tell(table, published("B."), STATISTICS, {f"B.recovery.p{p}": f"p={p}, ce: share of the delay recovered" for p in (59, 97)})
     for part, p, cells in ran(table, config) if table.networks == "fresh" else ():
         MEASURED[part](table, p, cells)
 

@@ -210,7 +210,8 @@ class Table:
         interval = f" [{stats.short(ours[1])}, {stats.short(ours[2])}]" if all(map(math.isfinite, ours[1:])) else ""
         claim = self.claims.get(key)
         paper = f", paper {stats.short(claim['published'])}: {claim['verdict']}" if claim else ""
-        self.law.append(f"{label} = {stats.short(ours[0])}{interval}{paper}, {n} networks, {censored} censored")
+        whose = "of the paper's own networks" if self.networks == "published" else "networks"
+        self.law.append(f"{label} = {stats.short(ours[0])}{interval}{paper}, {n} {whose}, {censored} censored")
 
     def point(self, cell: str) -> dict:
         """One cell for the figures: its conditions, every member's times, its logit scale and collapse."""

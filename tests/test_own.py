@@ -127,6 +127,7 @@ def test_planted_forks_of_the_papers_networks_reproduce_their_delays(monkeypatch
     assert {key: claim["verdict"] for key, claim in table.claims.items()} == {
         f"B.fork.p59.{key}": "REPRODUCED" for key in (*exp_fork.ARMS, "ratio")}
     assert not table.findings and [name for *_, name in exp_fork.forks(table, exp_fork.Config())] == ["p59.fork800.rho1.15"]
+    assert table.law == ["delay raised / same, p=59 = 3.356 [3.356, 3.356], paper 3.36: REPRODUCED, 24 of the paper's own networks, 0 censored"]
 
 
 def test_planted_transformers_of_paper_a_answer_by_their_own_set_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
