@@ -106,7 +106,7 @@ def add_flags(parser: Parser, cls: type) -> None:
 
 def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: list[str]) -> tuple[Machine, dict]:
     """Settings of `cls` from preset and flags, checked, and the flags that were given. Raises UsageError."""
-    parser = parser_of(sys.modules[cls.__module__].__doc__)
+    parser = parser_of(sys.modules[cls.__module__].__doc__ or "")   # python -OO has no docstrings
     add_flags(parser, cls)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     if presets and given.get("preset", next(iter(presets))) not in presets:

@@ -169,6 +169,12 @@ def test_provenance_names_the_commit_of_this_very_code_or_none(tmp_path: Path, m
     assert origin(outer, script) == ("unknown", None)
 
 
+def test_a_command_runs_without_docstrings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under PYTHONOPTIMIZE=2."""
+    monkeypatch.setattr(exp_fork, "__doc__", None)
+    exp_fork.run(["--dry-run", "--out", str(tmp_path / "out")])
+
+
 def test_exit_code_and_stderr_of_a_bad_command(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "exp_delay_law.py", "--rhos", "0"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == "" and done.stderr == "error: --rhos must be > 0, got 0\n"
