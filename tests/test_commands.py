@@ -19,7 +19,6 @@ import exp_delay_law
 import exp_fork
 import exp_logit_scale
 import exp_parity
-import exp_parity
 import exp_replay
 import exp_transformer
 from common import Cell, UsageError, unique
