@@ -7,6 +7,7 @@
 Networks are trained by fused kernels (`kernels/`) from starts that are the same bits on every machine (`lab/draws.py`). The modules below say
 what is computed; tests differentiate them in float64. Source: arXiv 2606.13753 and 2606.18465, methods sections.
 """
+import csv
 import dataclasses
 import functools
 import itertools
@@ -14,6 +15,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,15 +45,67 @@ class UsageError(Exception):
 
 # ---------------------------------------------------------------- the task
 
-def labels(p: int) -> Tensor:
-    """The table of sums `(p, p)`: label of the pair (a, b) is (a + b) mod p."""
+OPERATIONS = {                                     # labels of the pairs (a, b), before mod p; -1: no data
+    "add": lambda a, b, p: a + b, "sub": lambda a, b, p: a - b, "mul": lambda a, b, p: a * b, "quadratic": lambda a, b, p: a * a + a * b + b * b,
+    "div": lambda a, b, p: a * torch.tensor([0, *(pow(x, -1, p) for x in range(1, p))])}
+GROUPS = {"s3": 3, "s4": 4, "s5": 5}               # all permutations of so many letters; the label of (a, b) is that of a after b
+TASKS = (*OPERATIONS, *GROUPS)
+
+
+@functools.lru_cache(32)
+def labels(p: int, task: str = "add") -> Tensor:
+    """Label of every pair (a, b) of a task, `(p, p)` int64; -1 where there is none. A task is one of TASKS or a file of labels, `.csv`: line a,
+    field b, in 0..p-1, empty for a pair that is no data. Raises UsageError."""
+    if (size := elements(task)) not in (0, p):
+        raise UsageError(f"task {task} has {size} elements; give p {size}, or none; got {p}")
+    if task in GROUPS:
+        group = [*itertools.permutations(range(GROUPS[task]))]
+        number = {x: i for i, x in enumerate(group)}
+        return torch.tensor([[number[tuple(x[i] for i in y)] for y in group] for x in group])
+    if task.endswith(".csv"):
+        return torch.tensor(read_labels(task))
+    if task == "div" and any(p % x == 0 for x in range(2, math.isqrt(p) + 1)):
+        raise UsageError(f"task div needs a prime p, got {p}: other numbers have no inverse of every b above 0")
     a = torch.arange(p)
-    return (a[:, None] + a[None, :]) % p
+    table = OPERATIONS[task](a[:, None], a[None, :], p) % p
+    if task == "div":
+        table[:, 0] = -1
+    return table
 
 
-def n_train(p: int, train_frac: float) -> int:
-    """Training pairs of the p*p; the rest is the test set."""
-    return int(train_frac * p * p)
+def elements(task: str) -> int:
+    """How many elements a task has by itself; 0 for an operation, which has any p. Raises UsageError for what is no task."""
+    if task not in TASKS and not task.endswith(".csv"):
+        raise UsageError(f"task must be one of {', '.join(TASKS)} or a file of labels, .csv; got {task!r}")
+    return math.factorial(GROUPS[task]) if task in GROUPS else len(read_labels(task)) if task.endswith(".csv") else 0
+
+
+@functools.lru_cache(4)
+def read_labels(path: str) -> list[list[int]]:
+    """The table of labels in a file. Raises UsageError that names the first line and field that will not do."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = [row for row in csv.reader(f) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"cannot read the task {path}: {getattr(error, 'strerror', None) or 'it is no table'}") from None
+    p = len(rows)
+    for a, row in enumerate(rows):
+        if len(row) != p:
+            raise UsageError(f"{path}: a table of labels is square, it has {p} lines, and line {a + 1} has {len(row)} fields")
+        for b, text in enumerate(row):
+            if text.strip() and not (text.strip().isdecimal() and int(text) < p):
+                raise UsageError(f"{path}: line {a + 1}, field {b + 1}: a label is a whole number in 0..{p - 1}, or empty; got {text[:20]!r}")
+    return [[int(text) if text.strip() else -1 for text in row] for row in rows]
+
+
+def n_pairs(p: int, task: str = "add") -> int:
+    """Pairs that are data."""
+    return p * p if task == "add" else int((labels(p, task) >= 0).sum())
+
+
+def n_train(p: int, train_frac: float, task: str = "add") -> int:
+    """Training pairs; the other pairs that are data are the test set."""
+    return int(train_frac * n_pairs(p, task))
 
 
 def parity_task(n: int, k: int, m: int) -> str:
@@ -149,14 +203,14 @@ class Cell:
     """All chosen members of one block under one condition. A member is one network with its own start and split; it depends on the size of its
     block as well as on its number. With `rho` and `w_c` the total norm is held at `rho w_c`. What is left out follows from the rest."""
     name: str = ""                    # made from the conditions
-    p: int = 59                       # of an mlp_dense it says nothing, nor does train_frac
+    p: int = 0                        # elements: 59, or as many as the task has; of an mlp_dense it says nothing, nor does train_frac
     members: tuple[int, ...] = (0,)
     block: int = 0                    # members drawn from one generator; the smallest block that has them all
     budget_steps: int = 60_000        # a run that has not grokked by then is censored there
     arm: str = ""                     # free, clamp, rescale, alloc, same, raised, lowered; free, or clamp where a norm is held
     loss: str = "ce"                  # ce or mse
     model: str = "mlp"
-    task: str = "add"                 # of an mlp_dense what `parity_task` gives
+    task: str = "add"                 # one of TASKS, or a file with a table of labels; of an mlp_dense what `parity_task` gives
     seed0: int = 0
     train_frac: float = 0.40
     rho: float | None = None          # held norm over W_c
@@ -192,10 +246,14 @@ class Cell:
             parity_sizes(self.task)
             put("p", 0)
             put("train_frac", 0.0)
-        elif self.task != "add":
-            raise UsageError(f"task must be add, got {self.task!r}; sparse parity is the task of model mlp_dense")
-        elif self.p < 2 or not 1 <= n_train(self.p, self.train_frac) < self.p**2:
-            raise UsageError(f"p at least 2, and train_frac leaves pairs to train and test on; got p {self.p}, train_frac {self.train_frac}")
+        else:
+            if self.task.startswith("parity"):
+                raise UsageError(f"sparse parity is the task of model mlp_dense; model {self.model} takes {', '.join(TASKS)} or a file of labels")
+            put("p", self.p or elements(self.task) or 59)
+            if self.task != "add" and (self.card or self.networks != "fresh"):
+                raise UsageError(f"the papers' own networks add; task {self.task} needs fresh ones")
+            if self.p < 2 or not 1 <= n_train(self.p, self.train_frac, self.task) < n_pairs(self.p, self.task):
+                raise UsageError(f"p at least 2, and train_frac leaves pairs to train and test on; got p {self.p}, train_frac {self.train_frac}")
         if self.loss not in CLAMP_START or not self.tau > 0:
             raise UsageError(f"loss is ce or mse, tau above 0; got loss {self.loss}, tau {self.tau}")
         put("block", self.block or max(self.members) + 1)
@@ -214,7 +272,8 @@ class Cell:
 
     def _described(self) -> str:
         dense = self.model == "mlp_dense"
-        parts = [self.arm, self.task.replace(" ", "_") if dense else f"p{self.p}", f"b{self.block}"]
+        parts = [self.arm, *([Path(self.task).stem.replace(" ", "_")] if self.task != "add" else []), *([] if dense else [f"p{self.p}"]),
+                 f"b{self.block}"]
         for short, text, value, default in (
                 ("", "", self.model, "mlp_dense" if dense else "mlp"), ("", "", self.loss, "ce"), ("rho", ".2f", self.rho, None),
                 ("wc", "g", self.w_c, None), ("tau", "g", self.tau, 1.0), ("gamma", "+.2f", self.gamma, None), ("wd", "g", self.weight_decay, 1.0),
@@ -229,7 +288,7 @@ class Cell:
         """Training pairs, or examples. Paper A, whose draws a `card` makes, rounds to the nearest number rather than down."""
         if self.model == "mlp_dense":
             return parity_sizes(self.task)[2]
-        return n_train(self.p, self.train_frac) if self.card is None else max(2, round(self.train_frac * self.p**2))
+        return n_train(self.p, self.train_frac, self.task) if self.card is None else max(2, round(self.train_frac * self.p**2))
 
     def ensemble_key(self) -> tuple:
         """Cells of equal key have equal shapes and are trained together."""

@@ -122,7 +122,8 @@ def cell(config: Config, p: int, loss: str, block: int, budget: int, arm: str = 
     members = config.members or tuple(range(block))
     return Cell("_".join(name + [dtype] * bool(dtype)), p=p, members=members, block=block, budget_steps=min(config.budget, budget), arm=arm, rho=rho,
                 loss=loss, model=config.model, seed0=config.seed0, tau=tau, gamma=gamma, lr=config.lr, weight_decay=weight_decay, dtype=dtype,
-                held=(allocated(w_c, gamma, shares),) * len(members) if shares else (), w_c=w_c, expected_steps=steps, after_grok=config.after_grok)
+                held=(allocated(w_c, gamma, shares),) * len(members) if shares else (), w_c=w_c, expected_steps=steps, after_grok=config.after_grok,
+                **config.network())
 
 
 def held(config: Config, w_c: dict[str, float], shares: dict[str, tuple[float, ...]]) -> list[Cell]:

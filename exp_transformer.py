@@ -125,7 +125,7 @@ def cell(config: Config, p: int, block: int, budget: int, rho: float | None = No
     held = tuple(rho * w_c if name == group else 0.0 for name in ("", *GROUPS)) if w_c else ()
     return Cell("_".join(parts), p, members, block, min(config.budget, budget), model=config.model, seed0=config.seed0, train_frac=frac, rho=rho,
                 tau=tau or 1.0, lr=lr, w_c=w_c, held=(held,) * len(members) if held else (), after_grok=config.after_grok,
-                expected_steps=expected(config.model, p, lr, None if group else rho, tau or 1.0))
+                expected_steps=expected(config.model, p, lr, None if group else rho, tau or 1.0), **config.network())
 
 
 def control_cells(config: Config) -> list[Cell]:

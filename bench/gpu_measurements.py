@@ -128,7 +128,8 @@ def step_calls(engine: CudaKernels) -> dict[str, tuple[Callable[[], object], flo
     n, itemsize = engine.n_train, engine.dtype.itemsize
     return {
         "tables": (lambda: tables(state.params, work.tables, layout, arithmetic), 4 * p * d * H, "TFLOP/s"),
-        "loss_gradient": (lambda: loss_gradient(state.params, work.tables, state.slots, scalars, work.dz, n, layout, "ce", arithmetic),
+        "loss_gradient": (lambda: loss_gradient(state.params, work.tables, state.slots, engine.labels, scalars, work.dz, n, layout, "ce",
+                                                arithmetic),
                           2 * n * H * p, "TFLOP/s"),
         "hidden_backward": (lambda: hidden_backward(state.params, work.tables, work.dz, state.slots, work.dtables, work.gradient, layout,
                                                     arithmetic), 4 * n * H * p, "TFLOP/s"),
@@ -170,7 +171,7 @@ def transformer(p: int, runs: int) -> Iterator[Row]:
 
         state, scalars = engine.state.runs(slice(0, chunk)), step_scalars(chunk, 1, 16)[:, 0].to(engine.device, dtype)
         with mock.patch.object(type(_empty_kernel), "run", record):
-            engine.network.step(*state[:4], scalars, engine.workspace, engine.n_train, engine.layout, "ce", arithmetic, False)
+            engine.network.step(*state[:4], engine.labels, scalars, engine.workspace, engine.n_train, engine.layout, "ce", arithmetic, False)
         total: dict[str, list[float]] = {}
         for name, call in launches:
             found = total.setdefault(name, [0.0, 0.0, 0.0])
@@ -183,8 +184,8 @@ def dW2_error(p: int, runs: int) -> Iterator[Row]:
     engine = example(p, 1)
     layout, work, state = engine.layout, engine.workspace, engine.state
     tables(state.params, work.tables, layout, "ieee")
-    loss_gradient(state.params, work.tables, state.slots, step_scalars(1, 1)[:, 0].to(DEVICE, torch.float32), work.dz, engine.n_train,
-                  layout, "ce", "ieee")
+    loss_gradient(state.params, work.tables, state.slots, engine.labels, step_scalars(1, 1)[:, 0].to(DEVICE, torch.float32), work.dz,
+                  engine.n_train, layout, "ce", "ieee")
     live = state.slots[0] >= 0
     pair, dz = state.slots[0, live].long(), work.dz[0, live]
     h, dgelu = hidden_ref(*work.tables[0].double(), pair // p, pair % p)

@@ -37,10 +37,13 @@ class CpuKernels:
     """`steps` and `evaluate` for runs of one shape. `backend` says what came of it: compiled or eager."""
     unusable = False    # whether the compiler has failed: it is tried once a process
 
-    def __init__(self, layout: AnyLayout, n_train: int, loss: str, dtype: torch.dtype, compiled: bool, decay_last: bool = False):
+    def __init__(self, layout: AnyLayout, n_train: int, loss: str, dtype: torch.dtype, compiled: bool, decay_last: bool = False,
+                 labels: Tensor | None = None):
+        """`labels (p*p,)` as `pairs.labels_of` has them."""
         self.backend = "eager"
-        self.step = functools.partial(train_step_ref, layout=layout, loss=loss, decay_last=decay_last)
-        self.evaluate = functools.partial(evaluate_ref, layout=layout, loss=loss)
+        self.table = () if labels is None else (labels,)
+        self.step = lambda *args: train_step_ref(*args[:6], layout, loss, decay_last, *args[6:])
+        self.evaluate_with = lambda *args: evaluate_ref(*args[:5], layout, loss, *args[5:])
         if compiled and not CpuKernels.unusable:
             self._compile(layout, n_train, loss, dtype, decay_last)
 
@@ -49,15 +52,16 @@ class CpuKernels:
         ours = isinstance(layout, Layout | DenseLayout)
         try:
             if ours:
-                fused = step_of(layout)(fused_library(layout, dtype), layout, loss, dtype, decay_last)
+                fused = step_of(layout)(fused_library(layout, dtype), layout, loss, dtype, decay_last, *self.table)
                 self.steps, self.evaluate = fused.steps, fused.evaluate
             else:
                 keep_freed_memory()
                 rows = [torch.zeros(layout.n_params, dtype=dtype) for _ in range(3)]
                 a, b = torch.zeros(2, n_train, dtype=torch.int64)
-                step = compile_for(self.step, *rows, a, b, torch.ones(len(scalar_names(layout.groups)), dtype=dtype))
-                evaluate = compile_for(self.evaluate, rows[0], torch.ones(layout.examples, dtype=dtype), a, b, torch.ones((), dtype=dtype))
-                self.step, self.evaluate = step, evaluate
+                step = compile_for(self.step, *rows, a, b, torch.ones(len(scalar_names(layout.groups)), dtype=dtype), *self.table)
+                self.evaluate_with = compile_for(self.evaluate_with, rows[0], torch.ones(layout.examples, dtype=dtype), a, b,
+                                                 torch.ones((), dtype=dtype), *self.table)
+                self.step = step
             self.backend = "compiled"
         except build.BuildError as error:
             CpuKernels.unusable = True
@@ -67,16 +71,21 @@ class CpuKernels:
         """`k` steps in place on one run's rows `(n_params,)`; `a, b (n,)` its training pairs, or inputs and labels of all its examples;
         `scalars (k, 5 + groups)`."""
         for row in scalars:
-            self.step(params, moment1, moment2, a, b, row)
+            self.step(params, moment1, moment2, a, b, row, *self.table)
+
+    def evaluate(self, params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tensor) -> Tensor:
+        """As `evaluate_ref`, `(metrics,)` float64."""
+        return self.evaluate_with(params, train, a, b, tau, *self.table)
 
 
 class FusedStep:
     """`fused_step.cpp` for one shape, type, loss and order of decay."""
 
-    def __init__(self, library: ctypes.CDLL, layout: Layout, loss: str, dtype: torch.dtype, decay_last: bool = False):
+    def __init__(self, library: ctypes.CDLL, layout: Layout, loss: str, dtype: torch.dtype, decay_last: bool = False,
+                 labels: Tensor | None = None):
         self.library, self.layout, self.dtype = library, layout, dtype
         self.loss, self.decay_last = LOSSES.index(loss), int(decay_last)
-        self.labels = pair_labels(layout.p)
+        self.labels = pair_labels(layout.p) if labels is None else labels.contiguous()
 
     def steps(self, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor) -> None:
         """As `CpuKernels.steps`; fastest when the pairs that share `a` lie together."""

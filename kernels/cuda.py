@@ -13,6 +13,7 @@ from torch import Tensor
 from . import dense, mlp_launches, transformer_launches
 from .adamw import scalar_names
 from .layout import MOST_INPUTS, AnyLayout, DenseLayout, TransformerLayout
+from .pairs import labels_of
 from .step import metric_names
 
 ARITHMETIC = ("ieee", "tf32x3")
@@ -67,16 +68,22 @@ def aligned_rows(tensor: Tensor) -> Tensor:
 
 
 class CudaKernels:
-    """Trains the runs given by `params, moment1, moment2 (R, n_params)` on the pairs `a, b (R, n)`; `train (R, p*p)` is 1 on them. Of a dense MLP
-    `a, b` are the inputs `(R, examples, n)` and labels `(R, examples)` of all examples, and `train (R, examples)`.
+    """Trains the runs given by `params, moment1, moment2 (R, n_params)` on the pairs `a, b (R, n)`; `train (R, p*p)` is 1 on them;
+    `labels (p*p,)` as `pairs.labels_of` has them. Of a dense MLP `a, b` are the inputs `(R, examples, n)` and labels `(R, examples)` of all
+    examples, and `train (R, examples)`.
 
     The three rows are updated in place and stay readable as `.state.params` and so on. Raises ValueError on arguments that do not fit.
     """
 
     def __init__(self, layout: AnyLayout, loss: str, dtype: torch.dtype, arithmetic: str, params: Tensor, moment1: Tensor,
-                 moment2: Tensor, a: Tensor, b: Tensor, train: Tensor, decay_last: bool = False):
+                 moment2: Tensor, a: Tensor, b: Tensor, train: Tensor, decay_last: bool = False, labels: Tensor | None = None):
         _check(layout, loss, dtype, arithmetic, params, moment1, moment2, a, b, train)
         self.layout, self.loss, self.dtype, self.arithmetic, self.n_train = layout, loss, dtype, arithmetic, n_train(layout, a)
+        self.labels, self.n_pairs = None, layout.examples           # of a dense MLP every example has its own label
+        if not isinstance(layout, DenseLayout):
+            pair = torch.arange(layout.p**2)
+            table = labels_of(labels, pair // layout.p, pair % layout.p, layout.p)
+            self.labels, self.n_pairs = table.to(params.device, torch.int32), int((table >= 0).sum())
         self.device, self.decay_last, self.network = params.device, decay_last, launches_of(layout)
         self.scalars, self.n_metrics = len(scalar_names(layout.groups)), len(metric_names(layout.groups))
         self.state = State(params, moment1, moment2, self.network.order_of(a, b, layout[0]).to(self.device),
@@ -148,11 +155,12 @@ class CudaKernels:
             part = state.runs(chunk)
             work = self.workspace.runs(part.params.shape[0])
             for scalars in by_step if trained else ():
-                self.network.step(*part[:4], scalars[chunk], work, self.n_train, self.layout, self.loss, self.arithmetic, self.decay_last)
+                self.network.step(*part[:4], self.labels, scalars[chunk], work, self.n_train, self.layout, self.loss, self.arithmetic,
+                                  self.decay_last)
             if evaluated:
                 data = part[3:] if self.network is dense else part[4:]
-                self.network.evaluate_all(part.params, *data, by_step[-1, chunk], work, metrics[chunk], self.n_train, self.layout, self.loss,
-                                          self.arithmetic)
+                self.network.evaluate_all(part.params, *data, self.labels, by_step[-1, chunk], work, metrics[chunk], self.n_train, self.n_pairs,
+                                          self.layout, self.loss, self.arithmetic)
 
 
 def n_train(layout: AnyLayout, a: Tensor) -> int:

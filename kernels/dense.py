@@ -125,9 +125,9 @@ def _evaluate_dense_kernel(theta, examples, train, scalars, partials, count, exa
     slot = tl.program_id(0) * _BN + tl.arange(0, _BN)
     inside = slot < count
     rows = examples + run * examples_run + slot * WIDTH
-    labels = tl.load(rows + n, mask=inside, other=0.0).to(tl.int32)
+    labels = tl.load(rows + n, mask=inside, other=-1.0).to(tl.int32)
     logits = dense_logits(theta + run * ROW, rows, inside, n, H, CLASSES, BK, PRECISION)
-    measure_tile(logits, labels, slot, inside, tl.load(scalars + run * SCALARS), train + run * train_row,
+    measure_tile(logits, labels, slot, tl.load(scalars + run * SCALARS), train + run * train_row,
                  partials + run * (PARTIALS * tl.num_programs(0)), CLASSES, LOSS)
 
 
@@ -160,8 +160,9 @@ def slot_count(examples: Tensor, n_train: int) -> int:
     return n_train
 
 
-def step(params: Tensor, moment1: Tensor, moment2: Tensor, examples: Tensor, scalars: Tensor, w: Workspace, n_train: int, layout: DenseLayout,
-         loss: str, arithmetic: str, decay_last: bool) -> None:
+def step(params: Tensor, moment1: Tensor, moment2: Tensor, examples: Tensor, labels: None, scalars: Tensor, w: Workspace, n_train: int,
+         layout: DenseLayout, loss: str, arithmetic: str, decay_last: bool) -> None:
+    """As of the other networks; `labels` lie with the examples."""
     n, H, sizes = layout.n, layout.H, (layout.classes, layout.n_params, examples.shape[2])
     runs, BH = len(params), divisor_block(H, 128 // params.itemsize)        # float64 takes twice the registers
     _dense_gradient_kernel[(-(-n_train // BN), runs)](params, examples, scalars, w.dz, n_train, examples.stride(0), n, H, *sizes, scalars.shape[1],
@@ -171,10 +172,10 @@ def step(params: Tensor, moment1: Tensor, moment2: Tensor, examples: Tensor, sca
     adamw_project(params, moment1, moment2, w.gradient, scalars, w.squares, layout, decay_last)
 
 
-def evaluate_all(params: Tensor, examples: Tensor, train: Tensor, scalars: Tensor, w: Workspace, metrics: Tensor, n_train: int,
-                 layout: DenseLayout, loss: str, arithmetic: str) -> None:
+def evaluate_all(params: Tensor, examples: Tensor, train: Tensor, labels: None, scalars: Tensor, w: Workspace, metrics: Tensor, n_train: int,
+                 n_pairs: int, layout: DenseLayout, loss: str, arithmetic: str) -> None:
     sizes = layout.classes, layout.n_params, examples.shape[2]
     _evaluate_dense_kernel[(evaluation_tiles(layout), len(params))](
         params, examples, train, scalars, w.partials, layout.examples, examples.stride(0), train.stride(0), layout.n, layout.H, *sizes,
         scalars.shape[1], BK, N_PARTIAL, loss, arithmetic, num_warps=4)
-    sum_tiles(params, w.partials, w.squares, metrics, n_train, layout)
+    sum_tiles(params, w.partials, w.squares, metrics, n_train, n_pairs, layout)

@@ -134,7 +134,7 @@ def loss_gradient_rows(logits, labels, tau, n_train, p: tl.constexpr, LOSS: tl.c
 
 
 @triton.jit
-def _loss_gradient_kernel(theta, tables, slots, scalars, dz, n_slots, n_train, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr,
+def _loss_gradient_kernel(theta, tables, slots, labels, scalars, dz, n_slots, n_train, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr,
                           p_pad: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                           LOSS: tl.constexpr, PRECISION: tl.constexpr):
     """A program: one run, BN slots."""
@@ -145,22 +145,22 @@ def _loss_gradient_kernel(theta, tables, slots, scalars, dz, n_slots, n_train, p
     live = pair >= 0
     a, b = tl.where(live, pair // p, 0), tl.where(live, pair % p, 0)
     logits = logits_tile(theta + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)
-    ds = loss_gradient_rows(logits, (a + b) % p, tl.load(scalars + run * 8), n_train, p, LOSS)
+    ds = loss_gradient_rows(logits, tl.load(labels + pair, mask=live, other=0), tl.load(scalars + run * 8), n_train, p, LOSS)
     at = dz + run * n_slots * p_pad + slot[:, None] * p_pad + column
     tl.store(at, tl.where(live[:, None], ds, 0.0), mask=(slot[:, None] < n_slots) & (column < p_pad))
 
 
-def loss_gradient(params: Tensor, tables: Tensor, slots: Tensor, scalars: Tensor, dz: Tensor, n_train: int, layout: Layout, loss: str,
+def loss_gradient(params: Tensor, tables: Tensor, slots: Tensor, labels: Tensor, scalars: Tensor, dz: Tensor, n_train: int, layout: Layout, loss: str,
                   arithmetic: str) -> None:
-    """`slots (R, slots)`, `scalars (R, 8)` -> `dz (R, slots, p_pad)`, the gradient of the mean loss over a run's `n_train` pairs."""
+    """`slots (R, slots)`, `labels (p*p,)`, `scalars (R, 8)` -> `dz (R, slots, p_pad)`, the gradient of the mean loss over a run's `n_train` pairs."""
     BN, P = 64, power_of_two(layout.p_pad)
     grid = (-(-slots.shape[1] // BN), params.shape[0])
-    _loss_gradient_kernel[grid](params, tables, slots, scalars, dz, slots.shape[1], n_train, *layout, layout.n_params, P, BN, BK, loss,
+    _loss_gradient_kernel[grid](params, tables, slots, labels, scalars, dz, slots.shape[1], n_train, *layout, layout.n_params, P, BN, BK, loss,
                                 arithmetic, num_warps=warps(BN * P))
 
 
 @triton.jit
-def _logit_gradient_kernel(logits, pairs, scalars, dz, n_train, logits_run, pairs_run, dz_run, dz_row, p: tl.constexpr, CLASSES: tl.constexpr,
+def _logit_gradient_kernel(logits, pairs, labels, scalars, dz, n_train, logits_run, pairs_run, dz_run, dz_row, CLASSES: tl.constexpr,
                            p_pad: tl.constexpr, SCALARS: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, LOSS: tl.constexpr):
     """A program: one run, BN slots, whose logits lie in memory."""
     run = tl.program_id(1).to(tl.int64)
@@ -168,13 +168,15 @@ def _logit_gradient_kernel(logits, pairs, scalars, dz, n_train, logits_run, pair
     column = tl.arange(0, P)[None, :]
     pair = tl.load(pairs + run * pairs_run + slot)
     tile = tl.load(logits + run * logits_run + slot[:, None] * p_pad + column, mask=column < p_pad, other=0.0)
-    ds = loss_gradient_rows(tile, (pair // p + pair % p) % p, tl.load(scalars + run * SCALARS), n_train, CLASSES, LOSS)
+    ds = loss_gradient_rows(tile, tl.load(labels + pair, mask=pair >= 0, other=0), tl.load(scalars + run * SCALARS), n_train, CLASSES, LOSS)
     tl.store(dz + run * dz_run + slot[:, None] * dz_row + column, tl.where((pair >= 0)[:, None], ds, 0.0), mask=column < p_pad)
 
 
-def logit_gradient(logits: Tensor, pairs: Tensor, scalars: Tensor, dz: Tensor, n_train: int, layout: TransformerLayout, loss: str) -> None:
-    """`logits (R, >= slots, p_pad)` of `pairs (R, slots)`, a multiple of 64 -> `dz (R, slots, p_pad)`, 0 in empty slots; may be the same rows."""
+def logit_gradient(logits: Tensor, pairs: Tensor, labels: Tensor, scalars: Tensor, dz: Tensor, n_train: int, layout: TransformerLayout,
+                   loss: str) -> None:
+    """`logits (R, >= slots, p_pad)` of `pairs (R, slots)`, a multiple of 64, `labels (p*p,)` -> `dz (R, slots, p_pad)`, 0 in empty
+    slots; may be the same rows."""
     BN, P = 64, power_of_two(layout.p_pad)
     _logit_gradient_kernel[(pairs.shape[1] // BN, pairs.shape[0])](
-        logits, pairs, scalars, dz, n_train, logits.stride(0), pairs.stride(0), dz.stride(0), dz.stride(1), layout.p, layout.classes,
-        layout.p_pad, scalars.shape[1], P, BN, loss, num_warps=warps(BN * P))
+        logits, pairs, labels, scalars, dz, n_train, logits.stride(0), pairs.stride(0), dz.stride(0), dz.stride(1), layout.classes, layout.p_pad,
+        scalars.shape[1], P, BN, loss, num_warps=warps(BN * P))

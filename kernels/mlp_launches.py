@@ -39,16 +39,16 @@ def slot_count(order: Tensor, n_train: int) -> int:
     return order.shape[1]
 
 
-def step(params: Tensor, moment1: Tensor, moment2: Tensor, slots: Tensor, scalars: Tensor, work: Workspace, n_train: int, layout: Layout,
-         loss: str, arithmetic: str, decay_last: bool) -> None:
+def step(params: Tensor, moment1: Tensor, moment2: Tensor, slots: Tensor, labels: Tensor, scalars: Tensor, work: Workspace, n_train: int,
+         layout: Layout, loss: str, arithmetic: str, decay_last: bool) -> None:
     tables(params, work.tables, layout, arithmetic)
-    loss_gradient(params, work.tables, slots, scalars, work.dz, n_train, layout, loss, arithmetic)
+    loss_gradient(params, work.tables, slots, labels, scalars, work.dz, n_train, layout, loss, arithmetic)
     hidden_backward(params, work.tables, work.dz, slots, work.dtables, work.gradient, layout, arithmetic)
     tables_backward(params, work.dtables, work.gradient, layout, arithmetic)
     adamw_project(params, moment1, moment2, work.gradient, scalars, work.squares, layout, decay_last)
 
 
-def evaluate_all(params: Tensor, train: Tensor, scalars: Tensor, work: Workspace, metrics: Tensor, n_train: int, layout: Layout, loss: str,
-                 arithmetic: str) -> None:
+def evaluate_all(params: Tensor, train: Tensor, labels: Tensor, scalars: Tensor, work: Workspace, metrics: Tensor, n_train: int, n_pairs: int,
+                 layout: Layout, loss: str, arithmetic: str) -> None:
     tables(params, work.tables, layout, arithmetic)
-    evaluate(params, work.tables, train, scalars, work.partials, work.squares, metrics, n_train, layout, loss, arithmetic)
+    evaluate(params, work.tables, train, labels, scalars, work.partials, work.squares, metrics, n_train, n_pairs, layout, loss, arithmetic)

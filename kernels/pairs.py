@@ -1,4 +1,5 @@
-"""The order in which a run's training pairs are walked on a GPU: for the MLP tiles in which all `a` differ and all `b` differ.
+"""What a pair's label is, and the order in which a run's training pairs are walked on a GPU: for the MLP tiles in which all `a`
+differ and all `b` differ.
 
 Such a tile adds its rows into dU and dV without two rows meeting, so the sums need no atomics and have one fixed order. A tile is a
 matching of the bipartite graph whose edges are the pairs; König: as many matchings as the largest degree suffice, and any number of
@@ -10,6 +11,12 @@ share it. A pair adds its row four times, with a weight for each head, to sums t
 """
 import torch
 from torch import Tensor
+
+
+def labels_of(labels: Tensor | None, a: Tensor, b: Tensor, p: int) -> Tensor:
+    """Labels of the pairs `a, b` from a table `labels (p*p,)`, -1 for a pair that is no data; without one they are sums mod p."""
+    return (a + b) % p if labels is None else labels[a * p + b]
+
 
 SLOT_ROWS = 64     # pairs in a tile of a transformer
 LIST_ROWS = 16     # pairs of a list taken at once

@@ -11,6 +11,7 @@ from .first_layer import tables_backward_ref, tables_ref
 from .hidden import gelu_ref, hidden_backward_ref, hidden_ref
 from .layout import GROUPS, AnyLayout, DenseLayout, TransformerLayout
 from .loss import AUDIT, loss_gradient_ref, loss_ref, softmax_audit_ref, softmax_ref
+from .pairs import labels_of
 
 
 def metric_names(groups: tuple[str, ...]) -> tuple[str, ...]:
@@ -22,18 +23,18 @@ def metric_names(groups: tuple[str, ...]) -> tuple[str, ...]:
 METRICS = metric_names(GROUPS)   # of the MLP
 
 
-def gradient_ref(params: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: AnyLayout, loss: str) -> Tensor:
-    """Gradient row `(n_params,)` of the mean loss over the training pairs `a, b (n,)`; of a dense MLP these are the inputs `(examples, n)` and
-    labels `(examples,)` of all examples."""
+def gradient_ref(params: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: AnyLayout, loss: str, labels: Tensor | None = None) -> Tensor:
+    """Gradient row `(n_params,)` of the mean loss over the training pairs `a, b (n,)`, `labels` as `pairs.labels_of` has them; of a dense MLP
+    `a, b` are the inputs `(examples, n)` and labels `(examples,)` of all examples."""
     if isinstance(layout, TransformerLayout):
-        return transformer.gradient_ref(params, a, b, tau, layout, loss)
+        return transformer.gradient_ref(params, a, b, tau, layout, loss, labels)
     if isinstance(layout, DenseLayout):
         return dense.gradient_ref(params, a[: layout.m], b[: layout.m], tau, layout, loss)
     p = layout.p
     E, W1, W2, b1, b2 = layout.views(params)
     U, V = tables_ref(E, W1, b1)                                    # (p, H) each
     h, dgelu = hidden_ref(U, V, a, b)                               # (n, H) each
-    dz = loss_gradient_ref(h @ W2 + b2, (a + b) % p, tau, p, loss)  # (n, p_pad)
+    dz = loss_gradient_ref(h @ W2 + b2, labels_of(labels, a, b, p), tau, p, loss)  # (n, p_pad)
     dU, dV = hidden_backward_ref(dz, dgelu, W2, a, b, p)            # (p, H) each
     dE, dW1, db1 = tables_backward_ref(dU, dV, E, W1)
     parts = [dE.reshape(-1), dW1.reshape(-1), (h.T @ dz).reshape(-1), db1, dz.sum(0)]
@@ -42,9 +43,9 @@ def gradient_ref(params: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: AnyL
 
 
 def train_step_ref(params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor,
-                   layout: AnyLayout, loss: str, decay_last: bool = False) -> None:
+                   layout: AnyLayout, loss: str, decay_last: bool = False, labels: Tensor | None = None) -> None:
     """One step in place on the rows `(n_params,)`; `scalars (5 + groups,)` as `adamw.SCALARS` names them."""
-    gradient = gradient_ref(params, a, b, scalars[0], layout, loss)
+    gradient = gradient_ref(params, a, b, scalars[0], layout, loss, labels)
     new = adamw_project_ref(params, moment1, moment2, gradient, scalars, layout, decay_last)
     for row, value in zip((params, moment1, moment2), new, strict=True):
         row.copy_(value)
@@ -60,12 +61,12 @@ def all_logits_ref(params: Tensor, layout: AnyLayout) -> Tensor:
     return h @ W2 + b2
 
 
-def evaluate_ref(params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: AnyLayout, loss: str, *,
-                 logits: Tensor | None = None) -> Tensor:
+def evaluate_ref(params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: AnyLayout, loss: str,
+                 labels: Tensor | None = None, *, logits: Tensor | None = None) -> Tensor:
     """Everything measured at one step, float64, as `metric_names` names it; the last five (`loss.AUDIT`) are over the training pairs.
 
-    `train (p*p,)` is 1 on training pairs. A pair counts as correct when its label's logit exceeds every other one. Of a dense MLP these are its
-    own examples, and `a, b` as for the gradient; its `logits (examples, 2)`, if they are known.
+    `train (p*p,)` is 1 on training pairs. A pair counts as correct when its label's logit exceeds every other one; one of label -1 is no data.
+    Of a dense MLP these are its own examples, and `a, b` as for the gradient; its `logits (examples, 2)`, if they are known.
     """
     classes = layout.classes
     if isinstance(layout, DenseLayout):
@@ -73,7 +74,8 @@ def evaluate_ref(params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tenso
     else:
         logits, p = all_logits_ref(params, layout), layout.p        # (p*p, p_pad)
         pair = torch.arange(p * p, device=params.device)
-        labels, learned = (pair // p + pair % p) % p, a * p + b
+        labels, learned = labels_of(labels, pair // p, pair % p, p), a * p + b
+    data = (labels >= 0).double()
     column = torch.arange(layout.p_pad, device=params.device)
     is_label = column == labels[:, None]
     at_label = torch.where(is_label, logits, 0).sum(-1)
@@ -81,14 +83,14 @@ def evaluate_ref(params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tenso
     correct = (at_label > rival).double()
     losses = loss_ref(logits, labels, tau, classes, loss)
     scaled = torch.where(column < classes, logits / tau, 0)
-    on_train, on_test = train.double(), 1 - train.double()
+    on_train, on_test = train.double(), data - train.double()
     n_train, n_test = on_train.sum(), on_test.sum()
     norms = group_norms_ref(params, layout)
     values = [
         (correct * on_train).sum() / n_train, (correct * on_test).sum() / n_test,
         (losses * on_train).sum() / n_train, (losses * on_test).sum() / n_test,
-        scaled.square().sum(-1).sqrt().double().mean(),
-        (softmax_ref(logits / tau, classes).amax(-1) > 0.999).double().mean(),
+        (scaled.square().sum(-1).sqrt().double() * data).sum() / data.sum(),
+        ((softmax_ref(logits / tau, classes).amax(-1) > 0.999).double() * data).sum() / data.sum(),
         norms.square().sum().sqrt(), *norms,
     ]
     return torch.cat([torch.stack(values), softmax_audit_ref(logits[learned], labels[learned], tau, classes)])

@@ -21,6 +21,7 @@ from .hidden import INV_SQRT_2, INV_SQRT_2PI, gelu_ref
 from .layout import HEADS, TransformerLayout
 from .loss import loss_gradient_ref
 from .mixing import attend_ref, mix_backward_ref, mix_ref
+from .pairs import labels_of
 
 BR = 32            # rows in a tile
 _BR, _INV_SQRT_2, _INV_SQRT_2PI = tl.constexpr(BR), tl.constexpr(INV_SQRT_2), tl.constexpr(INV_SQRT_2PI)
@@ -75,12 +76,12 @@ def forward_ref(params: Tensor, a: Tensor, b: Tensor, layout: TransformerLayout)
     return y @ U, Forward(tables, R, heads, T, weights, h, dgelu, back, x, rest, inverse, y, inverse_y)
 
 
-def gradient_ref(params: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: TransformerLayout, loss: str) -> Tensor:
+def gradient_ref(params: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: TransformerLayout, loss: str, labels: Tensor | None = None) -> Tensor:
     """Gradient row `(n_params,)` of the mean loss over the training pairs `a, b (n,)`."""
     _, _, Wq, Wk, Wv, Wo, _, Wout, U = layout.views(params)
     d, H = layout.d, layout.H
     z, f = forward_ref(params, a, b, layout)
-    dz = loss_gradient_ref(z, (a + b) % layout.p, tau, layout.classes, loss)                # (n, p_pad)
+    dz = loss_gradient_ref(z, labels_of(labels, a, b, layout.p), tau, layout.classes, loss)  # (n, p_pad)
     if layout.normed:
         dy = dz @ U.T
         dafter = f.inverse_y * (dy - f.y * (dy * f.y).mean(-1, keepdim=True))               # (n, d); r' is centred already

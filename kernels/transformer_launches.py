@@ -118,7 +118,7 @@ def logits(params: Tensor, w: Workspace, pairs: Tensor | None, layout: Transform
         matmul(w.y[:, :rows], layout.views(params)[8], w.logits[:, :rows], arithmetic)
 
 
-def gradient(params: Tensor, order: Tensor, scalars: Tensor, w: Workspace, n_train: int, layout: TransformerLayout, loss: str,
+def gradient(params: Tensor, order: Tensor, labels: Tensor, scalars: Tensor, w: Workspace, n_train: int, layout: TransformerLayout, loss: str,
              arithmetic: str) -> None:
     """`w.gradient (R, n_params)` of the mean loss over the training pairs; `order` from `order_of`."""
     H, (pairs, lists) = layout.H, views_of(order, w.mixed.shape[1], layout.p)
@@ -128,7 +128,7 @@ def gradient(params: Tensor, order: Tensor, scalars: Tensor, w: Workspace, n_tra
     logits(params, w, pairs, layout, arithmetic)
     if layout.normed:
         dz = w.logits[:, : pairs.shape[1]]
-        logit_gradient(w.logits, pairs, scalars, dz, n_train, layout, loss)
+        logit_gradient(w.logits, pairs, labels, scalars, dz, n_train, layout, loss)
         matmul(w.y[:, : pairs.shape[1]].mT, dz, dU, arithmetic)
         matmul(dz, U.mT, w.dout, arithmetic)
         norm_backward(w.dout, w.y, w.inverses, layout)
@@ -136,7 +136,7 @@ def gradient(params: Tensor, order: Tensor, scalars: Tensor, w: Workspace, n_tra
         residual_backward(w.mixed, w.dout, w.inverses, w.dots, layout)
     else:
         dz = w.mixed[:, :, H:]
-        logit_gradient(w.logits, pairs, scalars, dz, n_train, layout, loss)
+        logit_gradient(w.logits, pairs, labels, scalars, dz, n_train, layout, loss)
         gelu_backward(w.mixed, dz, w.back, w.dback, w.inverses, w.dots, layout, arithmetic)
     mix_backward(w.mixed, w.T, w.weights, lists, w.dT, w.dweights, w.dscores, w.dG, layout)
     dT = w.dT[:, :HEADS]
@@ -166,14 +166,14 @@ def tokens_backward(w: Workspace, Wq: Tensor, Wk: Tensor, Wv: Tensor, dWq: Tenso
     matmul(w.dq, Wq.mT, w.dD[:, -1:], arithmetic, add=True)
 
 
-def step(params: Tensor, moment1: Tensor, moment2: Tensor, order: Tensor, scalars: Tensor, w: Workspace, n_train: int, layout: TransformerLayout,
-         loss: str, arithmetic: str, decay_last: bool) -> None:
-    gradient(params, order, scalars, w, n_train, layout, loss, arithmetic)
+def step(params: Tensor, moment1: Tensor, moment2: Tensor, order: Tensor, labels: Tensor, scalars: Tensor, w: Workspace, n_train: int,
+         layout: TransformerLayout, loss: str, arithmetic: str, decay_last: bool) -> None:
+    gradient(params, order, labels, scalars, w, n_train, layout, loss, arithmetic)
     adamw.adamw_project(params, moment1, moment2, w.gradient, scalars, w.squares, layout, decay_last)
 
 
-def evaluate_all(params: Tensor, train: Tensor, scalars: Tensor, w: Workspace, metrics: Tensor, n_train: int, layout: TransformerLayout,
-                 loss: str, arithmetic: str) -> None:
+def evaluate_all(params: Tensor, train: Tensor, labels: Tensor, scalars: Tensor, w: Workspace, metrics: Tensor, n_train: int, n_pairs: int,
+                 layout: TransformerLayout, loss: str, arithmetic: str) -> None:
     tables(params, w, layout, arithmetic)
     logits(params, w, None, layout, arithmetic)
-    evaluate_logits(params, w.logits, train, scalars, w.partials, w.squares, metrics, n_train, layout, loss)
+    evaluate_logits(params, w.logits, train, labels, scalars, w.partials, w.squares, metrics, n_train, n_pairs, layout, loss)

@@ -54,7 +54,7 @@ class Table:
         for run in runs:
             if run["cell"] not in self.first:
                 given = {key: run.get(key) for key in ("group", "networks") if run.get(key)}
-                self.first[run["cell"]] = {"task": "add", "networks": "fresh", **run, "group": group_held(run), **given}
+                self.first[run["cell"]] = {"networks": "fresh", **run, "task": run.get("task") or "add", "group": group_held(run), **given}
         self.grok = {cell: np.array([*stats.times(runs, cell).values()]) for cell in self.first}
         self.mem = {cell: np.array([*stats.times(runs, cell, "t_mem_step").values()]) for cell in self.first}
         self.log: dict[str, dict] = {cell: {} for cell in self.first}

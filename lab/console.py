@@ -80,7 +80,7 @@ def announce(config: settings.Machine, cells: list[Cell], given: dict) -> None:
     if config.dry_run:
         for c in cells:
             print(f"{c.name}: {len(c.members)} members of a block of {c.block}, budget {c.budget_steps} steps, expected {c.expected_steps}")
-    for p in dict.fromkeys(c.p for c in cells if c.p):
+    for p in dict.fromkeys(c.p for c in cells if c.task == "add"):
         if any(p % q == 0 for q in range(2, math.isqrt(p) + 1)):
             print(f"note: p={p} is not prime; addition modulo p is defined for every p, but the papers have only primes")
     for line in settings.unread(config, given):

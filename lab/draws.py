@@ -23,10 +23,12 @@ BIAS_SCALE = 1e-6        # of paper A's starting biases
 
 # ---------------------------------------------------------------- the CPU's generators
 
-def split(p: int, n: int, member: int, seed0: int) -> Tensor:
-    """Sorted indices `(n,)` of a member's training pairs; pair `i` is `(i // p, i % p)`."""
+def split(p: int, n: int, member: int, seed0: int, data: Tensor | None = None) -> Tensor:
+    """Sorted indices `(n,)` of a member's training pairs; pair `i` is `(i // p, i % p)`. `data`: the indices to draw from, in ascending order;
+    none: all pairs."""
     generator = torch.Generator().manual_seed(1000 + seed0 + member)
-    return torch.randperm(p * p, generator=generator)[:n].sort().values
+    drawn = torch.randperm(p * p if data is None else len(data), generator=generator)[:n].sort().values
+    return drawn if data is None else data[drawn]
 
 
 def cpu_rows(layout: AnyLayout, block: int, seed0: int, members: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -199,10 +201,11 @@ def cuda_rows(layout: AnyLayout, block: int, seed: int, members: tuple[int, ...]
 
 # ---------------------------------------------------------------- either
 
-def splits(p: int, n: int, block: int, seed0: int, members: tuple[int, ...], card: Card | None = None) -> Tensor:
-    """Sorted indices `(len(members), n)` of each member's training pairs; pair `i` is `(i // p, i % p)`."""
+def splits(p: int, n: int, block: int, seed0: int, members: tuple[int, ...], card: Card | None = None,
+           data: Tensor | None = None) -> Tensor:
+    """Sorted indices `(len(members), n)` of each member's training pairs; pair `i` is `(i // p, i % p)`. `data` as in `split`."""
     if card is None:
-        return torch.stack([split(p, n, member, seed0) for member in members])
+        return torch.stack([split(p, n, member, seed0, data) for member in members])
     orders, _ = permutations(p, block, seed0, card)
     return torch.from_numpy(np.sort(orders[list(members), :n], axis=1))
 

@@ -12,6 +12,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from common import (
     Result,
     UsageError,
     geometric_grid,
+    labels,
     module,
     parity_sizes,
 )
@@ -66,15 +68,15 @@ def layout_of(cell: Cell, dtype: torch.dtype) -> AnyLayout:
     return model_layout(cell.model, cell.p, dtype)
 
 
-def data_of(cells: list[Cell], layout: AnyLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every run its training pairs `a, b (R, n)` and a mask `(R, p*p)` that is 1 on them; of a dense MLP inputs `(R, examples, n)` and labels
-    `(R, examples)` of all its examples, and the mask of those to train on."""
+def data_of(cells: list[Cell], layout: AnyLayout, dtype: torch.dtype, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every run its training pairs `a, b (R, n)`, drawn from those with a label in `table (p*p,)`, and a mask `(R, p*p)` that is 1 on them; of
+    a dense MLP inputs `(R, examples, n)` and labels `(R, examples)` of all its examples, and the mask of those to train on."""
     if isinstance(layout, DenseLayout):
         drawn = [parity_examples(*parity_sizes(c.task), N_TEST, c.block, c.seed0, c.members, c.card) for c in cells]
         x, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         return x.to(dtype), labels, (torch.arange(layout.examples) < layout.m).to(dtype).repeat(len(x), 1)
-    p = cells[0].p
-    indices = torch.cat([splits(p, c.n_train, c.block, c.seed0, c.members, c.card) for c in cells])   # (R, n)
+    p, data = cells[0].p, None if table is None else (table >= 0).nonzero()[:, 0]
+    indices = torch.cat([splits(p, c.n_train, c.block, c.seed0, c.members, c.card, data) for c in cells])   # (R, n)
     return indices // p, indices % p, torch.zeros(len(indices), p**2, dtype=dtype).scatter_(1, indices, 1)
 
 
@@ -162,7 +164,9 @@ class Ensemble:
         self.every, self.grids = over_runs("eval_every"), [None if cell.eval_every else geometric_grid(cell.budget_steps) for cell in cells]
         stop = np.minimum(over_runs("budget_steps"), [cells[c].stop_step or NEVER for c in self.cell_of])
         self.end = np.where(self.every > 0, stop // np.maximum(self.every, 1) * self.every, stop)
-        self.a, self.b, self.train_mask = data_of(cells, self.layout, dtype)
+        dense = isinstance(self.layout, DenseLayout)
+        self.labels = None if dense or first.task == "add" else labels(first.p, first.task).flatten()   # (p*p,)
+        self.a, self.b, self.train_mask = data_of(cells, self.layout, dtype, self.labels)
         if start:
             self.state = start
         else:
@@ -196,7 +200,8 @@ class Ensemble:
 
     def compile(self) -> None:
         """The CPU's kernels; nothing is compiled for an ensemble that has finished."""
-        self.kernels = self.kernels or cpu.CpuKernels(self.layout, self.n, self.loss, self.dtype, self.backend == "compiled", self.decay_last)
+        self.kernels = self.kernels or cpu.CpuKernels(self.layout, self.n, self.loss, self.dtype, self.backend == "compiled", self.decay_last,
+                                                           self.labels)
         self.backend = self.kernels.backend
 
     # -- one interval
@@ -453,7 +458,7 @@ class Ensemble:
             self.on_device = self.live()
             rows = [t[self.on_device].to("cuda") for t in (self.state.params, self.state.moment1, self.state.moment2, self.a, self.b,
                                                            self.train_mask)]
-            self.kernels = CudaKernels(self.layout, self.loss, self.dtype, self.arithmetic, *rows, self.decay_last)
+            self.kernels = CudaKernels(self.layout, self.loss, self.dtype, self.arithmetic, *rows, self.decay_last, self.labels)
         while len(live := self.live()) and time.monotonic() < deadline:
             self.quiescent = False
             if len(live) <= len(self.on_device) * 7 / 8:                 # an eighth has retired: compact, capture anew
@@ -522,7 +527,7 @@ class Ensemble:
             held = [h or None for h in self.held[r].tolist()]
             out.runs.append({
                 **{name: getattr(cell, name) for name in CELL_COLUMNS}, "p": cell.p or None, "train_frac": cell.train_frac or None,
-                "cell": cell.name, "member": int(self.member[r]), "n_train": self.n,
+                "task": Path(cell.task).name, "cell": cell.name, "member": int(self.member[r]), "n_train": self.n,
                 "dtype": str(self.dtype).removeprefix("torch."),
                 **dict(zip(("held_norm", *(f"held_{group}" for group in self.layout.groups)), held, strict=True)),
                 "t_mem_step": t_mem, "t_80_step": t_80, "t_grok_step": t_grok, "t_95_step": t_95,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from common import EVAL_EVERY, MODELS, UsageError, n_train
+from common import EVAL_EVERY, MODELS, UsageError, elements, n_train
 from kernels.cpu import has_compiler
 from kernels.cuda import MOST_CLASSES
 from kernels.layout import model_layout
@@ -49,6 +49,12 @@ class Config(Machine):
     model: str = option("mlp", "mlp, transformer, transformer_ln (with LayerNorm) or transformer_b (as in paper B's released runs); "
                         "learning rates default to the model's")
     after_grok: int = option(0, "steps to train a cell on past its last member's grokking", fresh=True)
+    task: str = option("add", "add, sub, mul, div, quadratic, s3, s4, s5 (permutations of so many letters) or FILE.csv, a table of labels: line a, "
+                       "field b, empty where a pair is no data", fresh=True)
+
+    def network(self) -> dict:
+        """What these settings say of the task, the optimiser and the network of every fresh cell: fields of `Cell`."""
+        return {"task": self.task}
 
     def offered(self) -> tuple[str, ...]:
         """The parts that the model has; none named: all."""
@@ -58,7 +64,9 @@ class Config(Machine):
 NOT_SCIENCE = ("out", "resume", "dry_run", "figures_only", "metrics_dir", "twin_of")   # settings that change no number
 CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "eager", "triton"), "dtype": ("float32", "float64"),
            "arithmetic": ("ieee", "tf32x3"), "model": tuple(MODELS), "audit_dtypes": ("float32", "float64"), "networks": ("fresh", "published")}
-POSITIVE = ("rhos", "lrs", "lr", "taus", "rho", "fork_steps", "budget", "train_fracs")
+CHANGES = ("task",)                                    # settings that make a network none of the papers'
+MODULI = ("p", "moduli", "free_moduli", "group_moduli")
+POSITIVE = ("rhos", "lrs", "lr", "taus", "rho", "fork_steps", "budget", "train_fracs", "train_frac")
 
 LARGEST = {"rhos": 100, "rho": 100, "taus": 1e6, "weight_decays": 1e6, "w_c": 1e6, "gammas": 100}   # far past anything that trains
 SMALLEST = {"rhos": 1e-3, "rho": 1e-3, "taus": 1e-6, "w_c": 1e-6, "lrs": 1e-20, "lr": 1e-20}   # of what must be above 0: less is 0 in float32
@@ -119,6 +127,12 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
     if model in MODELS and model != "mlp":   # a preset's learning rates are those of the MLP
         rates = {"lr": MODELS[model], "lrs": (MODELS[model],)}
         settings |= {f.name: rates[f.name] for f in dataclasses.fields(cls) if f.name in rates and f.name not in given}
+    if changed := [name for name in CHANGES if given.get(name, getattr(cls, name, None)) != getattr(cls, name, None)]:   # the papers have none
+        if "published" in given.get("networks", ()):
+            raise UsageError(f"--networks published are the papers' own; they go without --{changed[0].replace('_', '-')}")
+        settings |= {"networks": ("fresh",)} if hasattr(cls, "networks") else {}
+    if size := elements(given.get("task", "add")):
+        settings |= {name: (size,) for name in MODULI if hasattr(cls, name) and name not in given}
     config = cls(**settings)
     check(config)
     if presets:
@@ -206,15 +220,15 @@ def check(config: Machine) -> None:
                 raise UsageError(f"--{f.name.replace('_', '-')} must be > 0, got {v:g}")
             if f.name in SMALLEST and 0 < v < SMALLEST[f.name]:
                 raise UsageError(f"--{f.name.replace('_', '-')} must be at least {SMALLEST[f.name]:g}, got {v:g}")
-            if f.name == "train_fracs" and v >= 1:
-                raise UsageError(f"--train-fracs must be below 1, got {v:g}: some pairs must be left to test on")
+            if f.name in ("train_fracs", "train_frac") and v >= 1:
+                raise UsageError(f"--{f.name.replace('_', '-')} must be below 1, got {v:g}: some pairs must be left to test on")
             if f.name == "weight_decays" and v < 0:
                 raise UsageError(f"--weight-decays must be >= 0, got {v:g}")
 
 
 def check_grid(config: Config, parts: tuple[str, ...]) -> None:
     """Values that must fit each other, or UsageError."""
-    moduli = [(p, flag) for flag in ("p", "moduli", "free_moduli", "group_moduli") for p in getattr(config, flag, ())]
+    moduli = [(p, flag) for flag in MODULI for p in getattr(config, flag, ())]
     for p, flag in moduli:
         if not 2 <= p <= 1000:
             raise UsageError(f"--{flag.replace('_', '-')} must be between 2 and 1000, got {p}")

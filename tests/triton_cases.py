@@ -1,4 +1,5 @@
 """Small ensembles for the tests of the Triton kernels, and the definitions walked over their runs."""
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,13 @@ class Case:
     train: Tensor       # (R, p*p), or (R, examples)
     slots: Tensor       # (R, slots): the order of the pairs
     scalars: Tensor     # (R, 5 + groups)
+    table: Tensor | None = None     # (p*p,) labels, -1 where a pair is no data; None: sums
+
+    @property
+    def labels(self) -> Tensor:
+        """Of every pair its sum, `(p*p,)`, as the kernels take them."""
+        pair = torch.arange(self.layout.p**2, dtype=torch.int32)
+        return ((pair // self.layout.p + pair % self.layout.p) % self.layout.p).to(DEVICE)
 
     @property
     def runs(self) -> int:
@@ -45,12 +53,12 @@ class Case:
     def alone(self, run: int) -> "Case":
         """The same run in an ensemble of its own."""
         rows = (tensor[run: run + 1].clone() for tensor in (self.params, self.a, self.b, self.train, self.slots, self.scalars))
-        return Case(self.layout, self.loss, *rows)
+        return Case(self.layout, self.loss, *rows, self.table)
 
     def to(self, dtype: torch.dtype) -> "Case":
         """The same numbers for a definition in another dtype, same layout."""
         a = self.a.to(dtype) if self.a.is_floating_point() else self.a
-        return Case(self.layout, self.loss, self.params.to(dtype), a, self.b, self.train.to(dtype), self.slots, self.scalars.to(dtype))
+        return Case(self.layout, self.loss, self.params.to(dtype), a, self.b, self.train.to(dtype), self.slots, self.scalars.to(dtype), self.table)
 
 
 def make_case(p: int = 13, runs: int = 2, dtype: torch.dtype = torch.float32, loss: str = "ce", tau: float = 1.0, scale: float = 1.0,
@@ -99,6 +107,13 @@ def make_dense_case(layout: DenseLayout, runs: int = 2, dtype: torch.dtype = tor
     train = (torch.arange(layout.examples) < layout.m).float().repeat(runs, 1)
     scalars = torch.tensor([tau, 0.999, 0.01, 0.0316, 0, 0, 0]).repeat(runs, 1)
     return Case(layout, loss, params.to(dtype), x.to(dtype), labels, train, dense.order_of(x, labels, layout.n), scalars.to(dtype))
+
+
+def with_table(case: Case) -> Case:
+    """The same runs on labels drawn at random; a third of the pairs that no run trains on is no data."""
+    table = torch.randint(case.layout.p, (case.layout.p**2,), generator=torch.Generator().manual_seed(9))
+    table[(case.train.sum(0) == 0).nonzero()[::3, 0]] = -1
+    return dataclasses.replace(case, table=table)
 
 
 def nan(*shape: int, dtype: torch.dtype) -> Tensor:

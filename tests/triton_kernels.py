@@ -68,8 +68,8 @@ def ref_tables_backward(case: Case, r: int) -> list[Tensor]:
 
 def run_loss_gradient(case: Case) -> Outputs:
     dz = nan(*case.slots.shape, case.layout.p_pad, dtype=case.params.dtype)
-    loss_gradient(case.params.to(DEVICE), tables_input(case).to(DEVICE), case.slots.to(DEVICE), case.scalars.to(DEVICE), dz, case.n,
-                  case.layout, case.loss, "ieee")
+    loss_gradient(case.params.to(DEVICE), tables_input(case).to(DEVICE), case.slots.to(DEVICE), case.labels, case.scalars.to(DEVICE), dz,
+                  case.n, case.layout, case.loss, "ieee")
     assert (dz.cpu()[case.slots < 0] == 0).all()
     return {"dz": from_slots(dz.cpu(), case)}
 
@@ -113,8 +113,8 @@ def run_evaluate(case: Case) -> Outputs:
     partials = nan(case.runs, N_PARTIAL, evaluation_tiles(layout), dtype=torch.float64)
     squares = nan(case.runs, 3, partial_blocks(layout), dtype=torch.float64)
     params, work = case.params.to(DEVICE), run_tables(case)
-    evaluate(params, torch.stack([work["U"], work["V"]], 1), case.train.to(DEVICE, torch.uint8), case.scalars.to(DEVICE), partials,
-             squares, metrics, case.n, layout, case.loss, "ieee")
+    evaluate(params, torch.stack([work["U"], work["V"]], 1), case.train.to(DEVICE, torch.uint8), case.labels, case.scalars.to(DEVICE),
+             partials, squares, metrics, case.n, layout.p**2, layout, case.loss, "ieee")
     return {name: metrics[:, i: i + 1].to(case.params.dtype) for i, name in enumerate(METRICS)}
 
 

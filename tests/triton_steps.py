@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerance import assert_accurate, references
 from torch import Tensor
-from triton_cases import DEVICE, ON_GPU, Case, make_case
+from triton_cases import DEVICE, ON_GPU, Case, make_case, with_table
 
 from common import Cell
 from kernels.adamw import BETA1, BETA2, scalar_names
@@ -24,7 +24,7 @@ def engine(case: Case, arithmetic: str = "ieee", decay_last: bool = False) -> Cu
     """A fresh optimiser; the workspace starts as NaN."""
     params = case.params.to(DEVICE, copy=True)
     made = CudaKernels(case.layout, case.loss, params.dtype, arithmetic, params, torch.zeros_like(params), torch.zeros_like(params),
-                       case.a, case.b, case.train, decay_last)
+                       case.a, case.b, case.train, decay_last, case.table)
     for tensor in (*made.workspace, made.metrics):
         tensor.fill_(float("nan"))
     return made
@@ -46,8 +46,8 @@ def definition(case: Case, scalars: Tensor, dtype: torch.dtype, decay_last: bool
     case, scalars = case.to(dtype), scalars[0].to(dtype)
     rows = [case.params[0].clone(), torch.zeros_like(case.params[0]), torch.zeros_like(case.params[0])]
     for row in scalars:
-        train_step_ref(*rows, case.a[0], case.b[0], row, case.layout, case.loss, decay_last)
-    metrics = evaluate_ref(rows[0], case.train[0], case.a[0], case.b[0], scalars[-1, 0], case.layout, case.loss)
+        train_step_ref(*rows, case.a[0], case.b[0], row, case.layout, case.loss, decay_last, case.table)
+    metrics = evaluate_ref(rows[0], case.train[0], case.a[0], case.b[0], scalars[-1, 0], case.layout, case.loss, case.table)
     return [*rows, *metrics[:-len(AUDIT), None]]
 
 
@@ -75,6 +75,11 @@ def test_one_step(loss: str, tau: float, dtype: torch.dtype) -> None:
 def test_ten_steps(loss: str, dtype: torch.dtype) -> None:
     case = make_case(17, dtype=dtype, loss=loss)         # float64 stores 20 columns where float32 stores 32
     assert_agrees(case, schedule(case, 10))
+
+
+def test_a_table_of_labels() -> None:
+    case = with_table(make_case(13))
+    assert_agrees(case, schedule(case, 2))
 
 
 @pytest.mark.parametrize("targets", [(9.0, 0, 0, 0), (0, 5.0, 6.0, 4.0)], ids=["total", "groups"])

@@ -247,7 +247,7 @@ def test_logit_gradient_at_extremes(model: str, loss: str, scale: float, tau: fl
     pairs, _ = order_views(case)
     logits = scale * of(case, pairs.shape[1], case.layout.p_pad, seed=1)
     dz = logits.to(DEVICE, copy=True)
-    logit_gradient(dz, pairs, case.scalars.to(DEVICE), dz, case.n, case.layout, loss)
+    logit_gradient(dz, pairs, case.labels, case.scalars.to(DEVICE), dz, case.n, case.layout, loss)
     assert not dz[:, case.n:].any() and not dz[:, :, case.layout.classes:].any()
     labels = (case.a[0] + case.b[0]) % 53
     (reference,) = references(dtype, lambda t: [loss_gradient_ref(logits[0, : case.n].to(t), labels, case.scalars[0, 0].to(t), case.layout.classes,
@@ -296,9 +296,9 @@ def test_audit_counts_what_the_definition_counts(model: str, dtype: torch.dtype,
     logits[0, pair, leader] += torch.tensor([8, 30, 60, 100, 200.0], dtype=dtype)[pair % 5]
     logits[:, :, layout.classes:] = 0          # padding, above all that count
     metrics = nan(1, len(metric_names(layout.groups)), dtype=torch.float64)
-    evaluate_logits(case.params.to(DEVICE), logits.to(DEVICE), case.train.to(DEVICE, torch.uint8), case.scalars.to(DEVICE),
+    evaluate_logits(case.params.to(DEVICE), logits.to(DEVICE), case.train.to(DEVICE, torch.uint8), case.labels, case.scalars.to(DEVICE),
                     nan(1, N_PARTIAL, evaluation_tiles(layout), dtype=torch.float64),
-                    nan(1, len(layout.groups), partial_blocks(layout), dtype=torch.float64), metrics, case.n, layout, "ce")
+                    nan(1, len(layout.groups), partial_blocks(layout), dtype=torch.float64), metrics, case.n, p * p, layout, "ce")
     monkeypatch.setattr(kernels.step, "all_logits_ref", lambda *_: logits[0])
     wanted = evaluate_ref(case.params[0], case.train[0], case.a[0], case.b[0], case.scalars[0, 0], layout, "ce")
     names = metric_names(layout.groups)

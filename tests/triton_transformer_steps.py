@@ -5,7 +5,7 @@ Sizes as in triton_transformer.py; the sums that these compositions leave to cha
 import pytest
 import torch
 from tolerance import assert_accurate, references
-from triton_cases import DEVICE, make_transformer_case
+from triton_cases import DEVICE, make_transformer_case, with_table
 from triton_steps import assert_agrees, assert_bits_depend_on_nothing_else, assert_the_trainer_agrees, engine, schedule, small
 
 import common
@@ -35,6 +35,11 @@ def test_one_step(model: str, loss: str, tau: float, targets: tuple[float, ...],
         assert not target or abs(norm - target) <= 2 * torch.finfo(dtype).eps * target
 
 
+def test_a_table_of_labels() -> None:
+    case = with_table(make_transformer_case("transformer"))
+    assert_agrees(case, schedule(case, 1))
+
+
 @pytest.mark.bits
 @pytest.mark.parametrize(("model", "dtype", "arithmetic"), [("transformer", torch.float32, "ieee"), ("transformer_ln", torch.float32, "tf32x3")])
 def test_bits_depend_on_nothing_else(model: str, dtype: torch.dtype, arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +51,7 @@ def test_bits_depend_on_nothing_else(model: str, dtype: torch.dtype, arithmetic:
 def test_gradient_at_the_experiments_widths(model: str) -> None:
     case = make_transformer_case(model, 13, runs=1, d=128, H=512, scale=1.0, tau=1.3)
     made, scalars = engine(case), case.scalars.to(DEVICE)
-    gradient(made.state.params, made.state.slots, scalars, made.workspace, case.n, case.layout, "ce", "ieee")
+    gradient(made.state.params, made.state.slots, made.labels, scalars, made.workspace, case.n, case.layout, "ce", "ieee")
     wanted = references(torch.float32, lambda t: case.layout.views(gradient_ref(case.params[0].to(t), case.a[0], case.b[0], case.scalars[0, 0].to(t),
                                                                                 case.layout, "ce")))
     for name, mine, reference in zip(("E", "pos", "Wq", "Wk", "Wv", "Wo", "Win", "Wout", "U"), case.layout.views(made.workspace.gradient[0]), wanted,
