@@ -315,13 +315,22 @@ def unique(cells: Iterable[Cell]) -> list[Cell]:
 
 # ---------------------------------------------------------------- training
 
-def train(cells: Iterable[Cell], device: str = "auto", backend: str = "auto", dtype: str = "float32", arithmetic: str = "ieee") -> Result:
-    """Train all `cells`, those of equal shape together, with a bar on a terminal; nothing is written. Raises UsageError for what cannot be.
+def load(path: str | Path) -> "Saved":  # noqa: F821, of lab/weights.py
+    """Networks of a cell trained with `--save-weights`, or with a folder of `weights`: a `Saved`. Raises UsageError for a file that is none."""
+    from lab import weights
+    return weights.load(Path(path))
+
+
+def train(cells: Iterable[Cell], device: str = "auto", backend: str = "auto", dtype: str = "float32", arithmetic: str = "ieee",
+          weights: str | Path = "") -> Result:
+    """Train all `cells`, those of equal shape together, with a bar on a terminal; nothing is written but, with a folder of `weights`, the trained
+    networks there, for `load`. Raises UsageError for what cannot be.
 
     The experiments do the same in an output folder, with checkpoints (`lab/desk.py`)."""
     from lab.console import Progress  # they know `Cell`, so they are asked for when there are some
     from lab.ensemble import Ensemble, by_shape
     from lab.settings import place
+    from lab.weights import save
     cells = list(cells)
     device = place({"device": device, "backend": backend, "dtype": dtype, "arithmetic": arithmetic}, flag="")
     if not cells:
@@ -333,13 +342,15 @@ def train(cells: Iterable[Cell], device: str = "auto", backend: str = "auto", dt
     rows, total, groups = {}, Result(), by_shape(cells, range(len(cells)))
     for group in groups:
         mine = [cells[i] for i in group]
-        ensemble = Ensemble(mine, device, backend, getattr(torch, mine[0].dtype or dtype), arithmetic)
+        ensemble = Ensemble(mine, device, backend, getattr(torch, mine[0].dtype or dtype), arithmetic, keep_weights=bool(weights))
         progress = Progress("training", len(ensemble.step), ensemble.steps_left())
         try:
             ensemble.train(progress)
         finally:
             progress.close()
         rows |= {i: ensemble.rows(c) for c, i in enumerate(group)}
+        for c in range(len(group)) if weights else ():
+            save(Path(weights), ensemble, c)
         total.executed, total.seconds = total.executed + ensemble.executed, total.seconds + ensemble.seconds
     whole = sum((rows[i] for i in range(len(cells))), total)
     return dataclasses.replace(whole, state=ensemble.result().state) if len(groups) == 1 else whole

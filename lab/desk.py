@@ -18,7 +18,7 @@ import torch
 
 from common import Cell, Result, UsageError
 from kernels.cpu import has_compiler
-from lab import console, figures, files, ranks, settings, stats
+from lab import console, figures, files, ranks, settings, stats, weights
 from lab.answers import Table, flag_unlearned, merged
 from lab.console import Progress, Signals, duration
 from lab.ensemble import Ensemble, State, by_shape
@@ -281,6 +281,7 @@ class Lab:
         self.finish()
         if not (self.folder / "runs.csv").exists():
             self.config_file.unlink()
+            self._clear(self.folder / "weights")
         for folder in self.created:
             folder.rmdir()
 
@@ -302,9 +303,9 @@ class Lab:
                 spent.rename(self.checkpoint)
 
     def _clear(self, folder: Path) -> None:
-        """Remove the checkpoints in `folder`, and `folder` if nothing else is in it and it is no link."""
+        """Remove the checkpoints or weights in `folder`, and `folder` if nothing else is in it and it is no link."""
         for path in folder.iterdir() if folder.is_dir() else ():
-            if path.is_file() and (path.suffix in (".pt", ".part") or path.name.startswith(("done.", "lock."))):
+            if path.is_file() and (path.suffix in (".pt", ".part", ".safetensors") or path.name.startswith(("done.", "lock."))):
                 path.unlink()
         if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
@@ -395,7 +396,7 @@ class Lab:
             compiling, slower = ("a few seconds a modulus", 7) if cells[0].model.startswith("mlp") else ("up to a minute per modulus", 3)
             self.say(f"the step is compiled on first use, {compiling}" if has_compiler() else
                      f"no C++ compiler on the PATH: the step runs eagerly, about {slower} times slower")
-        ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, cells[0].dtype or c.dtype), c.arithmetic, start)
+        ensemble = Ensemble(cells, c.device, c.backend, getattr(torch, cells[0].dtype or c.dtype), c.arithmetic, start, c.save_weights)
         self._take_up(ensemble, stage + shard, [done, latest, previous], anybody)
         if len(ensemble.live()) and (trained := [*self.backends, *ensemble.backends]) and trained[-1] != ensemble.backend:
             self.say(f"what {self.checkpoint} holds was trained by the {trained[-1]} step, the rest is by this machine's {ensemble.backend} one: "
@@ -423,6 +424,8 @@ class Lab:
             if Signals.caught is not None:   # it came after the last tick
                 Signals.leave(Signals.caught)
         self.backends = list(dict.fromkeys([*self.backends, *ensemble.backends]))
+        for i in range(len(cells)) if c.save_weights and not cells[0].stop_step else ():
+            weights.save(self.folder / "weights", ensemble, i)
         rows = ensemble.result().runs
         steps, seconds = ensemble.executed - before, ensemble.seconds - started   # of this command; the rows count all
         n_censored, rest = sum(run["censored"] for run in rows), "not yet" if cells[0].stop_step else "censored"

@@ -44,6 +44,7 @@ SAVE_SHARE = 0.01      # of the time may go into checkpoints
 NEVER = 2**62          # a step that no run reaches
 CROSSINGS = (("train_accuracy", T_MEM_ACCURACY), ("test_accuracy", 0.80), ("test_accuracy", T_GROK_ACCURACY), ("test_accuracy", 0.95))
 MEM, CROSS_80, GROK, CROSS_95 = range(4)
+KEPT = AT_START, AT_MEM, AT_GROK, LAST, BEFORE = range(5)   # of a run that keeps its weights; the last two as in `last` and `before`
 FOURIER = ("fourier_top5", "fourier_gini")
 COLLAPSE = ("collapse32", "collapse64")
 CELL_COLUMNS = ("networks", "model", "task", "loss", "p", "train_frac", "block", "seed0", "arm", "group", "rho", "tau", "gamma", "lr", "weight_decay",
@@ -140,7 +141,9 @@ class Ensemble:
     """
     PROGRESS = ("step", "crossed", "at_grok", "norm_at_mem", "below_after_grok", "diverged", "retire", "last", "before", "collapse_max")
 
-    def __init__(self, cells: list[Cell], device: str, backend: str, dtype: torch.dtype, arithmetic: str, start: State | None = None):
+    def __init__(self, cells: list[Cell], device: str, backend: str, dtype: torch.dtype, arithmetic: str, start: State | None = None,
+                 keep_weights: bool = False):
+        """`keep_weights`: those of the moments that `lab/weights.py` writes."""
         self.cells, first = cells, cells[0]
         self.layout = layout_of(first, dtype)
         self.metrics = metric_names(self.layout.groups)
@@ -177,6 +180,7 @@ class Ensemble:
             params = torch.cat([drawn[c.block, c.seed0, c.members, c.card] for c in cells])
             self.state = State(params, torch.zeros_like(params), torch.zeros_like(params), self.start)
         R = len(runs)
+        self.kept = self.state.params[:, None].repeat(1, len(KEPT), 1) if keep_weights else None   # (R, moments, n_params)
         self.step = self.start.copy()
         self.crossed = np.full((R, len(CROSSINGS)), -1)                  # first step of each crossing, -1 = not yet
         self.at_grok = np.full((R, len(self.metrics)), np.nan)
@@ -269,8 +273,13 @@ class Ensemble:
             self.crossed[runs[new], column] = step[new]
             if column == GROK:
                 self.at_grok[runs[new]] = metrics[new]
+                self.keep(runs[new], AT_GROK)
             elif column == MEM:
+                self.keep(runs[new], AT_MEM)
                 self.norm_at_mem[runs[new]] = metrics[new, self.metrics.index("norm")]
+        if self.kept is not None:
+            self.kept[runs[due], BEFORE] = self.kept[runs[due], LAST]
+            self.keep(runs[due], LAST)
         self.before[runs[due]] = self.last[runs[due]]
         self.last[runs[due]] = np.column_stack([step[due], metrics[due]])
         self.collapse_max[runs] = np.fmax(self.collapse_max[runs], self.before[runs][:, self.collapse_columns])
@@ -288,6 +297,19 @@ class Ensemble:
             structure = (math.nan, math.nan) if isinstance(self.layout, DenseLayout) else fourier_structure(
                 self.layout.views(self.state.params[runs[i]])[0][: self.layout.p])
             self.log.extend([runs[i], step[i], *metrics[i].tolist(), *structure])
+
+    def keep(self, runs: np.ndarray, moment: int) -> None:
+        """Remember the weights of `runs` as they are."""
+        if self.kept is not None:
+            self.kept[runs, moment] = self.state.params[runs]
+
+    def moments(self, run: int) -> tuple[Tensor | None, ...]:
+        """Kept parameters `(n_params,)` of `run` at its start, at T_mem, at T_grok and at the last evaluation before its cell retired; None for
+        what it did not reach."""
+        reached = [0 <= self.crossed[run, column] <= self.retire[run] for column in (MEM, GROK)]
+        end = LAST if self.last[run, 0] <= self.retire[run] else BEFORE
+        return tuple(self.kept[run, moment] if there else None for moment, there in zip((AT_START, AT_MEM, AT_GROK, end), (True, *reached, True),
+                                                                                         strict=True))
 
     def log_table(self) -> np.ndarray:
         """A copy of the log `(rows, 2 + metrics)`: while somebody looks into an array it cannot grow."""
@@ -337,6 +359,7 @@ class Ensemble:
         """All that is needed to continue to the same bits, as tensors."""
         arrays = {name: torch.from_numpy(getattr(self, name)) for name in self.PROGRESS}
         return {"params": self.state.params, "moment1": self.state.moment1, "moment2": self.state.moment2, **arrays,
+                **({} if self.kept is None else {"kept": self.kept}),
                 "log": torch.from_numpy(self.log_table()), "executed": torch.tensor(self.executed),
                 "seconds": torch.tensor(self.seconds), "identity": self.identity,
                 "backends": torch.tensor(list(" ".join(self.backends).encode()), dtype=torch.uint8)}
@@ -351,6 +374,7 @@ class Ensemble:
         for name in self.PROGRESS:
             setattr(self, name, snapshot[name].numpy().copy())
         self.state = State(snapshot["params"], snapshot["moment1"], snapshot["moment2"], self.start)
+        self.kept = snapshot.get("kept")
         self.log = array("d", snapshot["log"].numpy().tobytes())
         self.executed, self.seconds = int(snapshot["executed"]), float(snapshot["seconds"])
         self.backends = bytes(snapshot["backends"].flatten().tolist()).decode("ascii", "replace").split()
@@ -474,7 +498,7 @@ class Ensemble:
             if metrics is None:
                 self.step[live] = until
             else:
-                if (self.measured(live, until) & self.logged(live, until)).any():
+                if self.kept is not None or (self.measured(live, until) & self.logged(live, until)).any():
                     self.state.params[self.on_device] = self.kernels.state.params.cpu()   # for the Fourier structure of E
                 self.record(live, k, metrics[np.isin(self.on_device, live)])
             self.quiescent = True

@@ -31,6 +31,7 @@ class Machine:
     dtype: str = option("float32", "float32 or float64")
     arithmetic: str = option("ieee", "matrix products in float32 on CUDA: ieee or tf32x3")
     out: str = option("", "output folder; default: results/EXPERIMENT/PRESET, with the changed flags in its name")
+    save_weights: bool = option(False, "write OUT/weights/CELL.safetensors: members at the start, T_mem, T_grok and the end; common.load reads it")
     resume: bool = option(False, "continue from OUT/checkpoint; the same command does so by itself when one is there")
     dry_run: bool = option(False, "print the cells and the estimate, train nothing")
     figures_only: bool = option(False, "draw the figures and tables again from OUT/runs.csv, train nothing")
