@@ -31,7 +31,7 @@ LOG_EVERY = 200        # steps between rows of trajectories.csv
 T_MEM_ACCURACY = 0.99    # train accuracy that counts as memorised: T_mem is the first evaluation at or above it
 T_GROK_ACCURACY = 0.90   # test accuracy that counts as grokked: T_grok is the first evaluation at or above it
 GRID_POINTS = 360      # of paper A's geometric grid, before rounding makes some of them equal
-CLAMP_START = {"ce": 500, "mse": 50}   # step at which the papers engage the clamp on the MLP
+CLAMP_START = {"ce": 500, "mse": 50, "stablemax": 500}   # step at which the papers engage the clamp on the MLP; StableMax has none of theirs
 CLAMP_START_OF = {"transformer": 600, "transformer_ln": 600, "transformer_b": 600, "mlp_dense": 1000}   # and on the others
 MODELS = {"mlp": 1e-3, "transformer": 5e-4, "transformer_ln": 1e-3, "transformer_b": 5e-4}   # of pairs; learning rates are the papers'
 LEARNING_RATES = {**MODELS, "mlp_dense": 1e-3}   # and of the one whose inputs are no pairs
@@ -208,7 +208,7 @@ class Cell:
     block: int = 0                    # members drawn from one generator; the smallest block that has them all
     budget_steps: int = 60_000        # a run that has not grokked by then is censored there
     arm: str = ""                     # free, clamp, rescale, alloc, same, raised, lowered; free, or clamp where a norm is held
-    loss: str = "ce"                  # ce or mse
+    loss: str = "ce"                  # ce, mse or stablemax
     model: str = "mlp"
     task: str = "add"                 # one of TASKS, or a file with a table of labels; of an mlp_dense what `parity_task` gives
     seed0: int = 0
@@ -255,7 +255,7 @@ class Cell:
             if self.p < 2 or not 1 <= n_train(self.p, self.train_frac, self.task) < n_pairs(self.p, self.task):
                 raise UsageError(f"p at least 2, and train_frac leaves pairs to train and test on; got p {self.p}, train_frac {self.train_frac}")
         if self.loss not in CLAMP_START or not self.tau > 0:
-            raise UsageError(f"loss is ce or mse, tau above 0; got loss {self.loss}, tau {self.tau}")
+            raise UsageError(f"loss is ce, mse or stablemax, tau above 0; got loss {self.loss}, tau {self.tau}")
         put("block", self.block or max(self.members) + 1)
         put("lr", self.lr or LEARNING_RATES[self.model])
         if not (0 < self.lr < math.inf and self.weight_decay >= 0 and self.budget_steps >= 1):

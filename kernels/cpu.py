@@ -20,9 +20,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from . import build
 from .adamw import BETA1, BETA2, EPS, scalar_names
 from .layout import AnyLayout, DenseLayout, Layout
+from .loss import LOSSES
 from .step import evaluate_ref, metric_names, train_step_ref
 
-LOSSES = ("ce", "mse")     # as fused_step.cpp numbers them
 # cpp_wrapper: one C++ call a step, which also releases the interpreter lock; threshold: keep gelu' instead of evaluating erf twice. The last two:
 # the weighted sum of eight table rows as one loop, attention weights kept rather than divided again in it: 4% of a step, 15% of an evaluation.
 COMPILE_OPTIONS = {"cpp_wrapper": True, "realize_opcount_threshold": 8, "cpp.threads": 1, "realize_acc_reads_threshold": 64,
@@ -191,7 +191,7 @@ def trial(library: ctypes.CDLL | None, layout: Layout | DenseLayout, start: Tens
     a = a.to(dtype) if a.is_floating_point() else a
     scalars = torch.tensor([[1.25, 0.999, 0.01, 0.0316, 9.0, 0.0, 5.0, 0.0], [1.25, 0.999, 0.005, 0.0447, 0.0, 0.0, 0.0, 0.0]], dtype=dtype)
     scalars = scalars[:, : 5 + len(layout.groups)].contiguous()
-    for loss, decay_last in (("ce", False), ("mse", True)):
+    for loss, decay_last in (("ce", False), ("mse", True), ("stablemax", False)):
         rows = [row.to(dtype, copy=True) for row in (start, torch.zeros_like(start), torch.zeros_like(start))]
         if library:
             fused = step_of(layout)(library, layout, loss, dtype, decay_last)

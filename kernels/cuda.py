@@ -13,6 +13,7 @@ from torch import Tensor
 from . import dense, mlp_launches, transformer_launches
 from .adamw import scalar_names
 from .layout import MOST_INPUTS, AnyLayout, DenseLayout, TransformerLayout
+from .loss import LOSSES
 from .pairs import labels_of
 from .step import metric_names
 
@@ -182,7 +183,7 @@ def _check(layout: AnyLayout, loss: str, dtype: torch.dtype, arithmetic: str, pa
             raise ValueError(f"{name}: expected shape {wanted[name]}, got {tuple(tensor.shape)}")
         if name in ("params", "moment1", "moment2") and (tensor.dtype != dtype or not tensor.is_contiguous()):
             raise ValueError(f"{name}: expected contiguous {dtype}, got {tensor.dtype}, contiguous: {tensor.is_contiguous()}")
-    if dtype not in (torch.float32, torch.float64) or loss not in ("ce", "mse") or arithmetic not in ARITHMETIC:
-        raise ValueError(f"expected float32 or float64, ce or mse, {' or '.join(ARITHMETIC)}; got {dtype}, {loss}, {arithmetic}")
+    if dtype not in (torch.float32, torch.float64) or loss not in LOSSES or arithmetic not in ARITHMETIC:
+        raise ValueError(f"expected float32 or float64, {' or '.join(LOSSES)}, {' or '.join(ARITHMETIC)}; got {dtype}, {loss}, {arithmetic}")
     if any(width % 16 for width in ((layout.H,) if isinstance(layout, DenseLayout) else (layout.d, layout.H))):
         raise ValueError(f"d and H must be multiples of 16, the shortest inner dimension of a product; got {layout}")

@@ -20,7 +20,7 @@ constexpr int GROUPS = 2, ENDS[] = {0, W2_AT, B1_AT};                      // of
 constexpr int HS = H + L;                                                  // row length in scratch: no power of two
 constexpr int V = H / L % MOST_COLUMNS == 0 ? MOST_COLUMNS : H / L % 2 == 0 ? 2 : 1;   // vectors in a row of a register block
 enum { TAU, DECAY, STEP_SIZE, BIAS2_SQRT, TARGETS, SCALARS = TARGETS + 1 + GROUPS };
-enum Loss { CROSS_ENTROPY, MSE };
+enum Loss { CROSS_ENTROPY, MSE, STABLEMAX };
 static_assert(H % 16 == 0, "whole vectors of every width");
 
 #include "adamw.h"
@@ -97,8 +97,14 @@ void loss_gradient(const int64_t* labels, int rows, Real tau, int64_t m, int los
             const Vec<Real> total = p0 + p1;
             p0 /= total, p1 /= total;
         }
-        const Vec<Real> factor = on * (loss == CROSS_ENTROPY ? mean : 2 * mean);
-        p0 = (p0 - (Real(1) - one)) * factor, p1 = (p1 - one) * factor;    // only now: p - 1 is a few units in the last place of 1
+        Vec<Real> slope0 = all<Real>(1), slope1 = slope0;                    // of StableMax's logarithm
+        if (loss == STABLEMAX) {
+            const Vec<Real> g0 = p0 < Real(0) ? Real(1) / (Real(1) - p0) : p0 + Real(1), g1 = p1 < Real(0) ? Real(1) / (Real(1) - p1) : p1 + Real(1);
+            slope0 = p0 < Real(0) ? g0 : Real(1) / g0, slope1 = p1 < Real(0) ? g1 : Real(1) / g1;
+            p0 = g0 / (g0 + g1), p1 = g1 / (g0 + g1);
+        }
+        const Vec<Real> factor = on * (loss == MSE ? 2 * mean : mean);
+        p0 = (p0 - (Real(1) - one)) * slope0 * factor, p1 = (p1 - one) * slope1 * factor;    // only now: p - 1 is a few units in the last place of 1
         store(s.z[0] + row, p0), store(s.z[1] + row, p1);
         sums[0] += p0, sums[1] += p1;
     }

@@ -12,7 +12,7 @@ from .adamw import group_squares, load_squares, partial_blocks
 from .dialect import BK, divide, power_of_two, square_root, tl, triton
 from .hidden import logits_tile
 from .layout import AnyLayout, Layout, TransformerLayout
-from .loss import audit_rows, loss_rows, softmax_rows
+from .loss import audit_rows, loss_rows, score_rows
 
 N_PARTIAL = 11
 BN = 32            # pairs in a tile: the audit holds a tile of logits in float64 as well
@@ -62,9 +62,9 @@ def measure_tile(logits, labels, pair, tau, train, partials, p: tl.constexpr, LO
     loss = loss_rows(scaled, labels, p, LOSS)
     within = tl.where(column < p, scaled, 0.0)
     scale = square_root(tl.sum(within * within, axis=1)).to(tl.float64)
-    _, total, _ = softmax_rows(scaled, column < p)
-    saturated = divide(tl.full([logits.shape[0]], 1.0, total.dtype), total) > 0.999
-    collapsed32, collapsed64, sum_is_one, zero, difference = audit_rows(logits, tau, labels, p)
+    scores, total = score_rows(scaled, column < p, LOSS)
+    saturated = divide(tl.max(scores, axis=1), total) > 0.999
+    collapsed32, collapsed64, sum_is_one, zero, difference = audit_rows(logits, tau, labels, p, LOSS)
 
     at, tiles = partials + tl.program_id(0), tl.num_programs(0)
     tl.store(at, tl.sum(correct * on_train, axis=0))

@@ -31,7 +31,7 @@ constexpr int HS = H + L, DS = d + L;                            // row lengths 
 constexpr int W1_AT = P * d, W2_AT = W1_AT + 2 * d * H, B1_AT = W2_AT + H * P_PAD, B2_AT = B1_AT + H, SIZE = B2_AT + P_PAD;
 constexpr int GROUPS = 3, ENDS[] = {0, W1_AT, W2_AT, B1_AT};     // of the groups of weight matrices in the row
 enum { TAU, DECAY, STEP_SIZE, BIAS2_SQRT, TARGETS, SCALARS = TARGETS + 1 + GROUPS };
-enum Loss { CROSS_ENTROPY, MSE };
+enum Loss { CROSS_ENTROPY, MSE, STABLEMAX };
 static_assert(d % 16 == 0 && H % 16 == 0, "whole vectors of every width");
 
 struct Scratch {
@@ -191,20 +191,39 @@ template <class T> INLINE void softmax_row(const T* scaled, T* exponentials, T& 
     total = sum<T>(sums[0]);
 }
 
+// StableMax's scores of `scaled (ZC)` and their sum: x + 1 from 0 on, 1 / (1 - x) below.
+template <class T> INLINE void stablemax_row(const T* scaled, T* scores, T& total) {
+    Vec<T> sums = {};
+    for (int c = 0; c < ZC; c += LANES<T>) {
+        const Vec<T> x = load(scaled + c), g = x < T(0) ? T(1) / (T(1) - x) : x + T(1);
+        store(scores + c, g);
+        sums += g;
+    }
+    total = sum<T>(sums);
+}
+
 // z -> dz, the gradient of the mean loss over `n` pairs, for `rows` pairs of a tile; its column sums are added to db2 (C).
 void loss_gradient(int rows, const int64_t* labels, Real tau, int64_t n, int loss, Scratch& s, Real* db2) {
     const Real inverse = 1 / tau, mean = 1 / (tau * Real(n));
     Real column_sums[ZC] = {};
     for (int row = 0; row < rows; ++row) {
         Real* z = s.z + row * ZC;
-        Real top, total, factor = 2 * mean;
+        Real top, total, factor = 2 * mean, slope[ZC];           // slope: of StableMax's logarithm, 1 / (1 + |x|)
         for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * inverse);
         if (loss == CROSS_ENTROPY) {
             softmax_row<Real>(z, z, top, total);
             for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) / total);
             factor = mean;    // only now: in softmax collapse p - 1 is a few units in the last place of 1, and must be rounded there
         }
+        if (loss == STABLEMAX) {
+            for (int c = 0; c < ZC; ++c) slope[c] = 1 / (1 + std::fabs(z[c]));
+            stablemax_row<Real>(z, z, total);
+            for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) / total);
+            factor = mean;
+        }
         z[labels[row]] -= 1;
+        if (loss == STABLEMAX)
+            for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * load(slope + c));
         for (int c = 0; c < ZC; c += L) store(z + c, load(z + c) * factor);
         for (int c = 0; c < ZC; c += L) store(column_sums + c, load(column_sums + c) + load(z + c));
     }
@@ -267,7 +286,7 @@ void gradient(const Real* params, const int64_t* a, const int64_t* b, const int6
 enum Metric { TRAIN_ACCURACY, TEST_ACCURACY, TRAIN_LOSS, TEST_LOSS, LOGIT_SCALE, SATURATED, NORM, NORM_GROUPS,
               COLLAPSE32 = NORM_GROUPS + GROUPS, COLLAPSE64, SUM_EXP_IS_ONE, ZERO_GRADIENT_ROWS, MAX_GRADIENT_DIFFERENCE };
 
-// `softmax_audit_ref` of one training pair, added to `out`, from the exponentials `(ZC)` of its logits in both types and their sums.
+// `softmax_audit_ref` of one training pair, added to `out`, from the scores `(ZC)` of its logits in both types and their sums.
 INLINE void audit(int label, const float* exp32, float total32, const double* exp64, double total64, double* out) {
     float gradient32[ZC];
     double difference[ZC];
@@ -275,7 +294,7 @@ INLINE void audit(int label, const float* exp32, float total32, const double* ex
     for (int c = 0; c < ZC; ++c) gradient32[c] = exp32[c] / total32;
     out[COLLAPSE32] += gradient32[label] >= 1;
     out[COLLAPSE64] += exp64[label] / total64 >= 1;
-    out[SUM_EXP_IS_ONE] += total32 == 1;
+    out[SUM_EXP_IS_ONE] += total32 == largest_of(exp32);
     gradient32[label] -= 1;
     for (int c = 0; c < ZC; ++c) difference[c] = std::fabs(gradient32[c] - exp64[c] * inverse64);
     difference[label] = std::fabs(gradient32[label] - (exp64[label] - total64) * inverse64);
@@ -302,17 +321,24 @@ void measure(const Real* z, int label, bool train, Real tau, int loss, double* o
         squares += live * live;
         residuals += residual * residual;
     }
-    softmax_row<Real>(scaled, exponentials, top, total);
-    const double cross_entropy = std::log(double(total)) + (double(top) - double(scaled[label]));
+    double of_pair;
+    if (loss == STABLEMAX) {
+        stablemax_row<Real>(scaled, exponentials, total);
+        of_pair = std::log(double(total)) - std::log(double(exponentials[label]));
+    } else {
+        softmax_row<Real>(scaled, exponentials, top, total);
+        of_pair = loss == MSE ? double(sum<Real>(residuals)) : std::log(double(total)) + (double(top) - double(scaled[label]));
+    }
     out[train ? TRAIN_ACCURACY : TEST_ACCURACY] += z[label] > largest<Real>(rivals);
-    out[train ? TRAIN_LOSS : TEST_LOSS] += loss == CROSS_ENTROPY ? cross_entropy : double(sum<Real>(residuals));
+    out[train ? TRAIN_LOSS : TEST_LOSS] += of_pair;
     out[LOGIT_SCALE] += std::sqrt(sum<Real>(squares));
-    out[SATURATED] += 1 / total > Real(0.999);
+    out[SATURATED] += largest_of(exponentials) / total > Real(0.999);
     if (!train) return;
     using Other = std::conditional_t<std::is_same_v<Real, float>, double, float>;
     Other others[ZC], other_top, other_total;
     for (int c = 0; c < ZC; ++c) others[c] = Other(z[c]) / Other(tau);
-    softmax_row<Other>(others, others, other_top, other_total);
+    if (loss == STABLEMAX) stablemax_row<Other>(others, others, other_total);
+    else softmax_row<Other>(others, others, other_top, other_total);
     audit(label, exponentials, total, others, other_total, out);
 }
 

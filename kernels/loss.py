@@ -3,6 +3,9 @@
     s = z / tau
     cross-entropy: mean_n -log softmax(s)[y]           ds = (softmax(s) - onehot(y)) / n
     MSE:           mean_n sum_c (s_c - onehot(y)_c)^2   ds = 2 (s - onehot(y)) / n         dz = ds / tau
+    StableMax:     mean_n -log q[y], q = g(s) / sum_c g(s_c), g(x) = x + 1 from 0 on, 1 / (1 - x) below      (arXiv 2501.04697, section 4)
+                                                        ds = (q - onehot(y)) / (1 + |s|) / n, for g' / g = 1 / (1 + |x|) on either side
+
 
 Rows of the cross-entropy gradient sum to 0; shifting a row of logits changes nothing. Columns past `p` are padding and get zero.
 On a GPU one program takes a tile of pairs from the tables to the logit gradient; the logits never leave the chip. Traffic per run: the
@@ -16,6 +19,8 @@ from .dialect import BK, divide, power_of_two, tl, triton, warps
 from .hidden import logits_tile
 from .layout import Layout, TransformerLayout
 
+LOSSES = ("ce", "mse", "stablemax")     # as the C++ steps number them
+
 
 def columns(logits: Tensor, p: int) -> Tensor:
     """True for the columns that are classes, False for padding. (p_pad,)"""
@@ -25,6 +30,22 @@ def columns(logits: Tensor, p: int) -> Tensor:
 def softmax_ref(scaled: Tensor, p: int) -> Tensor:
     """Softmax over the first `p` columns of `scaled (n, p_pad)`; padding gets probability 0."""
     return torch.softmax(torch.where(columns(scaled, p), scaled, -torch.inf), dim=-1)
+
+
+def scores_ref(scaled: Tensor, p: int, loss: str) -> Tensor:
+    """What the loss normalises over the first `p` columns of `scaled (n, p_pad)`: exponentials shifted by the maximum, or StableMax's g."""
+    if loss == "stablemax":
+        return torch.where(columns(scaled, p), torch.where(scaled >= 0, scaled + 1, 1 / (1 - scaled.clamp_max(0))), 0)
+    masked = torch.where(columns(scaled, p), scaled, -torch.inf)
+    return torch.exp(masked - masked.amax(-1, keepdim=True))
+
+
+def probabilities_ref(scaled: Tensor, p: int, loss: str) -> Tensor:
+    """Softmax, or of StableMax q, over the first `p` columns of `scaled (n, p_pad)`; padding gets 0."""
+    if loss != "stablemax":
+        return softmax_ref(scaled, p)
+    scores = scores_ref(scaled, p, loss)
+    return scores / scores.sum(-1, keepdim=True)
 
 
 def onehot_ref(logits: Tensor, labels: Tensor) -> Tensor:
@@ -37,6 +58,8 @@ def loss_gradient_ref(logits: Tensor, labels: Tensor, tau: Tensor, p: int, loss:
     scaled = logits / tau
     if loss == "ce":
         return (softmax_ref(scaled, p) - onehot_ref(logits, labels)) / (tau * n)
+    if loss == "stablemax":
+        return (probabilities_ref(scaled, p, loss) - onehot_ref(logits, labels)) / (1 + scaled.abs()) / (tau * n)
     residual = torch.where(columns(logits, p), scaled - onehot_ref(logits, labels), 0)
     return 2 * residual / (tau * n)
 
@@ -50,30 +73,32 @@ def loss_ref(logits: Tensor, labels: Tensor, tau: Tensor, p: int, loss: str) -> 
         top = masked.amax(-1)
         total = torch.exp(masked - top[:, None]).sum(-1)
         return torch.log(total.double()) + (top.double() - (scaled * onehot).sum(-1).double())
+    if loss == "stablemax":
+        scores = scores_ref(scaled, p, loss)
+        return torch.log(scores.sum(-1).double()) - torch.log((scores * onehot).sum(-1).double())
     return torch.where(columns(logits, p), scaled - onehot, 0).square().sum(-1).double()
 
 
 AUDIT = ("collapse32", "collapse64", "sum_exp_is_one", "zero_gradient_rows", "max_gradient_difference")
 
 
-def softmax_audit_ref(logits: Tensor, labels: Tensor, tau: Tensor, p: int) -> Tensor:
-    """The softmax twice from the same logits, in float32 and in float64; `(5,)` float64, named by `AUDIT`.
+def softmax_audit_ref(logits: Tensor, labels: Tensor, tau: Tensor, p: int, loss: str) -> Tensor:
+    """The probabilities twice from the same logits, in float32 and in float64; `(5,)` float64, named by `AUDIT`. Of MSE, which has none, softmax.
 
-    Shares are over the n rows: correct-class probability >= 1 in float32 and in float64; float32 sum of exponentials shifted by the
-    maximum equal to 1; float32 gradient row exactly zero. Last, the largest |difference| of the two softmax gradients.
+    Shares are over the n rows: correct-class probability >= 1 in float32 and in float64; float32 sum of the scores equal to the largest of them,
+    of softmax 1; float32 probability minus onehot exactly zero in the whole row. Last, the largest |difference| of that in the two.
     A float64 run's logits are rounded to float32 for the float32 columns only.
     """
     onehot = onehot_ref(logits, labels)
-    scaled32 = torch.where(columns(logits, p), logits.float() / tau.float(), -torch.inf)
-    exp32 = torch.exp(scaled32 - scaled32.amax(-1, keepdim=True))
-    sum32 = exp32.sum(-1, keepdim=True)
-    gradient32 = exp32 / sum32 - onehot.float()                     # (n, p_pad)
-    gradient64 = softmax_ref(logits.double() / tau.double(), p) - onehot.double()
+    scores32 = scores_ref(logits.float() / tau.float(), p, loss)
+    sum32 = scores32.sum(-1, keepdim=True)
+    gradient32 = scores32 / sum32 - onehot.float()                  # (n, p_pad)
+    gradient64 = probabilities_ref(logits.double() / tau.double(), p, loss) - onehot.double()
     at_label = onehot > 0
     return torch.stack([
         (torch.where(at_label, gradient32, -1).amax(-1) >= 0).double().mean(),
         (torch.where(at_label, gradient64, -1).amax(-1) >= 0).double().mean(),
-        (sum32 == 1).double().mean(),
+        (sum32[:, 0] == scores32.amax(-1)).double().mean(),
         (gradient32.abs().amax(-1) == 0).double().mean(),
         (gradient32.double() - gradient64).abs().amax(),
     ])
@@ -89,6 +114,18 @@ def softmax_rows(scaled, valid):
 
 
 @triton.jit
+def score_rows(scaled, valid, LOSS: tl.constexpr):
+    """`scores_ref` of every row and their sums: `(rows, P)`, `(rows,)`."""
+    if LOSS == "stablemax":
+        below = divide(tl.full(scaled.shape, 1.0, scaled.dtype), 1 - tl.minimum(scaled, 0.0))
+        scores = tl.where(valid, tl.where(scaled >= 0, scaled + 1, below), 0.0)
+        total = tl.sum(scores, axis=1)
+    else:
+        scores, total, _ = softmax_rows(scaled, valid)
+    return scores, total
+
+
+@triton.jit
 def loss_rows(scaled, labels, p: tl.constexpr, LOSS: tl.constexpr):
     """Loss of every row of `scaled (rows, P)`, float64. The logarithm is taken in float64: float32's is off by 2e-7 near a loss of 0."""
     column = tl.arange(0, scaled.shape[1])[None, :]
@@ -97,6 +134,9 @@ def loss_rows(scaled, labels, p: tl.constexpr, LOSS: tl.constexpr):
         _, total, top = softmax_rows(scaled, column < p)
         at_label = tl.sum(tl.where(is_label, scaled, 0.0), axis=1)
         loss = tl.log(total.to(tl.float64)) + (top.to(tl.float64) - at_label.to(tl.float64))
+    elif LOSS == "stablemax":
+        scores, total = score_rows(scaled, column < p, LOSS)
+        loss = tl.log(total.to(tl.float64)) - tl.log(tl.sum(tl.where(is_label, scores, 0.0), axis=1).to(tl.float64))
     else:
         residual = tl.where(column < p, scaled - tl.where(is_label, 1.0, 0.0), 0.0)
         loss = tl.sum(residual * residual, axis=1).to(tl.float64)
@@ -104,19 +144,20 @@ def loss_rows(scaled, labels, p: tl.constexpr, LOSS: tl.constexpr):
 
 
 @triton.jit
-def audit_rows(logits, tau, labels, p: tl.constexpr):
+def audit_rows(logits, tau, labels, p: tl.constexpr, LOSS: tl.constexpr):
     """`softmax_audit_ref` of every row: four 0/1 vectors in float64 and the largest difference of the row."""
     column = tl.arange(0, logits.shape[1])[None, :]
     is_label = column == labels[:, None]
-    exp32, sum32, _ = softmax_rows(divide(logits.to(tl.float32), tau.to(tl.float32)), column < p)
-    gradient32 = divide(exp32, sum32[:, None]) - tl.where(is_label, 1.0, 0.0)
-    exp64, sum64, _ = softmax_rows(logits.to(tl.float64) / tau.to(tl.float64), column < p)
-    gradient64 = exp64 / sum64[:, None] - tl.where(is_label, 1.0, 0.0)
+    scores32, sum32 = score_rows(divide(logits.to(tl.float32), tau.to(tl.float32)), column < p, LOSS)
+    gradient32 = divide(scores32, sum32[:, None]) - tl.where(is_label, 1.0, 0.0)
+    scores64, sum64 = score_rows(logits.to(tl.float64) / tau.to(tl.float64), column < p, LOSS)
+    gradient64 = scores64 / sum64[:, None] - tl.where(is_label, 1.0, 0.0)
     collapsed32 = tl.max(tl.where(is_label, gradient32, -1.0), axis=1) >= 0
     collapsed64 = tl.max(tl.where(is_label, gradient64, -1.0), axis=1) >= 0
     zero = tl.max(tl.abs(gradient32), axis=1) == 0
     difference = tl.max(tl.abs(gradient32.to(tl.float64) - gradient64), axis=1)
-    return collapsed32.to(tl.float64), collapsed64.to(tl.float64), (sum32 == 1).to(tl.float64), zero.to(tl.float64), difference
+    alone = sum32 == tl.max(scores32, axis=1)
+    return collapsed32.to(tl.float64), collapsed64.to(tl.float64), alone.to(tl.float64), zero.to(tl.float64), difference
 
 
 @triton.jit
@@ -128,6 +169,9 @@ def loss_gradient_rows(logits, labels, tau, n_train, p: tl.constexpr, LOSS: tl.c
     if LOSS == "ce":
         exponentials, total, _ = softmax_rows(scaled, column < p)
         ds = exponentials * divide(tl.full([logits.shape[0]], 1.0, tau.dtype), total)[:, None] - onehot
+    elif LOSS == "stablemax":
+        scores, total = score_rows(scaled, column < p, LOSS)
+        ds = divide(divide(scores, total[:, None]) - onehot, 1 + tl.abs(scaled))
     else:
         ds = 2 * tl.where(column < p, scaled - onehot, 0.0)
     return ds * divide(tl.full([], 1.0, tau.dtype), tau * n_train)

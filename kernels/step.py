@@ -10,7 +10,7 @@ from .adamw import adamw_project_ref, group_norms_ref
 from .first_layer import tables_backward_ref, tables_ref
 from .hidden import gelu_ref, hidden_backward_ref, hidden_ref
 from .layout import GROUPS, AnyLayout, DenseLayout, TransformerLayout
-from .loss import AUDIT, loss_gradient_ref, loss_ref, softmax_audit_ref, softmax_ref
+from .loss import AUDIT, loss_gradient_ref, loss_ref, probabilities_ref, softmax_audit_ref
 from .pairs import labels_of
 
 
@@ -90,7 +90,7 @@ def evaluate_ref(params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tenso
         (correct * on_train).sum() / n_train, (correct * on_test).sum() / n_test,
         (losses * on_train).sum() / n_train, (losses * on_test).sum() / n_test,
         (scaled.square().sum(-1).sqrt().double() * data).sum() / data.sum(),
-        ((softmax_ref(logits / tau, classes).amax(-1) > 0.999).double() * data).sum() / data.sum(),
+        ((probabilities_ref(logits / tau, classes, loss).amax(-1) > 0.999).double() * data).sum() / data.sum(),
         norms.square().sum().sqrt(), *norms,
     ]
-    return torch.cat([torch.stack(values), softmax_audit_ref(logits[learned], labels[learned], tau, classes)])
+    return torch.cat([torch.stack(values), softmax_audit_ref(logits[learned], labels[learned], tau, classes, loss)])

@@ -74,7 +74,7 @@ SMALLEST = {"rhos": 1e-3, "rho": 1e-3, "taus": 1e-6, "w_c": 1e-6, "lrs": 1e-20, 
 
 
 HOW = ("device", "backend", "dtype", "arithmetic")                      # groups of --help; every other flag says what to train
-WHERE = ("out", "resume", "dry_run", "figures_only")
+WHERE = ("out", "save_weights", "resume", "dry_run", "figures_only")
 ENDINGS = """exit codes: 0 done, 2 an error said in one line, 130 after Ctrl-C, 143 SIGTERM, 138 SIGUSR1, 129 a hangup, 141 nobody reads stdout.
 Of several processes, started by torchrun, Slurm or MPI, each trains its share of the cells; the last one to finish merges the shards. The share
 of a process that died is trained by the same command with its RANK and WORLD_SIZE."""

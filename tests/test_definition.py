@@ -30,10 +30,14 @@ def plain(row: torch.Tensor, layout: Layout) -> Mlp:
 
 
 def plain_loss(z: torch.Tensor, labels: torch.Tensor, tau: float, loss: str) -> torch.Tensor:
+    if loss == "stablemax":
+        x = z / tau
+        scores = torch.where(x >= 0, x + 1, 1 / (1 - x))
+        return -torch.log(scores[torch.arange(len(z)), labels] / scores.sum(1)).mean()
     return F.cross_entropy(z / tau, labels) if loss == "ce" else (z / tau - F.one_hot(labels, z.shape[1])).square().sum(-1).mean()
 
 
-@pytest.mark.parametrize("loss", ["ce", "mse"])
+@pytest.mark.parametrize("loss", ["ce", "mse", "stablemax"])
 @pytest.mark.parametrize("tau", [0.3, 1.0, 3.0])
 @pytest.mark.parametrize("p", [7, 16, 59])   # padding to 8; a power of two, no padding; the papers' size
 def test_gradient_is_autograds(p: int, tau: float, loss: str) -> None:
@@ -46,7 +50,7 @@ def test_gradient_is_autograds(p: int, tau: float, loss: str) -> None:
         assert (mine[..., : theirs.shape[-1]] - theirs).norm() <= 1e-12 * theirs.norm()
 
 
-@pytest.mark.parametrize("loss, tau", [("ce", 1.0), ("ce", 0.3), ("mse", 3.0)])
+@pytest.mark.parametrize("loss, tau", [("ce", 1.0), ("ce", 0.3), ("mse", 3.0), ("stablemax", 0.3)])
 def test_gradient_of_the_dense_mlp_is_autograds(loss: str, tau: float) -> None:
     """Of the first m examples alone. 0 and 1 in place of -1 and 1, and a number between, are inputs as well."""
     layout, generator = DenseLayout(n=7, H=48, m=20, examples=33), torch.Generator().manual_seed(3)
@@ -148,7 +152,7 @@ def audit(margin: float, tau: float = 1.0) -> dict[str, float]:
     """The audit of four rows whose label leads every other class by `margin`."""
     z = torch.zeros(4, 16)
     z[:, 3] = margin
-    return dict(zip(AUDIT, softmax_audit_ref(z, torch.full((4,), 3), torch.tensor(tau), 13).tolist(), strict=True))
+    return dict(zip(AUDIT, softmax_audit_ref(z, torch.full((4,), 3), torch.tensor(tau), 13, "ce").tolist(), strict=True))
 
 
 def test_audit_sees_float32_collapse_that_float64_does_not_have() -> None:
@@ -182,3 +186,15 @@ def test_evaluation_counts_what_a_plain_forward_counts() -> None:
     assert got["logit_scale"] == pytest.approx(float((z / tau).norm(dim=1).mean()), rel=1e-12)
     assert got["saturated"] == (torch.softmax(z / tau, 1).amax(1) > 0.999).double().mean()
     assert got["norm"] == pytest.approx(float(torch.cat([E.flatten(), W1.flatten(), W2.flatten()]).norm()), rel=1e-12)
+
+
+def test_stablemax_does_not_saturate_where_softmax_does() -> None:
+    """A right logit of 30 above the others' 0: all of softmax in float32, 31 of 36 parts of StableMax; the audit tells of the loss's own probabilities."""
+    z, labels, tau = torch.zeros(3, 8), torch.tensor([0, 1, 2]), torch.tensor(1.0)
+    z[torch.arange(3), labels] = 30
+    softmax, stable = (dict(zip(AUDIT, softmax_audit_ref(z, labels, tau, 6, loss).tolist(), strict=True)) for loss in ("ce", "stablemax"))
+    assert softmax["collapse32"] == softmax["sum_exp_is_one"] == 1 and softmax["collapse64"] == 0
+    assert not any(stable[name] for name in AUDIT[:4]) and 0 < stable["max_gradient_difference"] < 1e-6
+    gradient = loss_gradient_ref(z, labels, tau, 6, "stablemax")
+    assert gradient[0, 0] == pytest.approx((31 / 36 - 1) / 31 / 3, rel=1e-6) and not gradient[:, 6:].any()
+    assert loss_ref(z, labels, tau, 6, "stablemax")[0] == pytest.approx(math.log(36 / 31), rel=1e-6)

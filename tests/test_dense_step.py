@@ -63,6 +63,7 @@ PATHS = {                                  # n, H, m, examples
     "double": (DenseLayout(8, 32, 50, 60), torch.float64),
 }
 HARD = {"plain": {}, "saturated": {"scale": 20.0}, "tiny_logits": {"scale": 1e-3}, "hot": {"tau": 50.0, "k": 10}, "cold": {"tau": 0.02},
+        "stablemax": {"loss": "stablemax", "tau": 0.4, "scale": 3.0},
         "mse": {"loss": "mse", "tau": 1.7, "decay_last": True, "held": (9.0, 0.0, 2.0)}}
 
 

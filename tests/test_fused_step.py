@@ -100,6 +100,8 @@ def check(rows: Sequence[Tensor], problem: Problem) -> None:
 
 HARD = {
     "plain": {},
+    "stablemax": {"loss": "stablemax", "tau": 1.7},
+    "stablemax_of_hundreds": {"loss": "stablemax", "scale": 4.0},
     "mse_decay_last": {"loss": "mse", "decay_last": True},
     "saturated": {"scale": 4.0},           # logits of hundreds: exponentials underflow, gradient rows are exactly 0
     "tiny_logits": {"scale": 1e-3},

@@ -64,7 +64,7 @@ def assert_agrees(case: Case, scalars: Tensor, decay_last: bool = False) -> Cuda
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("loss", "tau"), [("ce", 1.0), ("ce", 1.7), ("mse", 1.0), ("mse", 0.5)])
+@pytest.mark.parametrize(("loss", "tau"), [("ce", 1.0), ("ce", 1.7), ("mse", 1.0), ("mse", 0.5), ("stablemax", 1.7)])
 def test_one_step(loss: str, tau: float, dtype: torch.dtype) -> None:
     case = make_case(13, dtype=dtype, loss=loss, tau=tau)
     assert_agrees(case, schedule(case, 1))
@@ -186,7 +186,7 @@ def test_500_steps_repeat(model: str, p: int, arithmetic: str) -> None:
 def test_arguments_are_checked() -> None:
     case = make_case(5)
     row = case.params
-    for change, message in ((dict(loss="hinge"), "ce or mse"), (dict(moment2=row[:1]), "moment2: expected shape"),
+    for change, message in ((dict(loss="hinge"), "ce or mse or stablemax"), (dict(moment2=row[:1]), "moment2: expected shape"),
                             (dict(params=row.double()), "params: expected contiguous"), (dict(arithmetic="tf32"), "tf32x3"),
                             (dict(layout=mlp_layout(5, 12, 32)), "expected shape"),
                             (dict(layout=mlp_layout(257, 16, 32)), "at most 256 on CUDA, got 257"),

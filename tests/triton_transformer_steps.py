@@ -25,7 +25,7 @@ LAYER_NORM = pytest.mark.parametrize("model", ["transformer", "transformer_ln"])
     ("transformer", "ce", 1.0, (), False, torch.float32), ("transformer", "mse", 0.5, (20.0,), False, torch.float64),
     ("transformer", "ce", 1.7, (0, 0, 0, 0, 4.0), False, torch.float32), ("transformer_ln", "ce", 1.7, (20.0,), False, torch.float64),
     ("transformer_ln", "mse", 0.5, (), False, torch.float32), ("transformer_ln", "ce", 1.0, (0, 2.0), True, torch.float32),
-    ("transformer_b", "ce", 1.7, (), True, torch.float32), ("transformer_b", "mse", 1.0, (0, 0, 3.0), False, torch.float64)])
+    ("transformer_b", "stablemax", 1.7, (), True, torch.float32), ("transformer_b", "mse", 1.0, (0, 0, 3.0), False, torch.float64)])
 def test_one_step(model: str, loss: str, tau: float, targets: tuple[float, ...], decay_last: bool, dtype: torch.dtype) -> None:
     """A step and an evaluation; run 0 holds its total norm or one group's, run 1 is free."""
     case = make_transformer_case(model, dtype=dtype, loss=loss, tau=tau)
