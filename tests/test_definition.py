@@ -189,7 +189,7 @@ def test_evaluation_counts_what_a_plain_forward_counts() -> None:
 
 
 def test_stablemax_does_not_saturate_where_softmax_does() -> None:
-    """A right logit of 30 above the others' 0: all of softmax in float32, 31 of 36 parts of StableMax; the audit tells of the loss's own probabilities."""
+    """A right logit 30 above the others' 0: all of softmax in float32, 31 of 36 parts of StableMax. The audit is of the loss's own probabilities."""
     z, labels, tau = torch.zeros(3, 8), torch.tensor([0, 1, 2]), torch.tensor(1.0)
     z[torch.arange(3), labels] = 30
     softmax, stable = (dict(zip(AUDIT, softmax_audit_ref(z, labels, tau, 6, loss).tolist(), strict=True)) for loss in ("ce", "stablemax"))
