@@ -35,6 +35,7 @@ CLAMP_START = {"ce": 500, "mse": 50, "stablemax": 500}   # step at which the pap
 CLAMP_START_OF = {"transformer": 600, "transformer_ln": 600, "transformer_b": 600, "mlp_dense": 1000}   # and on the others
 MODELS = {"mlp": 1e-3, "transformer": 5e-4, "transformer_ln": 1e-3, "transformer_b": 5e-4}   # of pairs; learning rates are the papers'
 LEARNING_RATES = {**MODELS, "mlp_dense": 1e-3}   # and of the one whose inputs are no pairs
+CHANGED = ("beta1", "beta2", "warmup", "d", "H", "init_scale", "hold", "perp_grad", "hold_from")   # columns that are there where a run needs one
 N_TEST = 2000          # test examples of sparse parity, drawn beside the training examples
 MOST_EXAMPLES = 100_000   # to train on
 
@@ -188,12 +189,14 @@ class ParityMlp(nn.Module):
         return functional.gelu(x @ self.W1 + self.b1) @ self.W2 + self.b2   # (m, n) -> (m, 2)
 
 
-def module(model: str, p: int) -> nn.Module:
-    """An untrained plain module of `model`, one of LEARNING_RATES; `mlp_dense` has `p` inputs. `lab.ensemble.State.module` fills one with trained
-    weights."""
+def module(model: str, p: int, width: tuple[int, int] = ()) -> nn.Module:
+    """An untrained plain module of `model`, one of LEARNING_RATES, of a `width`, d and H, or the papers'; `mlp_dense` has `p` inputs.
+    `lab.ensemble.State.module` fills one with trained weights."""
     if model == "mlp_dense":
         return ParityMlp(p)
-    return Mlp(p) if model == "mlp" else Transformer(p, classes=p if model == "transformer_b" else 0, normed=model == "transformer_ln")
+    if model == "mlp":
+        return Mlp(p, *width)
+    return Transformer(p, *width, classes=p if model == "transformer_b" else 0, normed=model == "transformer_ln")
 
 
 # ---------------------------------------------------------------- conditions
@@ -232,6 +235,12 @@ class Cell:
     group: str = ""                   # of weights that is held or scaled alone
     networks: str = "fresh"           # or the set of a paper's own runs that these networks are
     scale_once: tuple[float, ...] = ()   # factors of the model's groups, applied once, after step clamp_start; none: nothing is scaled
+    betas: tuple[float, float] = (0.9, 0.999)   # of AdamW
+    warmup: int = 0                   # steps over which the learning rate rises linearly to lr
+    width: tuple[int, ...] = ()       # embedding and hidden width, d and H; none: the papers'
+    init_scale: float = 1.0           # factor of the starting weight matrices
+    hold: str = "exact"               # a held norm is exact, or a cap: then only what is larger is brought down to it
+    perp_grad: bool = False           # the gradient's component along the weights is left out (arXiv 2501.04697)
 
     def __post_init__(self) -> None:
         if self.eval_every and (self.eval_every < 0 or LOG_EVERY % self.eval_every):
@@ -256,6 +265,16 @@ class Cell:
                 raise UsageError(f"p at least 2, and train_frac leaves pairs to train and test on; got p {self.p}, train_frac {self.train_frac}")
         if self.loss not in CLAMP_START or not self.tau > 0:
             raise UsageError(f"loss is ce, mse or stablemax, tau above 0; got loss {self.loss}, tau {self.tau}")
+        for name in ("betas", "width"):
+            put(name, tuple(getattr(self, name)))
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"betas are two numbers of at least 0 and below 1, such as 0.9 0.98; got {' '.join(map(str, self.betas))}")
+        if self.width and (len(self.width) != 2 or any(size < 16 or size % 16 for size in self.width) or self.model == "mlp_dense"):
+            raise UsageError("width is two multiples of 16, those of the embedding and of the hidden layer, such as 64 128, of a model with an "
+                             f"embedding; got {' '.join(map(str, self.width))}, model {self.model}")
+        if self.warmup < 0 or not 0 < self.init_scale < math.inf or self.hold not in ("exact", "cap"):
+            raise UsageError(f"warmup must be at least 0, init_scale above 0, hold exact or cap; got warmup {self.warmup}, "
+                             f"init_scale {self.init_scale}, hold {self.hold}")
         put("block", self.block or max(self.members) + 1)
         put("lr", self.lr or LEARNING_RATES[self.model])
         if not (0 < self.lr < math.inf and self.weight_decay >= 0 and self.budget_steps >= 1):
@@ -278,7 +297,7 @@ class Cell:
                 ("", "", self.model, "mlp_dense" if dense else "mlp"), ("", "", self.loss, "ce"), ("rho", ".2f", self.rho, None),
                 ("wc", "g", self.w_c, None), ("tau", "g", self.tau, 1.0), ("gamma", "+.2f", self.gamma, None), ("wd", "g", self.weight_decay, 1.0),
                 ("lr", "g", self.lr, LEARNING_RATES[self.model]), ("frac", "g", self.train_frac, 0.0 if dense else 0.40), ("seed", "", self.seed0, 0),
-                ("", "", self.dtype, "")):
+                ("", "", self.dtype, ""), *((short, "g", value, None) for short, value in self.changed().items())):
             if value != default:
                 parts.append(short + (exactly(value, text) if isinstance(value, float) else str(value)))
         return "_".join(parts)
@@ -290,9 +309,18 @@ class Cell:
             return parity_sizes(self.task)[2]
         return n_train(self.p, self.train_frac, self.task) if self.card is None else max(2, round(self.train_frac * self.p**2))
 
+    def changed(self) -> dict[str, object]:
+        """The columns of runs.csv, of CHANGED, in which this cell is none of the papers'."""
+        (beta1, beta2), (d, H) = self.betas, self.width or (None, None)
+        usual = clamp_start(self.model, self.loss)
+        values = (beta1, beta2, self.warmup, d, H, self.init_scale, self.hold, int(self.perp_grad),
+                  self.clamp_start if self.arm == "clamp" and self.networks == "fresh" else usual)
+        return {name: value for name, value, papers in zip(CHANGED, values, (0.9, 0.999, 0, None, None, 1.0, "exact", 0, usual), strict=True)
+                if value != papers}
+
     def ensemble_key(self) -> tuple:
         """Cells of equal key have equal shapes and are trained together."""
-        return self.p, self.model, self.task, self.loss, self.n_train, self.decay_last, self.dtype
+        return self.p, self.model, self.task, self.loss, self.n_train, self.decay_last, self.dtype, self.width, self.perp_grad
 
 
 def exactly(x: float, short: str) -> str:

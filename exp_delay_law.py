@@ -116,7 +116,7 @@ def held(config: Config, p: int, block: int, rho: float, w_c: float, budget: int
     cell = Cell(name(config, arm, p, block, rho, lr), p, config.members or range(block), block, budget_steps=min(config.budget, budget), arm=arm,
                 seed0=config.seed0, train_frac=config.train_frac, rho=rho, lr=lr, w_c=w_c,
                 expected_steps=expected(p, 1.0 if once else rho, lr), after_grok=config.after_grok, **config.network())
-    return dataclasses.replace(cell, clamp_stop=cell.clamp_start + 1) if once else cell
+    return dataclasses.replace(cell, clamp_stop=max(cell.clamp_start, 1) + 1) if once else cell
 
 
 def control_cells(config: Config) -> list[Cell]:

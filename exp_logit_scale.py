@@ -121,9 +121,9 @@ def cell(config: Config, p: int, loss: str, block: int, budget: int, arm: str = 
     steps = max(int(steps * (1e-3 / max(config.lr, 1e-9)) ** 0.4 / max(weight_decay, 0.3) ** 0.7), 1000)
     members = config.members or tuple(range(block))
     return Cell("_".join(name + [dtype] * bool(dtype)), p=p, members=members, block=block, budget_steps=min(config.budget, budget), arm=arm, rho=rho,
-                loss=loss, model=config.model, seed0=config.seed0, tau=tau, gamma=gamma, lr=config.lr, weight_decay=weight_decay, dtype=dtype,
+                model=config.model, seed0=config.seed0, tau=tau, gamma=gamma, lr=config.lr, weight_decay=weight_decay, dtype=dtype,
                 held=(allocated(w_c, gamma, shares),) * len(members) if shares else (), w_c=w_c, expected_steps=steps, after_grok=config.after_grok,
-                **config.network())
+                **{**config.network(), "loss": loss})
 
 
 def held(config: Config, w_c: dict[str, float], shares: dict[str, tuple[float, ...]]) -> list[Cell]:

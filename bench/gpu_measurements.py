@@ -93,9 +93,9 @@ def example(p: int, runs: int, dtype: torch.dtype = torch.float32, arithmetic: s
                        train)
 
 
-def step_scalars(runs: int, steps: int, count: int = 8) -> torch.Tensor:
+def step_scalars(runs: int, steps: int, count: int = 11) -> torch.Tensor:
     """tau 1, lr 0.001, weight decay 1, as at step 1; the total norm held, so that the projection does its work."""
-    return torch.tensor([1, 0.999, 0.01, 0.0316, 15.0] + [0] * (count - 5), dtype=torch.float64).repeat(runs, steps, 1)
+    return torch.tensor([1, 0.999, 0.01, 0.0316, 15.0] + [0] * (count - 8) + [0.1, 0.999, 0.001], dtype=torch.float64).repeat(runs, steps, 1)
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def transformer(p: int, runs: int) -> Iterator[Row]:
 
         state, scalars = engine.state.runs(slice(0, chunk)), step_scalars(chunk, 1, 16)[:, 0].to(engine.device, dtype)
         with mock.patch.object(type(_empty_kernel), "run", record):
-            engine.network.step(*state[:4], engine.labels, scalars, engine.workspace, engine.n_train, engine.layout, "ce", arithmetic, False)
+            engine.network.step(*state[:4], engine.labels, scalars, engine.workspace, engine.n_train, engine.layout, "ce", arithmetic, False, False)
         total: dict[str, list[float]] = {}
         for name, call in launches:
             found = total.setdefault(name, [0.0, 0.0, 0.0])

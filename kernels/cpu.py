@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from . import build
-from .adamw import BETA1, BETA2, EPS, scalar_names
+from .adamw import EPS, PLAIN, scalar_names
 from .layout import AnyLayout, DenseLayout, Layout
 from .loss import LOSSES
 from .step import evaluate_ref, metric_names, train_step_ref
@@ -38,21 +38,21 @@ class CpuKernels:
     unusable = False    # whether the compiler has failed: it is tried once a process
 
     def __init__(self, layout: AnyLayout, n_train: int, loss: str, dtype: torch.dtype, compiled: bool, decay_last: bool = False,
-                 labels: Tensor | None = None):
+                 labels: Tensor | None = None, perp_grad: bool = False):
         """`labels (p*p,)` as `pairs.labels_of` has them."""
         self.backend = "eager"
         self.table = () if labels is None else (labels,)
-        self.step = lambda *args: train_step_ref(*args[:6], layout, loss, decay_last, *args[6:])
+        self.step = lambda *args: train_step_ref(*args[:6], layout, loss, decay_last, *(args[6:] or [None]), perp_grad)
         self.evaluate_with = lambda *args: evaluate_ref(*args[:5], layout, loss, *args[5:])
         if compiled and not CpuKernels.unusable:
-            self._compile(layout, n_train, loss, dtype, decay_last)
+            self._compile(layout, n_train, loss, dtype, decay_last, perp_grad)
 
-    def _compile(self, layout: AnyLayout, n_train: int, loss: str, dtype: torch.dtype, decay_last: bool) -> None:
+    def _compile(self, layout: AnyLayout, n_train: int, loss: str, dtype: torch.dtype, decay_last: bool, perp_grad: bool) -> None:
         """If the compiler fails, the definition stays, and a line says why."""
         ours = isinstance(layout, Layout | DenseLayout)
         try:
             if ours:
-                fused = step_of(layout)(fused_library(layout, dtype), layout, loss, dtype, decay_last, *self.table)
+                fused = step_of(layout)(fused_library(layout, dtype), layout, loss, dtype, decay_last, perp_grad, *self.table)
                 self.steps, self.evaluate = fused.steps, fused.evaluate
             else:
                 keep_freed_memory()
@@ -82,16 +82,16 @@ class FusedStep:
     """`fused_step.cpp` for one shape, type, loss and order of decay."""
 
     def __init__(self, library: ctypes.CDLL, layout: Layout, loss: str, dtype: torch.dtype, decay_last: bool = False,
-                 labels: Tensor | None = None):
+                 perp_grad: bool = False, labels: Tensor | None = None):
         self.library, self.layout, self.dtype = library, layout, dtype
-        self.loss, self.decay_last = LOSSES.index(loss), int(decay_last)
+        self.loss, self.decay_last, self.perp_grad = LOSSES.index(loss), int(decay_last), int(perp_grad)
         self.labels = pair_labels(layout.p) if labels is None else labels.contiguous()
 
     def steps(self, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor) -> None:
         """As `CpuKernels.steps`; fastest when the pairs that share `a` lie together."""
         assert scalars.dtype == params.dtype == moment1.dtype == moment2.dtype == self.dtype
         self.library.steps(*map(address, (params, moment1, moment2, a, b)), len(a), address(self.labels), address(scalars), len(scalars),
-                           self.loss, self.decay_last, BETA1, BETA2, EPS)
+                           self.loss, self.decay_last, self.perp_grad, EPS)
 
     def evaluate(self, params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tensor) -> Tensor:
         """As `evaluate_ref`, `(metrics,)` float64. The training pairs are those of `train (p*p,)`."""
@@ -104,15 +104,16 @@ class FusedStep:
 class DenseStep:
     """`dense_step.cpp` for one shape, type, loss and order of decay."""
 
-    def __init__(self, library: ctypes.CDLL, layout: DenseLayout, loss: str, dtype: torch.dtype, decay_last: bool = False):
+    def __init__(self, library: ctypes.CDLL, layout: DenseLayout, loss: str, dtype: torch.dtype, decay_last: bool = False,
+                 perp_grad: bool = False):
         self.library, self.layout, self.dtype = library, layout, dtype
-        self.loss, self.decay_last = loss, int(decay_last)
+        self.loss, self.decay_last, self.perp_grad = loss, int(decay_last), int(perp_grad)
 
     def steps(self, params: Tensor, moment1: Tensor, moment2: Tensor, x: Tensor, labels: Tensor, scalars: Tensor) -> None:
         """As `CpuKernels.steps`."""
         assert x.dtype == scalars.dtype == params.dtype == moment1.dtype == moment2.dtype == self.dtype
         self.library.steps(*map(address, (params, moment1, moment2, x, labels)), self.layout.m, address(scalars), len(scalars),
-                           LOSSES.index(self.loss), self.decay_last, BETA1, BETA2, EPS)
+                           LOSSES.index(self.loss), self.decay_last, self.perp_grad, EPS)
 
     def evaluate(self, params: Tensor, train: Tensor, x: Tensor, labels: Tensor, tau: Tensor) -> Tensor:
         """As `evaluate_ref`, of logits from here."""
@@ -156,13 +157,13 @@ def fused_library(layout: Layout | DenseLayout, dtype: torch.dtype) -> ctypes.CD
 
 def declare(library: ctypes.CDLL, real: type, dense: bool) -> ctypes.CDLL:
     """The arguments of its functions: addresses, sizes, and the run's own type for `tau`."""
-    at, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    at, size = ctypes.c_void_p, ctypes.c_int64
     if dense:
-        library.steps.argtypes = [at] * 5 + [size, at, size, ctypes.c_int, ctypes.c_int, number, number, number]
+        library.steps.argtypes = [at] * 5 + [size, at, size, *[ctypes.c_int] * 3, ctypes.c_double]
         library.logits.argtypes = [at, at, size, at]
         library.steps.restype = library.logits.restype = None
         return library
-    library.steps.argtypes = [at] * 5 + [size, at, at, size, ctypes.c_int, ctypes.c_int, number, number, number]
+    library.steps.argtypes = [at] * 5 + [size, at, at, size, *[ctypes.c_int] * 3, ctypes.c_double]
     library.evaluate.argtypes = [at, at, at, real, ctypes.c_int, at]
     library.steps.restype = library.evaluate.restype = None
     return library
@@ -189,17 +190,19 @@ def trial(library: ctypes.CDLL | None, layout: Layout | DenseLayout, start: Tens
     """Rows and metrics after two steps of either loss and either order of decay: by `library`, or by the definition in float64."""
     out, dtype = [], start.dtype if library else torch.float64
     a = a.to(dtype) if a.is_floating_point() else a
-    scalars = torch.tensor([[1.25, 0.999, 0.01, 0.0316, 9.0, 0.0, 5.0, 0.0], [1.25, 0.999, 0.005, 0.0447, 0.0, 0.0, 0.0, 0.0]], dtype=dtype)
-    scalars = scalars[:, : 5 + len(layout.groups)].contiguous()
+    targets = [9.0, 0.0, 5.0, 0.0][: 1 + len(layout.groups)]
+    scalars = torch.tensor([[1.25, 0.999, 0.01, 0.0316, *targets, *PLAIN],
+                            [1.25, 0.999, 0.005, 0.0447, -8.0, *[0.0] * len(layout.groups), 0.2, 0.98, 0.02]], dtype=dtype)
     for loss, decay_last in (("ce", False), ("mse", True), ("stablemax", False)):
+        perp_grad = loss == "mse"
         rows = [row.to(dtype, copy=True) for row in (start, torch.zeros_like(start), torch.zeros_like(start))]
         if library:
-            fused = step_of(layout)(library, layout, loss, dtype, decay_last)
+            fused = step_of(layout)(library, layout, loss, dtype, decay_last, perp_grad)
             fused.steps(*rows, a, b, scalars)
             metrics = fused.evaluate(rows[0], train, a, b, scalars[-1, 0])
         else:
             for row in scalars:
-                train_step_ref(*rows, a, b, row, layout, loss, decay_last)
+                train_step_ref(*rows, a, b, row, layout, loss, decay_last, perp_grad=perp_grad)
             metrics = evaluate_ref(rows[0], train.double(), a, b, scalars[-1, 0], layout, loss)
         out += [*rows, metrics]
     return out

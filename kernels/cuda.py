@@ -77,7 +77,8 @@ class CudaKernels:
     """
 
     def __init__(self, layout: AnyLayout, loss: str, dtype: torch.dtype, arithmetic: str, params: Tensor, moment1: Tensor,
-                 moment2: Tensor, a: Tensor, b: Tensor, train: Tensor, decay_last: bool = False, labels: Tensor | None = None):
+                 moment2: Tensor, a: Tensor, b: Tensor, train: Tensor, decay_last: bool = False, labels: Tensor | None = None,
+                 perp_grad: bool = False):
         _check(layout, loss, dtype, arithmetic, params, moment1, moment2, a, b, train)
         self.layout, self.loss, self.dtype, self.arithmetic, self.n_train = layout, loss, dtype, arithmetic, n_train(layout, a)
         self.labels, self.n_pairs = None, layout.examples           # of a dense MLP every example has its own label
@@ -85,7 +86,7 @@ class CudaKernels:
             pair = torch.arange(layout.p**2)
             table = labels_of(labels, pair // layout.p, pair % layout.p, layout.p)
             self.labels, self.n_pairs = table.to(params.device, torch.int32), int((table >= 0).sum())
-        self.device, self.decay_last, self.network = params.device, decay_last, launches_of(layout)
+        self.device, self.decay_last, self.perp_grad, self.network = params.device, decay_last, perp_grad, launches_of(layout)
         self.scalars, self.n_metrics = len(scalar_names(layout.groups)), len(metric_names(layout.groups))
         self.state = State(params, moment1, moment2, self.network.order_of(a, b, layout[0]).to(self.device),
                            aligned_rows(train.to(self.device, torch.uint8)))
@@ -109,13 +110,13 @@ class CudaKernels:
         self._allocate()
 
     def interval(self, scalars: Tensor) -> Tensor:
-        """`scalars (R, k, 5 + groups)` float64, named by `adamw.scalar_names` -> k steps of every run, then its metrics `(R, 12 + groups)`,
+        """`scalars (R, k, 8 + groups)` float64, named by `adamw.scalar_names` -> k steps of every run, then its metrics `(R, 12 + groups)`,
         named by `step.metric_names`, float64 on the CPU."""
         self.steps(scalars, evaluated=True)
         return self.metrics.to("cpu", copy=True)
 
     def measure(self, scalars: Tensor) -> Tensor:
-        """The metrics of every run as it is; of `scalars (R, k, 5 + groups)` the last temperature counts."""
+        """The metrics of every run as it is; of `scalars (R, k, 8 + groups)` the last temperature counts."""
         self._launch(self.state, self._by_step(scalars)[-1:].to(self.device), self.metrics, evaluated=True, trained=False)
         return self.metrics.to("cpu", copy=True)
 
@@ -132,7 +133,7 @@ class CudaKernels:
         graph.replay()
 
     def _by_step(self, scalars: Tensor) -> Tensor:
-        """`scalars` as the kernels take them: `(k, R, 8 or 16)`, rounded once; rows are padded for the same reason as in `aligned_rows`."""
+        """`scalars` as the kernels take them: `(k, R, 16)`, rounded once; rows are padded for the same reason as in `aligned_rows`."""
         runs, steps = self.state.params.shape[0], scalars.shape[1]
         if scalars.shape != (runs, steps, self.scalars) or steps < 1:
             raise ValueError(f"scalars: expected ({runs}, k, {self.scalars}) with k >= 1, got {tuple(scalars.shape)}")
@@ -157,7 +158,7 @@ class CudaKernels:
             work = self.workspace.runs(part.params.shape[0])
             for scalars in by_step if trained else ():
                 self.network.step(*part[:4], self.labels, scalars[chunk], work, self.n_train, self.layout, self.loss, self.arithmetic,
-                                  self.decay_last)
+                                  self.decay_last, self.perp_grad)
             if evaluated:
                 data = part[3:] if self.network is dense else part[4:]
                 self.network.evaluate_all(part.params, *data, self.labels, by_step[-1, chunk], work, metrics[chunk], self.n_train, self.n_pairs,

@@ -161,7 +161,7 @@ def slot_count(examples: Tensor, n_train: int) -> int:
 
 
 def step(params: Tensor, moment1: Tensor, moment2: Tensor, examples: Tensor, labels: None, scalars: Tensor, w: Workspace, n_train: int,
-         layout: DenseLayout, loss: str, arithmetic: str, decay_last: bool) -> None:
+         layout: DenseLayout, loss: str, arithmetic: str, decay_last: bool, perp_grad: bool) -> None:
     """As of the other networks; `labels` lie with the examples."""
     n, H, sizes = layout.n, layout.H, (layout.classes, layout.n_params, examples.shape[2])
     runs, BH = len(params), divisor_block(H, 128 // params.itemsize)        # float64 takes twice the registers
@@ -169,7 +169,7 @@ def step(params: Tensor, moment1: Tensor, moment2: Tensor, examples: Tensor, lab
                                                       BK, loss, arithmetic, num_warps=warps(BN * P) * 2)
     _dense_backward_kernel[(H // BH, runs)](params, examples, w.dz, w.gradient, n_train, examples.stride(0), n, H, *sizes,
                                             power_of_two(max(n, 16)), BH, arithmetic, num_warps=4)
-    adamw_project(params, moment1, moment2, w.gradient, scalars, w.squares, layout, decay_last)
+    adamw_project(params, moment1, moment2, w.gradient, scalars, w.squares, layout, decay_last, perp_grad)
 
 
 def evaluate_all(params: Tensor, examples: Tensor, train: Tensor, labels: None, scalars: Tensor, w: Workspace, metrics: Tensor, n_train: int,

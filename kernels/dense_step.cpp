@@ -19,7 +19,7 @@ constexpr int W2_AT = N * H, B1_AT = W2_AT + H * C, B2_AT = B1_AT + H, SIZE = B2
 constexpr int GROUPS = 2, ENDS[] = {0, W2_AT, B1_AT};                      // of the groups of weight matrices in the row
 constexpr int HS = H + L;                                                  // row length in scratch: no power of two
 constexpr int V = H / L % MOST_COLUMNS == 0 ? MOST_COLUMNS : H / L % 2 == 0 ? 2 : 1;   // vectors in a row of a register block
-enum { TAU, DECAY, STEP_SIZE, BIAS2_SQRT, TARGETS, SCALARS = TARGETS + 1 + GROUPS };
+enum { TAU, DECAY, STEP_SIZE, BIAS2_SQRT, TARGETS, TAKE1 = TARGETS + 1 + GROUPS, KEEP2, TAKE2, SCALARS };
 enum Loss { CROSS_ENTROPY, MSE, STABLEMAX };
 static_assert(H % 16 == 0, "whole vectors of every width");
 
@@ -160,10 +160,11 @@ void gradient(const Real* params, const Real* x, const int64_t* labels, int64_t 
 
 // `k` steps in place on one run's rows. `x (m, N)`, `labels (m)`: its training examples; `scalars (k, SCALARS)` as `adamw.scalar_names` has them.
 extern "C" void steps(Real* params, Real* moment1, Real* moment2, const Real* x, const int64_t* labels, int64_t m, const Real* scalars, int64_t k,
-                      int loss, int decay_last, double beta1, double beta2, double eps) {
+                      int loss, int decay_last, int perp_grad, double eps) {
     for (; k > 0; --k, scalars += SCALARS) {
         gradient(params, x, labels, m, scalars[TAU], loss, scratch);
-        update(params, moment1, moment2, scratch.gradient, scalars, beta1, beta2, eps, decay_last);
+        if (perp_grad) make_perpendicular(scratch.gradient, params);
+        update(params, moment1, moment2, scratch.gradient, scalars, eps, decay_last);
         project(params, scalars + TARGETS);
     }
 }

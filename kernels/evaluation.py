@@ -22,14 +22,15 @@ _BN, _N_PARTIAL = tl.constexpr(BN), tl.constexpr(N_PARTIAL)
 
 @triton.jit
 def _evaluate_kernel(theta, tables, train, labels, scalars, partials, train_row, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr,
-                     p_pad: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, LOSS: tl.constexpr, PRECISION: tl.constexpr):
+                     p_pad: tl.constexpr, ROW: tl.constexpr, SCALARS: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, LOSS: tl.constexpr,
+                     PRECISION: tl.constexpr):
     """A program: one run, BN consecutive pairs."""
     run = tl.program_id(1).to(tl.int64)
     pair = tl.program_id(0) * _BN + tl.arange(0, _BN)
     inside = pair < p * p
     a, b = tl.where(inside, pair // p, 0), tl.where(inside, pair % p, 0)
     logits = logits_tile(theta + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)    # (BN, P)
-    measure_tile(logits, tl.load(labels + pair, mask=inside, other=-1), pair, tl.load(scalars + run * 8), train + run * train_row,
+    measure_tile(logits, tl.load(labels + pair, mask=inside, other=-1), pair, tl.load(scalars + run * SCALARS), train + run * train_row,
                  partials + run * (_N_PARTIAL * tl.num_programs(0)), p, LOSS)
 
 
@@ -115,8 +116,8 @@ def evaluate(params: Tensor, tables: Tensor, train: Tensor, labels: Tensor, scal
     Scratch, float64: `partials (R, 11, tiles)`, `squares (R, 3, blocks)`.
     """
     grid = (evaluation_tiles(layout), params.shape[0])
-    _evaluate_kernel[grid](params, tables, train, labels, scalars, partials, train.stride(0), *layout, layout.n_params, power_of_two(layout.p_pad),
-                           BK, loss, arithmetic, num_warps=8)
+    _evaluate_kernel[grid](params, tables, train, labels, scalars, partials, train.stride(0), *layout, layout.n_params, scalars.shape[1],
+                           power_of_two(layout.p_pad), BK, loss, arithmetic, num_warps=8)
     sum_tiles(params, partials, squares, metrics, n_train, n_pairs, layout)
 
 

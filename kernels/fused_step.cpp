@@ -30,7 +30,7 @@ constexpr int ZV = (C - LEFT_OVER + L - 1) / L;                  // vectors of t
 constexpr int HS = H + L, DS = d + L;                            // row lengths in scratch: no power of two, which would crowd a few cache sets
 constexpr int W1_AT = P * d, W2_AT = W1_AT + 2 * d * H, B1_AT = W2_AT + H * P_PAD, B2_AT = B1_AT + H, SIZE = B2_AT + P_PAD;
 constexpr int GROUPS = 3, ENDS[] = {0, W1_AT, W2_AT, B1_AT};     // of the groups of weight matrices in the row
-enum { TAU, DECAY, STEP_SIZE, BIAS2_SQRT, TARGETS, SCALARS = TARGETS + 1 + GROUPS };
+enum { TAU, DECAY, STEP_SIZE, BIAS2_SQRT, TARGETS, TAKE1 = TARGETS + 1 + GROUPS, KEEP2, TAKE2, SCALARS };
 enum Loss { CROSS_ENTROPY, MSE, STABLEMAX };
 static_assert(d % 16 == 0 && H % 16 == 0, "whole vectors of every width");
 
@@ -347,11 +347,12 @@ void measure(const Real* z, int label, bool train, Real tau, int loss, double* o
 // `k` steps in place on one run's rows. `a, b (n)`: its training pairs, fastest when those that share a lie together; `labels (P * P)`: of every
 // pair; `scalars (k, SCALARS)` as `adamw.scalar_names` has them.
 extern "C" void steps(Real* params, Real* moment1, Real* moment2, const int64_t* a, const int64_t* b, int64_t n, const int64_t* labels,
-                      const Real* scalars, int64_t k, int loss, int decay_last, double beta1, double beta2, double eps) {
+                      const Real* scalars, int64_t k, int loss, int decay_last, int perp_grad, double eps) {
     Scratch& s = own_scratch();
     for (; k > 0; --k, scalars += SCALARS) {
         gradient(params, a, b, labels, n, scalars[TAU], loss, s);
-        update(params, moment1, moment2, s.gradient, scalars, beta1, beta2, eps, decay_last);
+        if (perp_grad) make_perpendicular(s.gradient, params);
+        update(params, moment1, moment2, s.gradient, scalars, eps, decay_last);
         project(params, scalars + TARGETS);
     }
 }

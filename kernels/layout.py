@@ -178,8 +178,10 @@ def transformer_layout(p: int, d: int = 128, H: int = 512, dtype: torch.dtype = 
     return TransformerLayout(p, d, H, padded(classes, dtype), model == "transformer_ln", classes, pos_scale)
 
 
-def model_layout(model: str, p: int, dtype: torch.dtype, m: int = 0, examples: int = 0) -> AnyLayout:
-    """The layout of a model at the papers' widths. `mlp_dense` has `p` inputs, and `examples` of which the first `m` are to train on."""
+def model_layout(model: str, p: int, dtype: torch.dtype, m: int = 0, examples: int = 0,
+                 width: tuple[int, int] = ()) -> AnyLayout:
+    """The layout of a model of a `width`, d and H, or at the papers'. `mlp_dense` has `p` inputs, and `examples` of which the first
+    `m` are to train on."""
     if model == "mlp_dense":
         return DenseLayout(p, 512, m, examples)
-    return mlp_layout(p, dtype=dtype) if model == "mlp" else transformer_layout(p, dtype=dtype, model=model)
+    return mlp_layout(p, *width, dtype=dtype) if model == "mlp" else transformer_layout(p, *width, dtype=dtype, model=model)

@@ -179,7 +179,7 @@ def loss_gradient_rows(logits, labels, tau, n_train, p: tl.constexpr, LOSS: tl.c
 
 @triton.jit
 def _loss_gradient_kernel(theta, tables, slots, labels, scalars, dz, n_slots, n_train, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr,
-                          p_pad: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                          p_pad: tl.constexpr, ROW: tl.constexpr, SCALARS: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                           LOSS: tl.constexpr, PRECISION: tl.constexpr):
     """A program: one run, BN slots."""
     run = tl.program_id(1).to(tl.int64)
@@ -189,18 +189,19 @@ def _loss_gradient_kernel(theta, tables, slots, labels, scalars, dz, n_slots, n_
     live = pair >= 0
     a, b = tl.where(live, pair // p, 0), tl.where(live, pair % p, 0)
     logits = logits_tile(theta + run * ROW, tables + run * (2 * p * H), a, b, p, d, H, p_pad, P, BK, PRECISION)
-    ds = loss_gradient_rows(logits, tl.load(labels + pair, mask=live, other=0), tl.load(scalars + run * 8), n_train, p, LOSS)
+    ds = loss_gradient_rows(logits, tl.load(labels + pair, mask=live, other=0), tl.load(scalars + run * SCALARS), n_train, p, LOSS)
     at = dz + run * n_slots * p_pad + slot[:, None] * p_pad + column
     tl.store(at, tl.where(live[:, None], ds, 0.0), mask=(slot[:, None] < n_slots) & (column < p_pad))
 
 
 def loss_gradient(params: Tensor, tables: Tensor, slots: Tensor, labels: Tensor, scalars: Tensor, dz: Tensor, n_train: int, layout: Layout, loss: str,
                   arithmetic: str) -> None:
-    """`slots (R, slots)`, `labels (p*p,)`, `scalars (R, 8)` -> `dz (R, slots, p_pad)`, the gradient of the mean loss over a run's `n_train` pairs."""
+    """`slots (R, slots)`, `labels (p*p,)`, `scalars (R, >= 8 + groups)` -> `dz (R, slots, p_pad)`, the gradient of the mean loss over a run's
+    `n_train` pairs."""
     BN, P = 64, power_of_two(layout.p_pad)
     grid = (-(-slots.shape[1] // BN), params.shape[0])
-    _loss_gradient_kernel[grid](params, tables, slots, labels, scalars, dz, slots.shape[1], n_train, *layout, layout.n_params, P, BN, BK, loss,
-                                arithmetic, num_warps=warps(BN * P))
+    _loss_gradient_kernel[grid](params, tables, slots, labels, scalars, dz, slots.shape[1], n_train, *layout, layout.n_params, scalars.shape[1], P,
+                                BN, BK, loss, arithmetic, num_warps=warps(BN * P))
 
 
 @triton.jit

@@ -40,12 +40,12 @@ def slot_count(order: Tensor, n_train: int) -> int:
 
 
 def step(params: Tensor, moment1: Tensor, moment2: Tensor, slots: Tensor, labels: Tensor, scalars: Tensor, work: Workspace, n_train: int,
-         layout: Layout, loss: str, arithmetic: str, decay_last: bool) -> None:
+         layout: Layout, loss: str, arithmetic: str, decay_last: bool, perp_grad: bool) -> None:
     tables(params, work.tables, layout, arithmetic)
     loss_gradient(params, work.tables, slots, labels, scalars, work.dz, n_train, layout, loss, arithmetic)
     hidden_backward(params, work.tables, work.dz, slots, work.dtables, work.gradient, layout, arithmetic)
     tables_backward(params, work.dtables, work.gradient, layout, arithmetic)
-    adamw_project(params, moment1, moment2, work.gradient, scalars, work.squares, layout, decay_last)
+    adamw_project(params, moment1, moment2, work.gradient, scalars, work.squares, layout, decay_last, perp_grad)
 
 
 def evaluate_all(params: Tensor, train: Tensor, labels: Tensor, scalars: Tensor, work: Workspace, metrics: Tensor, n_train: int, n_pairs: int,

@@ -43,10 +43,11 @@ def gradient_ref(params: Tensor, a: Tensor, b: Tensor, tau: Tensor, layout: AnyL
 
 
 def train_step_ref(params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor,
-                   layout: AnyLayout, loss: str, decay_last: bool = False, labels: Tensor | None = None) -> None:
-    """One step in place on the rows `(n_params,)`; `scalars (5 + groups,)` as `adamw.SCALARS` names them."""
+                   layout: AnyLayout, loss: str, decay_last: bool = False, labels: Tensor | None = None,
+                   perp_grad: bool = False) -> None:
+    """One step in place on the rows `(n_params,)`; `scalars (8 + groups,)` as `adamw.scalar_names` has them."""
     gradient = gradient_ref(params, a, b, scalars[0], layout, loss, labels)
-    new = adamw_project_ref(params, moment1, moment2, gradient, scalars, layout, decay_last)
+    new = adamw_project_ref(params, moment1, moment2, gradient, scalars, layout, decay_last, perp_grad)
     for row, value in zip((params, moment1, moment2), new, strict=True):
         row.copy_(value)
 

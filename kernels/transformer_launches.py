@@ -167,9 +167,9 @@ def tokens_backward(w: Workspace, Wq: Tensor, Wk: Tensor, Wv: Tensor, dWq: Tenso
 
 
 def step(params: Tensor, moment1: Tensor, moment2: Tensor, order: Tensor, labels: Tensor, scalars: Tensor, w: Workspace, n_train: int,
-         layout: TransformerLayout, loss: str, arithmetic: str, decay_last: bool) -> None:
+         layout: TransformerLayout, loss: str, arithmetic: str, decay_last: bool, perp_grad: bool) -> None:
     gradient(params, order, labels, scalars, w, n_train, layout, loss, arithmetic)
-    adamw.adamw_project(params, moment1, moment2, w.gradient, scalars, w.squares, layout, decay_last)
+    adamw.adamw_project(params, moment1, moment2, w.gradient, scalars, w.squares, layout, decay_last, perp_grad)
 
 
 def evaluate_all(params: Tensor, train: Tensor, labels: Tensor, scalars: Tensor, w: Workspace, metrics: Tensor, n_train: int, n_pairs: int,

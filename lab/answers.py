@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import CHANGED
 from lab import own, stats
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +24,7 @@ NUMBERS = {"p": int, "block": int, **dict.fromkeys(("train_frac", "rho", "tau", 
 # column of published.csv -> column of runs.csv; an empty field is no condition, but for these
 CONDITIONS = {"model": "model", "task": "task", "p": "p", "train_frac": "train_frac", "loss": "loss", "arm": "arm", "group": "group", "rho": "rho",
               "tau": "tau", "gamma": "gamma", "lr": "lr", "wd": "weight_decay", "dtype": "dtype", "block": "block"}
-UNLESS_STATED = {"tau": 1.0, "group": "", "gamma": None}
+UNLESS_STATED = {"tau": 1.0, "group": "", "gamma": None, **dict.fromkeys(CHANGED)}
 UNLEARNED = 0.9   # train accuracy under which a run that had memorised has come apart
 Statistic = Callable[[np.ndarray], np.ndarray]
 

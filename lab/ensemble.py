@@ -33,7 +33,7 @@ from common import (
     parity_sizes,
 )
 from kernels import cpu
-from kernels.adamw import BETA1, BETA2, group_norms_ref
+from kernels.adamw import group_norms_ref
 from kernels.layout import AnyLayout, DenseLayout, model_layout
 from kernels.step import metric_names
 from lab.draws import initial_rows, parity_examples, splits
@@ -66,7 +66,7 @@ def layout_of(cell: Cell, dtype: torch.dtype) -> AnyLayout:
     if cell.model == "mlp_dense":
         n, _, m = parity_sizes(cell.task)
         return model_layout(cell.model, n, dtype, m, m + N_TEST)
-    return model_layout(cell.model, cell.p, dtype)
+    return model_layout(cell.model, cell.p, dtype, width=cell.width)
 
 
 def data_of(cells: list[Cell], layout: AnyLayout, dtype: torch.dtype, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,10 +107,10 @@ class State:
         """Total norm of every row's weight matrices, summed in float64."""
         return [float(group_norms_ref(row, layout).square().sum().sqrt()) for row in self.params]
 
-    def module(self, row: int, model: str, p: int) -> nn.Module:
+    def module(self, row: int, model: str, p: int, width: tuple[int, int] = ()) -> nn.Module:
         """The plain module of `common.py` with the parameters of one row, in their dtype."""
-        plain = module(model, p).to(self.params.dtype)
-        for parameter, values in zip(plain.parameters(), model_layout(model, p, self.params.dtype).views(self.params[row]), strict=True):
+        plain = module(model, p, width).to(self.params.dtype)
+        for parameter, values in zip(plain.parameters(), model_layout(model, p, self.params.dtype, width=width).views(self.params[row]), strict=True):
             parameter.data = values[..., : parameter.shape[-1]].clone()
         return plain
 
@@ -156,6 +156,8 @@ class Ensemble:
         self.member = np.array([m for _, m in runs])
         over_runs = lambda name: np.array([getattr(cells[c], name) for c in self.cell_of])  # noqa: E731
         self.lr, self.weight_decay, self.tau = over_runs("lr"), over_runs("weight_decay"), over_runs("tau")
+        self.betas, self.warmup, self.capped = over_runs("betas"), over_runs("warmup"), over_runs("hold") == "cap"
+        self.perp_grad = first.perp_grad
         self.clamp_start = over_runs("clamp_start")
         self.clamp_stop = np.array([cells[c].clamp_stop or NEVER for c in self.cell_of])
         self.scale_at = np.array([cells[c].clamp_start if cells[c].scale_once else NEVER for c in self.cell_of])
@@ -178,6 +180,8 @@ class Ensemble:
                 if (c.block, c.seed0, c.members, c.card) not in drawn:
                     drawn[c.block, c.seed0, c.members, c.card] = initial_rows(self.layout, c.block, c.seed0, c.members, dtype, c.card)
             params = torch.cat([drawn[c.block, c.seed0, c.members, c.card] for c in cells])
+            for row, factor in zip(params, over_runs("init_scale").tolist(), strict=True):
+                row[: self.layout.n_weights] *= factor
             self.state = State(params, torch.zeros_like(params), torch.zeros_like(params), self.start)
         R = len(runs)
         self.kept = self.state.params[:, None].repeat(1, len(KEPT), 1) if keep_weights else None   # (R, moments, n_params)
@@ -205,7 +209,7 @@ class Ensemble:
     def compile(self) -> None:
         """The CPU's kernels; nothing is compiled for an ensemble that has finished."""
         self.kernels = self.kernels or cpu.CpuKernels(self.layout, self.n, self.loss, self.dtype, self.backend == "compiled", self.decay_last,
-                                                           self.labels)
+                                                      self.labels, self.perp_grad)
         self.backend = self.kernels.backend
 
     # -- one interval
@@ -245,16 +249,18 @@ class Ensemble:
             params[part] *= factor
 
     def scalars(self, runs: np.ndarray, k: int) -> Tensor:
-        """Per-run, per-step scalars `(R, k, 5 + groups)` of each run's next `k` steps, as `kernels.adamw.scalar_names` has them, float64."""
+        """Per-run, per-step scalars `(R, k, 8 + groups)` of each run's next `k` steps, as `kernels.adamw.scalar_names` has them, float64."""
         t = self.step[runs, None] + np.arange(1, k + 1)                  # (R, k)
-        out = np.empty((len(runs), k, 4 + self.held.shape[1]))
-        lr, decay = self.lr[runs, None], self.lr[runs, None] * self.weight_decay[runs, None]
+        out = np.empty((len(runs), k, 7 + self.held.shape[1]))
+        (beta1, beta2), warmup = self.betas[runs].T[..., None], self.warmup[runs, None]
+        lr = self.lr[runs, None] * np.where(t < warmup, t / np.maximum(warmup, 1), 1.0)
         out[:, :, 0] = self.tau[runs, None]
-        out[:, :, 1] = 1 - decay
-        out[:, :, 2] = lr / (1 - BETA1**t)
-        out[:, :, 3] = np.sqrt(1 - BETA2**t)
+        out[:, :, 1] = 1 - lr * self.weight_decay[runs, None]
+        out[:, :, 2] = lr / (1 - beta1**t)
+        out[:, :, 3] = np.sqrt(1 - beta2**t)
         inside = (t >= self.clamp_start[runs, None]) & (t < self.clamp_stop[runs, None])
-        out[:, :, 4:] = inside[:, :, None] * self.held[runs, None, :]
+        out[:, :, 4:-3] = inside[:, :, None] * self.held[runs, None, :] * np.where(self.capped[runs], -1, 1)[:, None, None]
+        out[:, :, -3:] = np.concatenate([1 - beta1, beta2, 1 - beta2], 1)[:, None, :]
         return torch.from_numpy(out)
 
     def record(self, runs: np.ndarray, k: int, metrics: np.ndarray) -> None:
@@ -482,7 +488,7 @@ class Ensemble:
             self.on_device = self.live()
             rows = [t[self.on_device].to("cuda") for t in (self.state.params, self.state.moment1, self.state.moment2, self.a, self.b,
                                                            self.train_mask)]
-            self.kernels = CudaKernels(self.layout, self.loss, self.dtype, self.arithmetic, *rows, self.decay_last, self.labels)
+            self.kernels = CudaKernels(self.layout, self.loss, self.dtype, self.arithmetic, *rows, self.decay_last, self.labels, self.perp_grad)
         while len(live := self.live()) and time.monotonic() < deadline:
             self.quiescent = False
             if len(live) <= len(self.on_device) * 7 / 8:                 # an eighth has retired: compact, capture anew
@@ -551,7 +557,7 @@ class Ensemble:
             held = [h or None for h in self.held[r].tolist()]
             out.runs.append({
                 **{name: getattr(cell, name) for name in CELL_COLUMNS}, "p": cell.p or None, "train_frac": cell.train_frac or None,
-                "task": Path(cell.task).name, "cell": cell.name, "member": int(self.member[r]), "n_train": self.n,
+                "task": Path(cell.task).name, **cell.changed(), "cell": cell.name, "member": int(self.member[r]), "n_train": self.n,
                 "dtype": str(self.dtype).removeprefix("torch."),
                 **dict(zip(("held_norm", *(f"held_{group}" for group in self.layout.groups)), held, strict=True)),
                 "t_mem_step": t_mem, "t_80_step": t_80, "t_grok_step": t_grok, "t_95_step": t_95,

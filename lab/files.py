@@ -25,8 +25,9 @@ RUN_COLUMNS = ("experiment", "cell", "model", "loss", "p", "train_frac", "n_trai
                "lr", "weight_decay", "clamp_start", "clamp_stop", "held_norm", "w_c", "budget_steps", "t_mem_step", "t_grok_step",
                "censored", "norm_at_grok", "logit_scale_at_grok", "steps_run", "diverged")
 
-CONDITIONS = {"train_frac", "rho", "tau", "gamma", "lr", "weight_decay", "w_c"}   # columns whose numbers are compared for equality
-TEXT = {"experiment", "networks", "cell", "task", "model", "loss", "arm", "group", "dtype", "file", "name", "device", "backend", "arithmetic",
+# columns whose numbers are compared for equality
+CONDITIONS = {"train_frac", "rho", "tau", "gamma", "lr", "weight_decay", "w_c", "beta1", "beta2", "init_scale"}
+TEXT = {"experiment", "networks", "cell", "task", "model", "loss", "arm", "group", "dtype", "hold", "file", "name", "device", "backend", "arithmetic",
         "kernel"}
 
 

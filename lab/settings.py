@@ -12,6 +12,7 @@ from common import EVAL_EVERY, MODELS, UsageError, elements, n_train
 from kernels.cpu import has_compiler
 from kernels.cuda import MOST_CLASSES
 from kernels.layout import model_layout
+from kernels.loss import LOSSES
 
 
 def option(default: object, text: str, kind: type = str, parts: tuple[str, ...] = (), all_of: tuple[str, ...] = (), fresh: bool = False) -> object:
@@ -53,9 +54,21 @@ class Config(Machine):
     task: str = option("add", "add, sub, mul, div, quadratic, s3, s4, s5 (permutations of so many letters) or FILE.csv, a table of labels: line a, "
                        "field b, empty where a pair is no data", fresh=True)
 
+    loss: str = option("ce", "ce, mse or stablemax", fresh=True)
+    betas: tuple[float, ...] = option((0.9, 0.999), "of AdamW", fresh=True)
+    warmup: int = option(0, "steps over which the learning rate rises to its value", fresh=True)
+    width: tuple[int, ...] = option((), "embedding and hidden width, d and H, multiples of 16; default: the papers', 128 256, of transformers "
+                                    "128 512", int, fresh=True)
+    init_scale: float = option(1.0, "factor of the starting weights", fresh=True)
+    hold_from: int = option(-1, "step from which a held norm is held, 0: from the start; default: the papers', 500 (mse 50, transformers 600)",
+                            fresh=True)
+    hold: str = option("exact", "exact, or cap: a held norm is brought down where it is larger and left alone where not", fresh=True)
+    perp_grad: bool = option(False, "leave out what of the gradient lies along the weights (arXiv 2501.04697)", fresh=True)
+
     def network(self) -> dict:
-        """What these settings say of the task, the optimiser and the network of every fresh cell: fields of `Cell`."""
-        return {"task": self.task}
+        """What these settings say of the task, the loss, the optimiser and the network of every fresh cell: fields of `Cell`."""
+        return {name: getattr(self, name) for name in CHANGES if name != "hold_from"} | (
+            {"clamp_start": self.hold_from} if self.hold_from >= 0 else {})
 
     def offered(self) -> tuple[str, ...]:
         """The parts that the model has; none named: all."""
@@ -64,8 +77,10 @@ class Config(Machine):
 
 NOT_SCIENCE = ("out", "resume", "dry_run", "figures_only", "metrics_dir", "twin_of")   # settings that change no number
 CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "eager", "triton"), "dtype": ("float32", "float64"),
-           "arithmetic": ("ieee", "tf32x3"), "model": tuple(MODELS), "audit_dtypes": ("float32", "float64"), "networks": ("fresh", "published")}
-CHANGES = ("task",)                                    # settings that make a network none of the papers'
+           "arithmetic": ("ieee", "tf32x3"), "model": tuple(MODELS), "audit_dtypes": ("float32", "float64"), "networks": ("fresh", "published"),
+           "loss": LOSSES, "hold": ("exact", "cap")}
+CHANGES = ("task", "loss", "betas", "warmup", "width", "init_scale", "hold_from", "hold", "perp_grad")   # make a network none of the papers'
+PAIRS = ("width", "betas")                             # whose values may be equal
 MODULI = ("p", "moduli", "free_moduli", "group_moduli")
 POSITIVE = ("rhos", "lrs", "lr", "taus", "rho", "fork_steps", "budget", "train_fracs", "train_frac")
 
@@ -208,11 +223,13 @@ def check(config: Machine) -> None:
     """Every value possible by itself, or UsageError naming the flag, the value and what would do."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if isinstance(value, tuple) and len(set(value)) != len(value):
+        if isinstance(value, tuple) and len(set(value)) != len(value) and f.name not in PAIRS:
             raise UsageError(f"--{f.name.replace('_', '-')} lists a value twice: {' '.join(map(str, value))}")
         for v in value if isinstance(value, tuple) else (value,):
             if isinstance(v, float) and not math.isfinite(v):
                 raise UsageError(f"--{f.name.replace('_', '-')} must be finite, got {v}")
+            if f.name == "hold_from" and v < -1:
+                raise UsageError(f"--hold-from is a step, 0 or later, got {v}")
             if f.name == "members" and v < 0:
                 raise UsageError(f"--members are numbered from 0, got {v}")
             if f.name in LARGEST and abs(v) > LARGEST[f.name]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
-from common import LOG_EVERY
+from common import CHANGED, LOG_EVERY
 
 RESAMPLES = 4000
 TOLERANCE = 0.03   # a published value without an interval counts as value +- 3% for fresh networks
@@ -290,6 +290,7 @@ def cell_rows(runs: list[dict], trajectories: list[dict]) -> list[dict]:
         kept = grok[np.isfinite(grok)]
         row = {k: mine[0].get(k) for k in ("cell", "arm", "model", "loss", "p", "train_frac", "block", "rho", "tau", "gamma", "lr",
                                            "weight_decay", "dtype", "clamp_start", "clamp_stop", "held_norm", "w_c", "budget_steps")}
+        row |= {k: mine[0][k] for k in ("task", *CHANGED) if mine[0].get(k) not in (None, "add")}
         row |= {"n": len(mine), "n_censored": int((~np.isfinite(grok)).sum()), "median_t_mem_step": finite(median(mem)),
                 "median_t_grok_step": finite(estimate), "median_lo": finite(lo), "median_hi": finite(hi),
                 "median_grokked_only": finite(np.median(kept)) if len(kept) else None}

@@ -37,7 +37,7 @@ def load(path: Path) -> Saved:
     """Raises UsageError for a file that `save` did not leave so."""
     tensors, metadata = read(path)
     conditions, runs = json.loads(metadata["conditions"]), json.loads(metadata["runs"])
-    table = tensors.pop("labels", None)
+    table, width = tensors.pop("labels", None), (conditions["d"], conditions["H"]) if "d" in conditions else ()
     saved = Saved(conditions, {run["member"]: run for run in runs}, {}, None if table is None else table.long(), {})
     for name, tensor in tensors.items():
         member, moment, *parameter = name.split(".")
@@ -46,7 +46,7 @@ def load(path: Path) -> Saved:
             continue
         moments = saved.modules.setdefault(int(member), {})
         if moment not in moments:
-            moments[moment] = module(conditions["model"], conditions["p"] or parity_sizes(conditions["task"])[0]).to(tensor.dtype)
+            moments[moment] = module(conditions["model"], conditions["p"] or parity_sizes(conditions["task"])[0], width).to(tensor.dtype)
         getattr(moments[moment], parameter[0]).data = tensor
     return saved
 
@@ -92,7 +92,7 @@ def save(folder: Path, ensemble: Ensemble, c: int) -> Path:
     cell: Cell = ensemble.cells[c]
     runs, tensors = ensemble.rows(c).runs, {}
     dense = cell.model == "mlp_dense"                                   # of examples, not pairs
-    plain = module(cell.model, parity_sizes(cell.task)[0] if dense else cell.p)
+    plain = module(cell.model, parity_sizes(cell.task)[0] if dense else cell.p, cell.width)
     shapes = {name: parameter.shape for name, parameter in plain.named_parameters()}
     if not dense:
         tensors["labels"] = labels(cell.p, cell.task).int()
@@ -105,5 +105,6 @@ def save(folder: Path, ensemble: Ensemble, c: int) -> Path:
                 tensors[f"{member}.{moment}.{name}"] = view[..., : shape[-1]]
     path = folder / file_name(cell.name)
     folder.mkdir(parents=True, exist_ok=True)
-    write(path, tensors, {"cell": cell.name, "conditions": json.dumps({k: runs[0][k] for k in CELL_COLUMNS}), "runs": json.dumps(runs)})
+    conditions = {**{k: runs[0][k] for k in CELL_COLUMNS}, **cell.changed()}
+    write(path, tensors, {"cell": cell.name, "conditions": json.dumps(conditions), "runs": json.dumps(runs)})
     return path

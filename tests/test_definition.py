@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from common import Mlp, ParityMlp, n_train
-from kernels.adamw import SCALARS, adamw_project_ref, group_norms_ref
+from kernels.adamw import PLAIN, SCALARS, adamw_project_ref, group_norms_ref
 from kernels.layout import DenseLayout, Layout, mlp_layout
 from kernels.loss import AUDIT, loss_gradient_ref, loss_ref, softmax_audit_ref
 from kernels.step import METRICS, evaluate_ref, gradient_ref, train_step_ref
@@ -83,7 +83,7 @@ def test_padding_gets_no_gradient() -> None:
 
 
 def scalars(t: int, lr: float, weight_decay: float, targets: tuple = (0, 0, 0, 0), tau: float = 1.0) -> torch.Tensor:
-    return torch.tensor([tau, 1 - lr * weight_decay, lr / (1 - 0.9**t), math.sqrt(1 - 0.999**t), *targets], dtype=torch.float64)
+    return torch.tensor([tau, 1 - lr * weight_decay, lr / (1 - 0.9**t), math.sqrt(1 - 0.999**t), *targets, *PLAIN], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [
@@ -180,7 +180,7 @@ def test_evaluation_counts_what_a_plain_forward_counts() -> None:
     labels = (pair // p + pair % p) % p
     right, test = z.argmax(1) == labels, train == 0
     assert got["train_accuracy"] == right[~test].double().mean() and got["test_accuracy"] == right[test].double().mean()
-    assert got["train_accuracy"] > 0 and len(SCALARS) == 8
+    assert got["train_accuracy"] > 0 and len(SCALARS) == 11
     assert got["train_loss"] == pytest.approx(float(F.cross_entropy(z[~test] / tau, labels[~test])), rel=1e-12)
     assert got["test_loss"] == pytest.approx(float(F.cross_entropy(z[test] / tau, labels[test])), rel=1e-12)
     assert got["logit_scale"] == pytest.approx(float((z / tau).norm(dim=1).mean()), rel=1e-12)

@@ -9,6 +9,7 @@ from tolerance import EPS32, assert_accurate, references
 from torch import Tensor
 
 from kernels import cpu
+from kernels.adamw import PLAIN
 from kernels.layout import DenseLayout
 from kernels.step import evaluate_ref, metric_names, train_step_ref
 
@@ -32,9 +33,9 @@ class Problem:
         self.labels = (self.x[:, :2].prod(1) > 0).long()
         self.train = (torch.arange(layout.examples) < layout.m).to(dtype)
         t = np.arange(51, 51 + k)
-        scalars = np.zeros((k, 7))
+        scalars = np.zeros((k, 10))
         scalars[:, 0], scalars[:, 1], scalars[:, 2], scalars[:, 3] = tau, 0.999, 1e-3 / (1 - 0.9**t), np.sqrt(1 - 0.999**t)
-        scalars[:, 4: 4 + len(held)] = held
+        scalars[:, 4: 4 + len(held)], scalars[:, 7:] = held, PLAIN
         self.scalars = torch.from_numpy(scalars).float().to(dtype)
 
     def kernels(self) -> cpu.CpuKernels:
@@ -105,7 +106,7 @@ def test_a_nearly_saturated_example_keeps_the_residual_of_its_probability() -> N
     layout, tau, gap = DenseLayout(1, 16, 1, 1), 1.7, 15.0
     row, moment1 = torch.zeros(2, layout.n_params)
     layout.views(row)[3][1] = -gap * tau
-    scalars = torch.tensor([[tau, 1.0, 1e-3, 1.0, 0, 0, 0]])
+    scalars = torch.tensor([[tau, 1.0, 1e-3, 1.0, 0, 0, 0, *PLAIN]])
     step = cpu.CpuKernels(layout, 1, "ce", torch.float32, True).steps
     step(row, moment1, torch.zeros_like(row), torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), scalars)
     residual = torch.softmax(torch.tensor([0.0, -gap]), 0)[0] - 1

@@ -17,6 +17,7 @@ from torch._inductor import cpp_builder
 
 from common import n_train
 from kernels import build, cpu
+from kernels.adamw import PLAIN
 from kernels.layout import mlp_layout, transformer_layout
 from kernels.step import METRICS, evaluate_ref, train_step_ref
 from lab.draws import initial_rows, split
@@ -64,9 +65,9 @@ class Problem:
         self.train = torch.zeros(p * p, dtype=dtype)
         self.train[index] = 1
         t = np.arange(51, 51 + k)
-        scalars = np.zeros((k, 8))
+        scalars = np.zeros((k, 11))
         scalars[:, 0], scalars[:, 1], scalars[:, 2], scalars[:, 3] = tau, 1 - lr, lr / (1 - 0.9**t), np.sqrt(1 - 0.999**t)
-        scalars[:, 4: 4 + len(held)] = held
+        scalars[:, 4: 4 + len(held)], scalars[:, 8:] = held, PLAIN
         self.scalars = torch.from_numpy(scalars).float().to(dtype)
 
     def kernels(self) -> cpu.CpuKernels:
@@ -345,7 +346,7 @@ def test_a_nearly_saturated_pair_keeps_the_residual_of_its_probability(dtype: to
     row = torch.zeros(layout.n_params, dtype=dtype)
     layout.views(row)[4][1] = -gap * tau
     a = b = torch.zeros(1, dtype=torch.int64)
-    scalars = torch.tensor([[tau, 1.0, 1e-3, 1.0, 0, 0, 0, 0]], dtype=dtype)
+    scalars = torch.tensor([[tau, 1.0, 1e-3, 1.0, 0, 0, 0, 0, *PLAIN]], dtype=dtype)
     found = []
     for step in (cpu.FusedStep(cpu.fused_library(layout, dtype), layout, "ce", dtype).steps,
                  lambda *args: train_step_ref(*args[:5], args[5][0], layout, "ce")):

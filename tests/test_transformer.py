@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common import Cell, Transformer, n_train
 from kernels import cpu
-from kernels.adamw import adamw_project_ref, group_norms_ref, scalar_names
+from kernels.adamw import PLAIN, adamw_project_ref, group_norms_ref, scalar_names
 from kernels.layout import TransformerLayout, transformer_layout
 from kernels.step import evaluate_ref, gradient_ref, metric_names, train_step_ref
 from lab.draws import initial_rows, split
@@ -39,7 +39,7 @@ def start(model: str, p: int, d: int = 128, H: int = 512, dtype: torch.dtype = t
 
 
 def scalars(t: int, lr: float, weight_decay: float, targets: tuple = (0, 0, 0, 0, 0), tau: float = 1.0) -> Tensor:
-    return torch.tensor([tau, 1 - lr * weight_decay, lr / (1 - 0.9**t), math.sqrt(1 - 0.999**t), *targets], dtype=torch.float64)
+    return torch.tensor([tau, 1 - lr * weight_decay, lr / (1 - 0.9**t), math.sqrt(1 - 0.999**t), *targets, *PLAIN], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("loss", ["ce", "mse"])
@@ -125,7 +125,7 @@ def test_evaluation_counts_what_a_plain_forward_counts(model: str) -> None:
     assert got["saturated"] == (torch.softmax(z / tau, 1).amax(1) > 0.999).double().mean()
     assert got["norm"] == pytest.approx(float(row[: layout.n_weights].norm()), rel=1e-12)
     probability = torch.softmax((z[~test] / tau).float(), 1)[torch.arange(len(a)), labels[~test]]
-    assert got["collapse32"] == (probability >= 1).double().mean() and len(scalar_names(layout.groups)) == 9
+    assert got["collapse32"] == (probability >= 1).double().mean() and len(scalar_names(layout.groups)) == 12
 
 
 def test_start_is_drawn_from_one_generator_block_at_once() -> None:

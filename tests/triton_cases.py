@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import dense
-from kernels.adamw import scalar_names
+from kernels.adamw import PLAIN, scalar_names
 from kernels.layout import AnyLayout, DenseLayout, mlp_layout, transformer_layout
 from kernels.pairs import order_of, slots_of
 
@@ -73,7 +73,7 @@ def make_case(p: int = 13, runs: int = 2, dtype: torch.dtype = torch.float32, lo
             part.copy_(size * torch.randn(part.shape, generator=generator))
     pairs = torch.stack([torch.randperm(p * p, generator=generator)[: int(0.4 * p * p)] for _ in range(runs)])      # (R, n)
     train = torch.zeros(runs, p * p).scatter_(1, pairs, 1.0)
-    scalars = torch.tensor([tau, 0.999, 0.01, 0.0316, 0, 0, 0, 0]).repeat(runs, 1)      # step 1 of AdamW at lr = 0.001, no target
+    scalars = torch.tensor([tau, 0.999, 0.01, 0.0316, 0, 0, 0, 0, *PLAIN]).repeat(runs, 1)      # step 1 of AdamW at lr = 0.001, no target
     return Case(layout, loss, params.to(dtype), pairs // p, pairs % p, train, slots_of(pairs // p, pairs % p, p), scalars.to(dtype))
 
 
@@ -89,7 +89,7 @@ def make_transformer_case(model: str, p: int = 5, runs: int = 2, dtype: torch.dt
     pairs = torch.stack([torch.randperm(p * p, generator=generator)[: int(train_frac * p * p)].sort().values for _ in range(runs)])     # (R, n)
     train = torch.zeros(runs, p * p).scatter_(1, pairs, 1.0)
     scalars = torch.zeros(runs, len(scalar_names(layout.groups)))
-    scalars[:, :4] = torch.tensor([tau, 0.999, 0.01, 0.0316])
+    scalars[:, :4], scalars[:, -3:] = torch.tensor([tau, 0.999, 0.01, 0.0316]), torch.tensor(PLAIN)
     return Case(layout, loss, params.to(dtype), pairs // p, pairs % p, train, order_of(pairs // p, pairs % p, p), scalars.to(dtype))
 
 
@@ -105,7 +105,7 @@ def make_dense_case(layout: DenseLayout, runs: int = 2, dtype: torch.dtype = tor
     x[:, 0, 0] *= 0.3
     labels = (x[..., :2].prod(-1) > 0).long()
     train = (torch.arange(layout.examples) < layout.m).float().repeat(runs, 1)
-    scalars = torch.tensor([tau, 0.999, 0.01, 0.0316, 0, 0, 0]).repeat(runs, 1)
+    scalars = torch.tensor([tau, 0.999, 0.01, 0.0316, 0, 0, 0, *PLAIN]).repeat(runs, 1)
     return Case(layout, loss, params.to(dtype), x.to(dtype), labels, train, dense.order_of(x, labels, layout.n), scalars.to(dtype))
 
 

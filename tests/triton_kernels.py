@@ -193,7 +193,7 @@ def test_shifting_logits_changes_nothing() -> None:
 def test_held_norms_equal_their_targets(targets: tuple[float, ...], dtype: torch.dtype) -> None:
     """Run 0 holds, run 1 is free. A norm is off by at most the rounding of its weights and of its ratio: 2 eps of the target."""
     case = make_case(13, dtype=dtype)
-    case.scalars[0, 4:] = torch.tensor(targets, dtype=dtype)
+    case.scalars[0, 4:-3] = torch.tensor(targets, dtype=dtype)
     agree("adamw_project", case)
     norms = group_norms_ref(run_adamw_project(case)["params"][0].cpu(), case.layout)
     for target, norm in zip(targets, [norms.norm(), *norms], strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton_cases import DEVICE, ON_GPU, Case, make_case, with_table
 
 from common import Cell
-from kernels.adamw import BETA1, BETA2, scalar_names
+from kernels.adamw import BETA1, BETA2, PLAIN, scalar_names
 from kernels.cuda import CudaKernels, chunk_runs, launches_of, state_bytes_per_run, workspace_bytes_per_run
 from kernels.layout import mlp_layout, model_layout, transformer_layout
 from kernels.loss import AUDIT
@@ -37,6 +37,7 @@ def schedule(case: Case, steps: int, lr: float = 1e-3, targets: tuple[float, ...
     out = torch.zeros(case.runs, steps, case.scalars.shape[1], dtype=torch.float64)
     out[..., 0] = case.scalars[:, :1] + 0.1 * torch.arange(case.runs)[:, None] + 0.01 * step
     out[..., 1], out[..., 2], out[..., 3] = 1 - lr, lr / (1 - BETA1**step), (1 - BETA2**step).sqrt()
+    out[..., -3:] = torch.tensor(PLAIN, dtype=torch.float64)
     out[0, :, 4: 4 + len(targets)] = torch.tensor(targets, dtype=torch.float64)
     return out
 
@@ -168,6 +169,7 @@ def test_500_steps_repeat(model: str, p: int, arithmetic: str) -> None:
     scalars = torch.zeros(40, 500, len(scalar_names(layout.groups)), dtype=torch.float64)
     scalars[..., 0], scalars[..., 1] = 1, 0.999
     scalars[..., 2], scalars[..., 3] = 1e-3 / (1 - BETA1**step), (1 - BETA2**step).sqrt()
+    scalars[..., -3:] = torch.tensor(PLAIN, dtype=torch.float64)
     scalars[::2, 100:, 4] = 30.0
 
     def train_runs(chosen: list[int]) -> list[Tensor]:
@@ -196,7 +198,7 @@ def test_arguments_are_checked() -> None:
         with pytest.raises(ValueError, match=message):
             CudaKernels(**{**given, **change})
     with pytest.raises(ValueError, match="scalars: expected"):
-        engine(case).interval(torch.ones(3, 1, 8, dtype=torch.float64))
+        engine(case).interval(torch.ones(3, 1, 11, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("p", "n_slots"), [(59, 1408), (113, 5120)])
