@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: delay_law logit_scale fork transformer parity paper replay report bench test test-gpu compile-all gpu-evidence lint clean
+.PHONY: delay_law logit_scale fork transformer parity saturation paper replay report bench test test-gpu compile-all gpu-evidence lint clean
 
 delay_law: $(READY)
 	'$(PY)' exp_delay_law.py $(ARGS)
@@ -24,6 +24,9 @@ transformer: $(READY)
 
 parity: $(READY)
 	'$(PY)' exp_parity.py $(ARGS)
+
+saturation: $(READY)
+	'$(PY)' exp_saturation.py $(ARGS)
 
 paper: $(READY)           # on a GPU: the paper presets of all experiments, at most ten minutes a call: call again until it says complete
 	'$(PY)' bench/gpu_evidence.py --paper $(ARGS)

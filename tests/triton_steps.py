@@ -20,11 +20,11 @@ from lab.ensemble import Ensemble
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float64, id="float64")]
 
 
-def engine(case: Case, arithmetic: str = "ieee", decay_last: bool = False) -> CudaKernels:
+def engine(case: Case, arithmetic: str = "ieee", decay_last: bool = False, perp_grad: bool = False) -> CudaKernels:
     """A fresh optimiser; the workspace starts as NaN."""
     params = case.params.to(DEVICE, copy=True)
     made = CudaKernels(case.layout, case.loss, params.dtype, arithmetic, params, torch.zeros_like(params), torch.zeros_like(params),
-                       case.a, case.b, case.train, decay_last, case.table)
+                       case.a, case.b, case.train, decay_last, case.table, perp_grad)
     for tensor in (*made.workspace, made.metrics):
         tensor.fill_(float("nan"))
     return made
@@ -42,23 +42,24 @@ def schedule(case: Case, steps: int, lr: float = 1e-3, targets: tuple[float, ...
     return out
 
 
-def definition(case: Case, scalars: Tensor, dtype: torch.dtype, decay_last: bool = False) -> list[Tensor]:
+def definition(case: Case, scalars: Tensor, dtype: torch.dtype, decay_last: bool = False, perp_grad: bool = False) -> list[Tensor]:
     """Of one run, after the steps `scalars (1, k, 5 + groups)`: `params, moment1, moment2 (n_params)`, every metric but the audit's `(1)`."""
     case, scalars = case.to(dtype), scalars[0].to(dtype)
     rows = [case.params[0].clone(), torch.zeros_like(case.params[0]), torch.zeros_like(case.params[0])]
     for row in scalars:
-        train_step_ref(*rows, case.a[0], case.b[0], row, case.layout, case.loss, decay_last, case.table)
+        train_step_ref(*rows, case.a[0], case.b[0], row, case.layout, case.loss, decay_last, case.table, perp_grad)
     metrics = evaluate_ref(rows[0], case.train[0], case.a[0], case.b[0], scalars[-1, 0], case.layout, case.loss, case.table)
     return [*rows, *metrics[:-len(AUDIT), None]]
 
 
-def assert_agrees(case: Case, scalars: Tensor, decay_last: bool = False) -> CudaKernels:
-    made = engine(case, decay_last=decay_last)
+def assert_agrees(case: Case, scalars: Tensor, decay_last: bool = False, perp_grad: bool = False) -> CudaKernels:
+    made = engine(case, decay_last=decay_last, perp_grad=perp_grad)
     metrics = made.interval(scalars)
     names = ("params", "moment1", "moment2", *metric_names(case.layout.groups)[:-len(AUDIT)])
     for r in range(case.runs):
         found = [*(rows[r] for rows in made.state[:3]), *metrics[r, :-len(AUDIT), None]]
-        wanted = references(case.params.dtype, lambda dtype, r=r: definition(case.alone(r), scalars[r: r + 1], dtype, decay_last))
+        wanted = references(case.params.dtype, lambda dtype, r=r: definition(case.alone(r), scalars[r: r + 1], dtype, decay_last,
+                                                                                  perp_grad))
         for name, actual, reference in zip(names, found, wanted, strict=True):
             assert_accurate(f"{name} run {r} after {scalars.shape[1]} steps", actual, reference)
     return made
@@ -76,6 +77,17 @@ def test_one_step(loss: str, tau: float, dtype: torch.dtype) -> None:
 def test_ten_steps(loss: str, dtype: torch.dtype) -> None:
     case = make_case(17, dtype=dtype, loss=loss)         # float64 stores 20 columns where float32 stores 32
     assert_agrees(case, schedule(case, 10))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_betas_a_cap_and_the_gradient_across_the_weights(dtype: torch.dtype) -> None:
+    """Run 0 is capped below its norm, and has other betas; run 1's cap is far above it."""
+    case = make_case(13, dtype=dtype)
+    scalars = schedule(case, 2, targets=(-9.0,))
+    scalars[0, :, -3:], scalars[1, :, 4] = torch.tensor([0.2, 0.98, 0.02], dtype=torch.float64), -100.0
+    made = assert_agrees(case, scalars, perp_grad=True)
+    norms = made.metrics[:, METRICS.index("norm")].tolist()
+    assert abs(norms[0] - 9) <= 18 * torch.finfo(dtype).eps and 9 < norms[1] < 100
 
 
 def test_a_table_of_labels() -> None:
