@@ -50,6 +50,7 @@ FORK_STEP, RHO, PUBLISHED_P = 800, 1.15, (59, 97)   # of the published numbers
 class Config(settings.Config):
     seeds: int = settings.option(12, "block size: members drawn from one generator; the paper's is 12", fresh=True)
     parts: tuple[str, ...] = settings.option((), "arms to continue as: lowered free same raised")
+    hold_from: int = settings.option(-1, "", "fixed")
     rho: tuple[float, ...] = settings.option((RHO,), "held norm of the raised arm over N0, and N0 over that of the lowered one; above 1")
     fork_steps: tuple[int, ...] = settings.option((FORK_STEP,), f"steps to fork at, multiples of {EVAL_EVERY}")
     lr: float = settings.option(1e-3, "learning rate; published numbers are answered at 1e-3 only")
@@ -58,8 +59,7 @@ class Config(settings.Config):
 
 
 PRESETS = {"smoke": {"rho": (1.04,), "fork_steps": (300,), "lr": 1.6e-2, "budget": 20_000},
-           "laptop": {},
-           "paper": {"p": (59, 97, 113), "networks": ("published", "fresh")}}
+           "laptop": {}, "paper": {"p": (59, 97, 113), "networks": ("published", "fresh")}}
 # Without LayerNorm the norm at step 800 is 1.28 W_c, and held there none groks in 100,000 steps: the fork is later, its arms closer.
 LATER = {"fork_steps": (4800,), "rho": (1.05,), "budget": 150_000}
 OF_MODEL = {"transformer": LATER, "transformer_b": LATER}   # defaults that differ from the MLP's

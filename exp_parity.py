@@ -29,10 +29,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common import Cell, Result, UsageError, exactly, parity_sizes, parity_task, unique
+from common import Cell, Result, UsageError, exactly, parity_sizes, unique
 from lab import console, delay, figures, files, mediation, own, settings, stats
 from lab.answers import ROOT, Table, answer, published
 from lab.desk import Lab, main
+from lab.tasks import parity_task
 
 PARTS = ("size", "clamp", "decay", "rate", "temperature")
 
@@ -45,7 +46,8 @@ class Config(settings.Config):
     k: int = settings.option(3, "bits whose product is the label")
     m: tuple[int, ...] = settings.option((1000, 600, 1500), "training examples; the first is everybody's, the others go with the first n",
                                          all_of=("size",))
-    loss: str = settings.option("ce", "ce or mse", fresh=True)
+    task: str = settings.option("add", "", "fixed")
+    width: tuple[int, ...] = settings.option((), "", "fixed")
     seeds: int = settings.option(16, "block size: members drawn from one generator; member 3 of 12 is not member 3 of 8", fresh=True)
     rhos: tuple[float, ...] = settings.option((), "held norms over W_c; default: clamp .90 1 1.15 1.30, temperature 1.15 1.30", float,
                                               ("clamp", "temperature"))
@@ -70,8 +72,6 @@ def checked(config: Config, given: dict) -> Config:
     for n in config.n:
         for m in config.m:
             parity_sizes(parity_task(n, config.k, m))
-    if config.loss not in ("ce", "mse"):
-        raise UsageError(f"--loss must be ce or mse, got {config.loss!r}")
     if "w_c" in given and config.w_c <= 0:
         raise UsageError(f"--w-c must be a positive norm, got {config.w_c:g}")
     settings.check_members(config, {})
@@ -92,9 +92,10 @@ def cell(config: Config, rho: float | None = None, w_c: float | None = None, tau
     # by the paper's medians: for the estimate of time, never for a result
     steps = 2650 * (1000 / m) ** 5 * (n / 30) ** 9 * (1e-3 / lr) * max(wd, 0.1) ** -0.7 * math.exp(2.2 * ((rho or 1) - 1)) * 1.3
     steps = config.budget if wd >= 5 else min(steps, config.budget)
-    return Cell("_".join(parts), members=members, block=config.seeds, budget_steps=config.budget, loss=config.loss, model=config.model,
-                task=parity_task(n, config.k, m), seed0=config.seed0, rho=rho, tau=tau, lr=lr, weight_decay=wd, w_c=w_c,
-                arm="free" if rho is None else "clamp", expected_steps=int(steps), after_grok=config.after_grok)
+    return Cell("_".join(parts), members=members, block=config.seeds, budget_steps=config.budget, model=config.model,
+                seed0=config.seed0, rho=rho, tau=tau, lr=lr, weight_decay=wd, w_c=w_c,
+                arm="free" if rho is None else "clamp", expected_steps=int(steps), after_grok=config.after_grok,
+                **{**config.network(), "task": parity_task(n, config.k, m)})
 
 
 def free_cells(config: Config) -> list[Cell]:

@@ -1,6 +1,6 @@
 """Beyond the papers: is it the scale of the logits, or the saturation of the softmax?
 
-Paper B (arXiv 2606.18465) has it that the weight norm acts on the delay "through the logit scale and the softmax saturation it drives". Under the
+Claim of paper B (arXiv 2606.18465): the weight norm acts on the delay "through the logit scale and the softmax saturation it drives". Under the
 softmax the two move together. StableMax (arXiv 2501.04697) lets logits grow without saturating: s(x) = x + 1 from 0 on, 1 / (1 - x) below, in the
 place of exp. So the same networks are trained under both losses, at the same held norms and temperatures. Fixed before any run:
 

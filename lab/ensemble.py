@@ -18,20 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import (
-    EVAL_EVERY,
-    LOG_EVERY,
-    N_TEST,
-    T_GROK_ACCURACY,
-    T_MEM_ACCURACY,
-    Cell,
-    Result,
-    UsageError,
-    geometric_grid,
-    labels,
-    module,
-    parity_sizes,
-)
+from common import EVAL_EVERY, LOG_EVERY, T_GROK_ACCURACY, T_MEM_ACCURACY, Cell, Result, UsageError, geometric_grid, module, parity_sizes
 from kernels import cpu
 from kernels.adamw import group_norms_ref
 from kernels.layout import AnyLayout, DenseLayout, model_layout
@@ -39,6 +26,7 @@ from kernels.step import metric_names
 from lab.draws import initial_rows, parity_examples, splits
 from lab.result import Trajectories
 from lab.stats import nearest_log, without_nan
+from lab.tasks import N_TEST, labels
 
 SAVE_SHARE = 0.01      # of the time may go into checkpoints
 NEVER = 2**62          # a step that no run reaches

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import EVAL_EVERY, N_TEST, Cell, UsageError, geometric_grid, n_train, parity_task
+from common import EVAL_EVERY, Cell, UsageError, geometric_grid, n_train
 from lab.draws import LAYERS, Card, paper_a_seed
+from lab.tasks import N_TEST, parity_task
 
 
 @dataclass(frozen=True)

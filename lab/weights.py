@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import Cell, UsageError, labels, module, parity_sizes
+from common import Cell, UsageError, module, parity_sizes
 from lab import files
 from lab.ensemble import CELL_COLUMNS, Ensemble
+from lab.tasks import labels
 
 MOMENTS = ("start", "mem", "grok", "end")
 DTYPES = {"F32": torch.float32, "F64": torch.float64, "I32": torch.int32}

@@ -9,12 +9,13 @@ import torch
 from test_definition import plain, plain_loss, start
 
 import exp_delay_law
-from common import TASKS, Cell, UsageError, labels, n_pairs, n_train, train
+from common import TASKS, Cell, UsageError, n_pairs, n_train, train
 from kernels import cpu
 from kernels.step import evaluate_ref, gradient_ref, train_step_ref
 from lab import desk
 from lab.draws import split
 from lab.ensemble import Ensemble
+from lab.tasks import labels
 
 
 def test_operations_are_what_they_are_called() -> None:
