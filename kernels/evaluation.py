@@ -60,7 +60,7 @@ def measure_tile(logits, labels, pair, tau, train, partials, p: tl.constexpr, LO
     rival = tl.max(tl.where(is_label | (column >= p), -float("inf"), logits), axis=1)
     correct = (at_label > rival).to(tl.float64)
     scaled = divide(logits, tau)
-    loss = loss_rows(scaled, labels, p, LOSS)
+    loss = tl.where(data, loss_rows(scaled, labels, p, LOSS), 0.0)
     within = tl.where(column < p, scaled, 0.0)
     scale = square_root(tl.sum(within * within, axis=1)).to(tl.float64)
     scores, total = score_rows(scaled, column < p, LOSS)

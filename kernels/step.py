@@ -82,7 +82,7 @@ def evaluate_ref(params: Tensor, train: Tensor, a: Tensor, b: Tensor, tau: Tenso
     at_label = torch.where(is_label, logits, 0).sum(-1)
     rival = torch.where(is_label | (column >= classes), -torch.inf, logits).amax(-1)
     correct = (at_label > rival).double()
-    losses = loss_ref(logits, labels, tau, classes, loss)
+    losses = torch.where(labels >= 0, loss_ref(logits, labels, tau, classes, loss), 0)
     scaled = torch.where(column < classes, logits / tau, 0)
     on_train, on_test = train.double(), data - train.double()
     n_train, n_test = on_train.sum(), on_test.sum()
