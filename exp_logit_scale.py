@@ -67,9 +67,9 @@ class Config(settings.Config):
 
     def tables(self) -> list[tuple[str, int, str, int]]:
         """`(part, p, loss, block)` of every table that the command makes."""
-        tables = [(part, p, "mse" if part == "mse" else "ce", self.seeds) for p in self.p for part in ("mediation", "grid", "allocation", "mse")]
-        tables += [("dose", p, "ce", self.dose_seeds or (16 if p in (59, 97) else 8)) for p in self.moduli]
-        tables += [("audit", self.p[0], "ce", self.audit_seeds)]
+        tables = [(part, p, "mse" if part == "mse" else self.loss, self.seeds) for p in self.p for part in ("mediation", "grid", "allocation", "mse")]
+        tables += [("dose", p, self.loss, self.dose_seeds or (16 if p in (59, 97) else 8)) for p in self.moduli]
+        tables += [("audit", self.p[0], self.loss, self.audit_seeds)]
         return [table for table in tables if table[0] in self.parts]
 
     def doses(self, part: str) -> list[dict]:
@@ -121,9 +121,9 @@ def cell(config: Config, p: int, loss: str, block: int, budget: int, arm: str = 
     steps = max(int(steps * (1e-3 / max(config.lr, 1e-9)) ** 0.4 / max(weight_decay, 0.3) ** 0.7), 1000)
     members = config.members or tuple(range(block))
     return Cell("_".join(name + [dtype] * bool(dtype)), p=p, members=members, block=block, budget_steps=min(config.budget, budget), arm=arm, rho=rho,
-                model=config.model, seed0=config.seed0, tau=tau, gamma=gamma, lr=config.lr, weight_decay=weight_decay, dtype=dtype,
-                held=(allocated(w_c, gamma, shares),) * len(members) if shares else (), w_c=w_c, expected_steps=steps, after_grok=config.after_grok,
-                **{**config.network(), "loss": loss})
+                model=config.model, seed0=config.seed0, tau=tau, gamma=gamma, lr=config.lr, weight_decay=weight_decay, dtype=dtype, w_c=w_c,
+                held=(allocated(w_c, gamma, shares),) * len(members) if shares else (), expected_steps=steps, after_grok=config.after_grok,
+                **config.network() | {"loss": loss})
 
 
 def held(config: Config, w_c: dict[str, float], shares: dict[str, tuple[float, ...]]) -> list[Cell]:

@@ -125,7 +125,7 @@ def held(config: Config, w_c: dict[str, float]) -> list[Cell]:
 
 def gradients(folder: Path, runs: list[dict]) -> list[dict]:
     """gradients.csv: norm of the training loss's gradient in the weight matrices, by torch's autograd through the plain modules, at each member's
-    T_mem and T_grok; from the saved weights, or as an earlier command left it where those are gone."""
+    T_mem and T_grok; from the weights, or as an earlier command left it where those are gone."""
     if not (folder / "weights").is_dir():
         return files.read_csv(folder / "gradients.csv") if (folder / "gradients.csv").exists() else []
     rows = []
@@ -292,6 +292,8 @@ def run(argv: list[str]) -> None:
     console.say_norms(free, w_c)
     result += desk.train("cells", held(config, w_c), deal=True)
     publish(desk, result)
+    if not given.get("save_weights"):      # they were kept for their gradients: 1.4 MB a network
+        desk.drop_weights()
     return desk.finish()
 
 

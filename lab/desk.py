@@ -294,6 +294,10 @@ class Lab:
         self._clear_spent()
         self._unlock()
 
+    def drop_weights(self) -> None:
+        """The trained weights have served."""
+        self._clear(self.folder / "weights")
+
     def _clear_spent(self) -> None:
         """The end of a checkpoint that has served. Files of others, and a link to another disk, go back to where they were put."""
         spent = self.folder / "checkpoint.spent"

@@ -66,7 +66,7 @@ def test_from_the_command_to_the_figures(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(ensemble, "CROSSINGS", (("train_accuracy", 0.99), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.95)))
     out = tmp_path / "out"
     flags = ["--preset", "smoke", "--parts", "doses", "tasks", "--tasks", "mul", "--p", "7", "--width", "16", "16", "--rhos", "0.8", "1.1", "--seeds",
-             "2", "--hold-from", "0", "--budget", "150", "--backend", "eager", "--dtype", "float64", "--out", str(out)]
+             "2", "--hold-from", "0", "--budget", "150", "--save-weights", "--backend", "eager", "--dtype", "float64", "--out", str(out)]
     exp_saturation.run(flags)
     runs, gradients = files.read_runs(out / "runs.csv"), files.read_csv(out / "gradients.csv")
     assert {run["cell"] for run in runs} >= {"free_add_ce", "free_mul_stablemax", "clamp_add_stablemax_rho0.80", "clamp_mul_ce_rho1.10"}

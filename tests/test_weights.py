@@ -1,6 +1,7 @@
 """Trained weights: what is written loads into the plain modules, whose logits are those that the run's row tells of."""
 import dataclasses
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -77,3 +78,22 @@ def test_the_file_is_the_format(tmp_path: Path) -> None:
             load(path)
     with pytest.raises(UsageError, match="cannot read"):
         load(tmp_path / "none.safetensors")
+
+
+def test_the_example_opens_what_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """At a tiny size, from top to bottom; and what it measures is right where one knows it: a single wave."""
+    path = Path(__file__).parents[1] / "examples" / "ask_your_own.py"
+    code, usual = path.read_text(), '{"p": 59, "members": range(2), "lr": 8e-3, "after_grok": 400}'
+    assert usual in code and code.count("# %%") == 3 + 1
+    code = code.replace(usual, '{"p": 11, "members": range(2), "lr": 8e-3, "budget_steps": 50, "width": (16, 16)}').replace(
+        "train(CELLS, ", "train(CELLS, backend='eager', ")
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "example", "__file__": str(path)}
+    exec(compile(code, str(path), "exec"), names)
+    out = capsys.readouterr().out
+    assert (tmp_path / "results/ask_your_own/accuracy.png").exists() and out.count(" of the logits") == 2 * 2 and "multiplication_held" in out
+    angle = 2 * math.pi / 11 * torch.arange(11)
+    s = (torch.arange(11)[:, None, None] + torch.arange(11)[None, :, None] - torch.arange(11)) % 11
+    wave = torch.cos(3 * angle)[s] + 0.5 * torch.sin(2 * angle)[s] + 7
+    assert names["explained"](wave, [3]) == pytest.approx(0.8, abs=1e-6) and names["explained"](wave, [2, 3]) == pytest.approx(1, abs=1e-6)
+    assert names["spectrum"](torch.stack([torch.cos(3 * angle), torch.sin(3 * angle)], 1))[2] == pytest.approx(1, abs=1e-6)

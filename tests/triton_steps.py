@@ -87,7 +87,7 @@ def test_betas_a_cap_and_the_gradient_across_the_weights(dtype: torch.dtype) -> 
     scalars[0, :, -3:], scalars[1, :, 4] = torch.tensor([0.2, 0.98, 0.02], dtype=torch.float64), -100.0
     made = assert_agrees(case, scalars, perp_grad=True)
     norms = made.metrics[:, METRICS.index("norm")].tolist()
-    assert abs(norms[0] - 9) <= 18 * torch.finfo(dtype).eps and 9 < norms[1] < 100
+    assert 8.9 < norms[0] <= 9 * (1 + 2 * torch.finfo(dtype).eps) and 9 < norms[1] < 100      # decay may take it under its cap
 
 
 def test_a_table_of_labels() -> None:
