@@ -23,7 +23,7 @@ METRICS = metric_names(LAYOUT.groups)
 @pytest.mark.parametrize(("loss", "tau", "targets", "decay_last", "scale", "dtype"), [
     ("ce", 1.0, (), False, 1.0, torch.float32), ("ce", 1.7, (9.0,), False, 50.0, torch.float32),
     ("mse", 0.5, (0, 3.0, 2.0), True, 1.0, torch.float32), ("ce", 0.3, (9.0,), True, 1.0, torch.float64),
-    ("mse", 1.0, (), False, 1.0, torch.float64)])
+    ("mse", 1.0, (), False, 1.0, torch.float64), ("stablemax", 1.7, (), False, 2.0, torch.float32)])
 def test_one_step(loss: str, tau: float, targets: tuple[float, ...], decay_last: bool, scale: float, dtype: torch.dtype) -> None:
     """A step and an evaluation; run 0 holds its total norm or its groups', run 1 is free."""
     case = make_dense_case(LAYOUT, loss=loss, tau=tau, scale=scale, dtype=dtype)
