@@ -119,11 +119,10 @@ def cell(config: Config, p: int, loss: str, block: int, budget: int, arm: str = 
     T, alpha, power = (3700, 8, -2) if loss == "ce" else (1175, 4.3, -0.7)   # by the paper's tables: for the estimate of time, never for a result
     steps = T * (59 / p) ** (1.5 if p >= 59 else 3) * math.exp(alpha * (min(rho or 1.04, 3) - 1)) * max(tau, 0.05) ** power
     steps = max(int(steps * (1e-3 / max(config.lr, 1e-9)) ** 0.4 / max(weight_decay, 0.3) ** 0.7), 1000)
-    members = config.members or tuple(range(block))
+    members, fields = config.members or tuple(range(block)), config.network() | {"loss": loss}
     return Cell("_".join(name + [dtype] * bool(dtype)), p=p, members=members, block=block, budget_steps=min(config.budget, budget), arm=arm, rho=rho,
-                model=config.model, seed0=config.seed0, tau=tau, gamma=gamma, lr=config.lr, weight_decay=weight_decay, dtype=dtype, w_c=w_c,
-                held=(allocated(w_c, gamma, shares),) * len(members) if shares else (), expected_steps=steps, after_grok=config.after_grok,
-                **config.network() | {"loss": loss})
+                tau=tau, gamma=gamma, w_c=w_c, held=(allocated(w_c, gamma, shares),) * len(members) if shares else (), expected_steps=steps,
+                dtype=dtype, model=config.model, seed0=config.seed0, lr=config.lr, weight_decay=weight_decay, after_grok=config.after_grok, **fields)
 
 
 def held(config: Config, w_c: dict[str, float], shares: dict[str, tuple[float, ...]]) -> list[Cell]:
