@@ -105,9 +105,11 @@ def name(config: Config, arm: str, p: int, block: int, rho: float | None = None,
 
 def free(config: Config, p: int, block: int, lr: float | None = None, wd: float = 1.0, frac: float = 0.0) -> Cell:
     lr = lr or config.lrs[0]
+    to_95 = own.ON_TO_95 if block == config.free_seeds and (lr, wd, frac or 0.40) == (config.lrs[0], 1.0, 0.40) else 0
     return Cell(name(config, "free", p, block, None, lr, wd, frac or 0.40), p, config.members or range(block), block,
                 budget_steps=min(config.budget, 60_000 if p >= 59 else 120_000), seed0=config.seed0, train_frac=frac or config.train_frac, lr=lr,
-                weight_decay=wd, expected_steps=int(1.3 * expected(p, 1, lr) / max(wd, 0.1)), after_grok=config.after_grok, **config.network())
+                weight_decay=wd, expected_steps=int(1.3 * expected(p, 1, lr) / max(wd, 0.1)), after_grok=max(config.after_grok, to_95),
+                **config.network())
 
 
 def held(config: Config, p: int, block: int, rho: float, w_c: float, budget: int, lr: float | None = None, once: bool = False) -> Cell:
@@ -183,22 +185,31 @@ def own_cells(config: Config, given: dict) -> list[Cell]:
 # ---------------------------------------------------------------- what is measured
 
 FIT = {"dense": DENSE_RHOS[:-1], "moduli": MODULI_RHOS}       # doses of alpha: above 1.25 the delay saturates
-FITTED = {"denserho": FIT["dense"], "denserho and pscan": FIT["dense"], "pscan": FIT["moduli"]}          # by the paper's set of runs
+FITTED = {**dict.fromkeys(("denserho", "denserho and pscan"), FIT["dense"]), **dict.fromkeys(("pscan", "efflr"), FIT["moduli"])}   # by set of runs
 FITTED_MODULI = {"grokfss": (29, 41, 59, 79, 97), "pscan": (31, 41, 53, 59, 71)}               # of W_c ~ p^k, sections 4 and 6
 SHARED = (41, 53, 59, 71)                                     # moduli of the shared exponent
 PLAIN = {"lr": 1e-3, "train_frac": 0.40}                      # what a row leaves out that is about more than one cell
 
 
-def of_shared_line(number: int) -> Callable[[Table, dict], tuple | None]:
-    """One slope for four moduli, an intercept for each: 0 the slope, 1 the R^2 within moduli."""
+def of_shared_line(number: int, over: str = "rho") -> Callable[[Table, dict], tuple | None]:
+    """One slope for four moduli, an intercept for each: 0 the slope, 1 the R^2 within moduli, 3 that of all of ln T_grok; and 2, the CV of the
+    slopes of the moduli each by itself, percent."""
     def statistic(table: Table, row: dict) -> tuple | None:
         groups = [delay.within(table, table.like(row, **PLAIN, arm="clamp", p=p), MODULI_RHOS) for p in SHARED]
         if min(map(len, groups)) < 2:
             return None
-        rhos = [np.array([table.first[cell]["rho"] for cell in cells], dtype=float) for cells in groups]
+        x = [np.array([table.first[cell][over] for cell in cells], dtype=float) for cells in groups]
 
         def fit(picks: np.ndarray) -> np.ndarray:
-            return stats.shared_slope(rhos, [table.log_T(cells)(picks) for cells in groups])[number]
+            y = [table.log_T(cells)(picks) for cells in groups]
+            if number == 2:
+                alphas = np.stack([stats.slope(*each) for each in zip(x, y, strict=True)])  # (moduli, B)
+                return 100 * alphas.std(0) / alphas.mean(0)
+            if number == 3:
+                within = stats.shared_slope(x, y)[1]
+                left = (1 - within) * sum(each.var(-1) * each.shape[-1] for each in y)
+                return 1 - left / (np.concatenate(y, -1).var(-1) * sum(each.shape[-1] for each in y))
+            return stats.shared_slope(x, y)[number]
         missing = [text for cells in groups if (text := delay.lacking_doses(table, cells, MODULI_RHOS))]
         return [cell for cells in groups for cell in cells], fit, missing[0] if missing else ""
     return statistic
@@ -223,33 +234,25 @@ def spread(table: Table, row: dict) -> tuple | None:
     return (cells, lambda picks: np.exp(np.ptp(table.log_T(cells)(picks), axis=-1)), missing) if len(cells) >= 2 else None
 
 
-def power_of_p(table: Table, row: dict) -> tuple | None:
-    """k of W_c ~ p^k."""
-    cells = table.like(row, **PLAIN, arm="free")
-    moduli = [table.first[cell]["p"] for cell in cells]
-    norms = table.values(cells, "norm_at_grok")                                             # (cells, members)
-    if len(set(moduli)) < 3:
-        return None
-    return (cells, lambda picks: stats.line(np.log(moduli), np.log(stats.finite_median(norms[:, picks])).T)[0],
-            lacking(moduli, FITTED_MODULI[row["experiment"]], "moduli"))
-
-
 def concentration(table: Table, row: dict) -> tuple | None:
     """CV in percent of W_c, all members at all learning rates together, weight decay 3 and train fraction 0.50."""
     cells = table.like(row, arm="free", p=59, weight_decay=3, train_frac=0.50)
-    norms = table.values(cells, "norm_at_grok")                                             # (cells, members)
+    return (cells, delay.cv(table, cells), "") if len(cells) >= 2 else None
 
-    def cv(picks: np.ndarray) -> np.ndarray:
-        chosen = norms[:, picks]                                                            # (cells, B, members)
-        return 100 * np.nanstd(chosen, axis=(0, 2), ddof=1) / np.nanmean(chosen, axis=(0, 2))
-    return (cells, cv, "") if len(cells) >= 2 else None
+
+def earliest(table: Table, row: dict) -> tuple | None:
+    """First T_grok of all members."""
+    cell = table.match(row, **PLAIN)
+    return ((cell,), lambda picks: table.grok[cell][picks].min(-1), "") if cell else None
 
 
 STATISTICS = {
-    **delay.statistics(FITTED, 1.30, **PLAIN), "alpha_shared": of_shared_line(0), "r2_shared": of_shared_line(1),
+    **delay.statistics(FITTED, 1.30, **PLAIN), "alpha_shared": of_shared_line(0), "r2_shared": of_shared_line(1), "alpha_cv": of_shared_line(2),
+    "collapse_r2_absolute": of_shared_line(3, "held_norm"), "T_grok_min": earliest, "share_drift": delay.of_read("share_drift", p=59, **PLAIN),
+    "peak_step": delay.of_read("peak_step", p=59, **PLAIN), "power_E": delay.power_of_p("norm_E_at_grok", FITTED_MODULI, **PLAIN),
     "norm_factor": factor({"rho": 1.30, "lr": 1e-3}, {"rho": 0.85, "lr": 1e-3}),
     "lr_factor": factor({"rho": 1.30, "lr": 1e-3}, {"rho": 1.30, "lr": 8e-3}),
-    "spread": spread, "power_W": power_of_p, "cv_W": concentration,
+    "spread": spread, "power_W": delay.power_of_p("norm_at_grok", FITTED_MODULI, **PLAIN), "cv_W": concentration,
 }
 
 
@@ -270,6 +273,10 @@ def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
     """Fills `table`: published numbers that these runs answer, and what they say beyond."""
     at_paper_rate = config.lrs[0] == PLAIN["lr"]            # else W_c, and with it every rho, is that of another learning rate
     rows = {key: row for key, row in published("A.").items() if at_paper_rate or row["arm"] == "free"}
+    for name, column in (("contraction.csv", "peak_step"), ("shares.csv", "share_drift")):
+        there = {(row["cell"], row["member"]): row[column] for row in read.get(name, [])}
+        for run in table.runs:
+            run[column] = there.get((run["cell"], run["member"]))
     answer(table, rows.values(), STATISTICS)
     delay.tell(table, rows, STATISTICS, {
         "A.alpha.shared": "alpha shared by four moduli", "A.norm_factor": "T_grok at rho 1.30 over 0.85",
@@ -337,7 +344,7 @@ def draw_matrix(table: Table, cells: list[str], folder: Path, file: str) -> None
 def publish(desk: Lab, result: Result | None) -> None:
     """Tables, verdicts, figures; without `result` from the tables that are there."""
     main_figure = f"{'moduli' if desk.config.parts == ('moduli',) else 'oneshot' if desk.config.parts == ('oneshot',) else 'dense'}.png"
-    desk.publish(measure, draw, result, {"contraction.csv": delay.contraction}, main_figure=main_figure)
+    desk.publish(measure, draw, result, {"contraction.csv": delay.contraction, "shares.csv": delay.shares}, main_figure=main_figure)
 
 
 def run(argv: list[str]) -> None:

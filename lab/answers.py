@@ -238,6 +238,9 @@ READOUTS: dict[str, Callable[[Table, str], Statistic]] = {
     "W_c": lambda table, cell: table.median_of(cell, "norm_at_grok"),
     # of paper B's own networks its median where it read them, at the end of the control; of fresh ones at own T_grok, as everywhere
     "W_c_end": lambda table, cell: table.median_of(cell, "norm_at_end") if table.networks == "published" else table.median_of(cell, "norm_at_grok"),
+    "W_c_at_0.80": lambda table, cell: table.median_of(cell, "norm_at_80"),
+    "W_c_at_0.90": lambda table, cell: table.median_of(cell, "norm_at_grok"),
+    "W_c_at_0.95": lambda table, cell: table.median_of(cell, "norm_at_95"),
     "W_c_unembed": lambda table, cell: table.median_of(cell, "norm_unembed_at_grok"),
     "delay": Table.delay,
     "collapse32_max": lambda table, cell: table.mean_of(cell, "collapse32_max"),   # of each member's largest rate

@@ -58,6 +58,30 @@ def tell(table: Table, rows: dict[str, dict], statistics: dict[str, Callable], l
             table.say(label, ours, claim["n"] * len(cells), claim["n_censored"], key)
 
 
+def power_of_p(column: str, fitted: dict[str, tuple[int, ...]], **plain: object) -> Callable[[Table, dict], tuple | None]:
+    """k of a norm at own T_grok ~ p^k, of free cells. `fitted`: moduli by the paper's set of runs."""
+    def statistic(table: Table, row: dict) -> tuple | None:
+        cells = table.like(row, **plain, arm="free")
+        moduli = [table.first[cell]["p"] for cell in cells]
+        norms = table.values(cells, column)                                                 # (cells, members)
+        if len(set(moduli)) < 3:
+            return None
+        return (cells, lambda picks: stats.line(np.log(moduli), np.log(stats.finite_median(norms[:, picks])).T)[0],
+                lacking(moduli, fitted[row["experiment"]], "moduli"))
+    return statistic
+
+
+def of_read(column: str, **plain: object) -> Callable[[Table, dict], tuple | None]:
+    """Median over members of a column that was read from another table, the largest of the cells: of clamps where the row's id says held."""
+    def statistic(table: Table, row: dict) -> tuple | None:
+        cells = table.like(row, **plain, arm="clamp" if row["id"].endswith("held") else "free")
+        values = table.values(cells, column)                                                # (cells, members)
+        if not np.isfinite(values).any():
+            return None
+        return cells, lambda picks: np.nanmax(stats.finite_median(values[:, picks]), axis=0), ""
+    return statistic
+
+
 def cv(table: Table, cells: Iterable[str], column: str = "norm_at_grok") -> Statistic:
     """Standard deviation over mean, in percent, of a column over all members of `cells` together."""
     values = table.values(cells, column)                                                    # (cells, members)
@@ -91,6 +115,7 @@ def contraction(runs: list[dict], trajectories: list[dict]) -> list[dict]:
     """contraction.csv, free runs: slope of ln V after memorisation against 2 lr wd, and the delay against ln(V_mem / V_grok), V = ||W||^2.
 
     The norm may go on growing after T_mem, so slope and ratio are given from its peak (largest norm at T_mem or logged after it) as well.
+    `fourier_rise_step`: first logged step at which the Gini coefficient of E's spectrum has made half its way from T_mem to T_grok.
     """
     logged: dict[tuple, list[dict]] = {}
     for row in trajectories:
@@ -105,16 +130,36 @@ def contraction(runs: list[dict], trajectories: list[dict]) -> list[dict]:
         peak_step, ln_peak = max(points, key=lambda point: point[1])
         falling = [point for point in points if point[0] >= peak_step]
         rate, rate_peak = (-float(stats.line(*np.array(part).T)[0]) if len(part) >= 3 else None for part in (points, falling))
+        gini = sorted((t["step"], t["fourier_gini"]) for t in mine if run["t_mem_step"] <= t["step"] <= run["t_grok_step"] and t.get("fourier_gini"))
+        half = (gini[0][1] + gini[-1][1]) / 2 if len(gini) > 1 else math.inf
         weak = 2 * run["lr"] * run["weight_decay"]
         v_mem, v_grok = run["norm_at_mem"] ** 2, run["norm_at_grok"] ** 2
         end = max(mine, key=lambda t: t["step"], default=run)
         rows.append({"cell": run["cell"], "member": run["member"], "v_mem": v_mem, "v_peak": math.exp(ln_peak), "v_grok": v_grok,
                      "v_end": end["norm"] ** 2 if end.get("norm") else None,
                      "delay_steps": run["t_grok_step"] - run["t_mem_step"], "peak_step": peak_step,
+                     "fourier_rise_step": next((step for step, g in gini if g >= half), None),
                      "ln_v_ratio": math.log(v_mem / v_grok), "ln_v_peak_ratio": ln_peak - math.log(v_grok),
                      "rate_per_step": rate, "rate_from_peak": rate_peak, "two_lr_wd": weak,
                      "rate_over_two_lr_wd": rate / weak if weak and rate is not None else None,
                      "rate_from_peak_over_two_lr_wd": rate_peak / weak if weak and rate_peak is not None else None})
+    return rows
+
+
+def shares(runs: list[dict], trajectories: list[dict]) -> list[dict]:
+    """shares.csv, of runs that grok with one norm for each of three groups: by how much the share of a group in the total norm, ||W_g|| / ||W||, has
+    moved from the first logged step to T_grok, the largest of the groups."""
+    first: dict[tuple, dict] = {}
+    for row in trajectories:
+        kept = first.setdefault((row["cell"], row["member"]), row)
+        if row["step"] < kept["step"]:
+            first[row["cell"], row["member"]] = row
+    rows = []
+    for run in runs:
+        at = first.get((run["cell"], run["member"]), {})
+        if run["t_grok_step"] is not None and at.get("norm_E"):
+            drifts = [abs(run[f"norm_{group}_at_grok"] / run["norm_at_grok"] - at[f"norm_{group}"] / at["norm"]) for group in ("E", "W1", "W2")]
+            rows.append({"cell": run["cell"], "member": run["member"], "share_drift": max(drifts)})
     return rows
 
 
@@ -151,8 +196,10 @@ def findings(table: Table, read: dict[str, list[dict]]) -> None:
     contracted = [row for row in read["contraction.csv"] if row["cell"] in table.first]
     for cell in dict.fromkeys(row["cell"] for row in contracted):
         for key, text in (("ln_v_ratio", "ln(V_mem / V_grok)"), ("ln_v_peak_ratio", "ln(V_peak / V_grok)"),
+                          ("peak_step", "step at which the norm is largest"),
+                          ("fourier_rise_step", "step at which the Gini coefficient of E's spectrum has made half its way from T_mem to T_grok"),
                           ("rate_from_peak_over_two_lr_wd", "rate of ln ||W||^2 from its peak to T_grok over 2 lr wd")):
-            values = [row[key] for row in contracted if row["cell"] == cell and row[key] is not None]
+            values = [row[key] for row in contracted if row["cell"] == cell and row.get(key) is not None]
             ours = (float(np.median(values)), min(values), max(values)) if values else (math.nan, math.nan, math.nan)
             table.findings.append(stats.finding(f"contraction.{key}.{cell}", f"{text}, median, least and most of the members that grok", ours,
                                                 len(values), table.count((cell,))[1]))

@@ -118,7 +118,7 @@ def inherit(runs: list[dict], before: list[dict]) -> None:
     """Rows of runs that continue from a fork keep what their member crossed before it."""
     earlier = {run["member"]: run for run in before}
     for run in runs:
-        run.update({k: v for k in ("t_mem_step", "norm_at_mem", "t_80_step") if (v := earlier[run["member"]][k]) is not None})
+        run.update({k: v for k in ("t_mem_step", "norm_at_mem", "t_80_step", "norm_at_80") if (v := earlier[run["member"]][k]) is not None})
 
 
 class Ensemble:
@@ -127,7 +127,7 @@ class Ensemble:
     Hyperparameters are vectors over runs. On a CPU each worker advances the run that is furthest behind by one interval, so runs
     need no barrier; a run's own bits never depend on the others. On CUDA all runs advance in lockstep.
     """
-    PROGRESS = ("step", "crossed", "at_grok", "norm_at_mem", "below_after_grok", "diverged", "retire", "last", "before", "collapse_max")
+    PROGRESS = ("step", "crossed", "at_grok", "norm_at", "below_after_grok", "diverged", "retire", "last", "before", "collapse_max")
 
     def __init__(self, cells: list[Cell], device: str, backend: str, dtype: torch.dtype, arithmetic: str, start: State | None = None,
                  keep_weights: bool = False):
@@ -179,7 +179,7 @@ class Ensemble:
         # step and metrics of the last two evaluations: a run may be one past the step at which its cell turns out to retire
         self.last, self.before = np.full((2, R, 1 + len(self.metrics)), np.nan)
         self.collapse_max = np.zeros((R, len(COLLAPSE)))                 # largest rates over all evaluations but the last
-        self.norm_at_mem = np.full(R, np.nan)
+        self.norm_at = np.full((R, len(CROSSINGS)), np.nan)              # total norm at each crossing
         self.below_after_grok = np.zeros(R, dtype=int)                   # evaluations under 0.90 after T_grok
         self.diverged = np.full(R, -1)                                   # step at which loss or norm was found not finite
         self.retire = self.end.copy()                                    # step at which the run's cell leaves
@@ -265,12 +265,12 @@ class Ensemble:
         for column, (name, threshold) in enumerate(CROSSINGS):
             new = due & (metrics[:, self.metrics.index(name)] >= threshold) & (self.crossed[runs, column] < 0)
             self.crossed[runs[new], column] = step[new]
+            self.norm_at[runs[new], column] = metrics[new, self.metrics.index("norm")]
             if column == GROK:
                 self.at_grok[runs[new]] = metrics[new]
                 self.keep(runs[new], AT_GROK)
             elif column == MEM:
                 self.keep(runs[new], AT_MEM)
-                self.norm_at_mem[runs[new]] = metrics[new, self.metrics.index("norm")]
         if self.kept is not None:
             self.kept[runs[due], BEFORE] = self.kept[runs[due], LAST]
             self.keep(runs[due], LAST)
@@ -550,7 +550,8 @@ class Ensemble:
                 **dict(zip(("held_norm", *(f"held_{group}" for group in self.layout.groups)), held, strict=True)),
                 "t_mem_step": t_mem, "t_80_step": t_80, "t_grok_step": t_grok, "t_95_step": t_95,
                 "censored": int(t_grok is None), "diverged": int(diverged is not None), "steps_run": steps,
-                "norm_at_mem": float(self.norm_at_mem[r]) if t_mem is not None else None,
+                **{name: float(self.norm_at[r, column]) if t is not None else None for name, column, t in (
+                    ("norm_at_mem", MEM, t_mem), ("norm_at_80", CROSS_80, t_80), ("norm_at_95", CROSS_95, t_95))},
                 **{f"{name}_at_grok": at_grok.get(name) for name in self.reported},
                 **{f"{name}_at_end": value for name, value in zip(self.metrics, without_nan(end[1:]), strict=True) if name.startswith("norm")},
                 **{f"{name}_max": value for name, value in zip(COLLAPSE, without_nan(most), strict=True)},

@@ -12,6 +12,7 @@ from common import EVAL_EVERY, LEARNING_RATES, Cell, Result, UsageError, parity_
 from lab.draws import LAYERS, Card, paper_a_seed
 
 AUDIT_EVERY = 50   # steps between evaluations of paper B's audit
+ON_TO_95 = 1000    # steps to train on after the last member has reached test accuracy 0.90, where the norm at 0.95 is wanted
 # steps at which the papers' runs end, by set of runs, and where it is not one number by rho; None: free
 BUDGETS = {
     "denserho": {None: 12_000, 0.85: 8000, 0.90: 8000, 0.95: 8000, 1.00: 12_000, 1.05: 18_000, 1.10: 27_000, 1.15: 40_000, 1.20: 51_000,
@@ -47,8 +48,8 @@ def cells(rows: Iterable[dict], members: tuple[int, ...] = (), **only: tuple) ->
         if row["arm"] and row["block"] and row["experiment"] in BUDGETS and wanted:
             made = cell(row, members)
             kept = found.setdefault(made.name, made)
-            found[made.name] = dataclasses.replace(kept, budget_steps=max(kept.budget_steps, made.budget_steps),
-                                                   expected_steps=max(kept.expected_steps, made.expected_steps))
+            most = {name: max(getattr(kept, name), getattr(made, name)) for name in ("budget_steps", "expected_steps", "after_grok")}
+            found[made.name] = dataclasses.replace(kept, **most)
     return list(found.values())
 
 
@@ -78,7 +79,8 @@ def cell(row: dict, members: tuple[int, ...] = (), shares: tuple[float, ...] = (
     made = Cell("_".join([*parts, *([row["dtype"]] if row["dtype"] == "float64" else [])]), members=chosen, block=block, budget_steps=budget(row),
                 arm=row["arm"], loss=row["loss"], model=row["model"], rho=None if scaled else row["rho"], tau=row["tau"] or 1.0,
                 gamma=row["gamma"], w_c=row["w_c"] if held else None, held=(held,) * len(chosen) if held else (), group=group, networks=label(row),
-                expected_steps=int(1.15 * steps), dtype=row["dtype"] or "", **network, **fields, **protocol)
+                expected_steps=int(1.15 * steps), after_grok=ON_TO_95 * (row["statistic"] == "W_c_at_0.95"), dtype=row["dtype"] or "",
+                **network, **fields, **protocol)
     return made if row["arm"] != "rescale" or scaled else once(made)
 
 

@@ -234,7 +234,8 @@ def reproduced(row: dict, ours: tuple[float, float, float], n: int, n_censored: 
     if missing or (row["n_seeds"] and n < row["n_seeds"]):
         return answer_row(row, ours, n, n_censored, "PARTLY RUN", missing or f"{n} of {row['n_seeds']:.0f} members")
     if printed.startswith("not within "):
-        equal = not math.isfinite(ours[0]) or (row["statistic"] == "T_grok" and 2 * n_censored >= n)
+        late = ours[0] > float(printed.split()[-1])                      # infinite, or later than the paper's budget
+        equal = late or not math.isfinite(ours[0]) or (row["statistic"] == "T_grok" and 2 * n_censored >= n)
         why = f"{n_censored} of {n} runs censored"
     elif value is None:
         return answer_row(row, ours, n, n_censored, "NOT REPRODUCED", f"the paper gives no number: {printed}")

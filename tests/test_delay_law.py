@@ -53,7 +53,7 @@ def test_planted_exponents_and_power_law_come_out() -> None:
     assert ours["A.norm_factor"] == pytest.approx(0.5 * np.exp(7 * 0.45)) and ours["A.lr_factor"] == pytest.approx(8**0.5)
     assert ours["A.sustained.spread"] == pytest.approx(np.exp(7 * 0.25)) and ours["A.oneshot.spread"] == pytest.approx(np.exp(0.2 * 0.6))
     assert ours["A.wc.power"] == pytest.approx(0.4) and ours["A.wc.power.pscan"] == pytest.approx(0.4) and ours["A.wc.cv"] == pytest.approx(0)
-    assert ours["A.dense.rho1.00"] == 4000 and ours["A.matrix.rho1.00.lr0.004"] == 2000 and "A.matrix.alpha" not in ours
+    assert ours["A.dense.rho1.00"] == 4000 and ours["A.matrix.rho1.00.lr0.004"] == 2000 and ours["A.matrix.alpha"] == pytest.approx(7)
     assert {finding["id"] for finding in table.findings if finding["id"].startswith("alpha")} == {"alpha.moduli.p31"}   # of the paper no number
     assert table.law[0].startswith("alpha shared by four moduli = 8 [8, 8], paper 7.49:")
     for runs_at, lrs in (([{**run, "lr": 5 * run["lr"]} for run in runs], (5e-3,)), (runs, (2e-3, 1e-3))):
@@ -104,3 +104,14 @@ def test_a_network_released_under_two_names_counts_once(tmp_path: Path) -> None:
         files.write_csv(tmp_path / "replay" / folder / "runs.csv", [run], files.RUN_COLUMNS)
         files.write_csv(tmp_path / "replay" / folder / "replay.csv", [{"cell": folder, "member": 0, "t_grok_released": 1, "t_grok": 1}])
     assert [row["cell"] for row in report.replayed(tmp_path)] == ["a", "c"]
+
+
+def test_shares_drift_from_the_first_logged_step_and_the_spectrum_rises_between_memorisation_and_grokking() -> None:
+    """The group that moves most, of the total norm; runs that never grok, and cells without such groups, have none."""
+    log = [{"cell": "free", "member": 0, "step": step, "norm": 10.0, "norm_E": 4.0, "norm_W1": 8.0, "norm_W2": 4.5, "fourier_gini": gini}
+           for step, gini in ((400, 0.35), (1, 0.1), (200, 0.3), (1000, 0.9), (600, 0.6), (800, 0.7))]
+    run = {**RUN, "cell": "free", "arm": "free", "member": 0, "t_grok_step": 1000, "norm_at_grok": 20.0, "norm_E_at_grok": 12.0,
+           "norm_W1_at_grok": 15.0, "norm_W2_at_grok": 9.0}
+    assert delay.shares([run, {**run, "t_grok_step": None}], log) == [{"cell": "free", "member": 0, "share_drift": pytest.approx(0.2)}]
+    assert delay.shares([run], [{**log[1], "norm_E": None}]) == []
+    assert delay.contraction([run], log)[0]["fourier_rise_step"] == 600

@@ -127,6 +127,8 @@ def test_a_command_end_to_end_and_its_figures_again(tmp_path: Path, capsys: pyte
     runs = list(csv.DictReader(tables["runs.csv"].decode().splitlines()))
     assert [(run["task"], run["p"], run["n_train"], run["arm"]) for run in runs] == [("parity n9 k2 m60", "", "60", arm) for arm in
                                                                                      ("free", "free", "clamp", "clamp")]
+    assert all(run["norm_at_80"] == run["norm_at_grok"] for run in runs if run["t_80_step"] == run["t_grok_step"] != "")
+    assert all((run["norm_at_80"] == "") == (run["t_80_step"] == "") for run in runs) and {run["norm_at_95"] for run in runs} != {""}
     assert {run["clamp_start"] for run in runs if run["arm"] == "clamp"} == {"1000"}
     (tmp_path / "r" / "figures" / "frontier.png").unlink()
     exp_parity.run([*flags, "--figures-only"])
