@@ -59,8 +59,9 @@ def test_the_papers_cells_and_their_planted_runs_reproduce_its_numbers(monkeypat
     table = Table(runs, networks="published")
     exp_parity.measure(table, config, NOTHING)
     assert set(table.claims) == set(published("A.parity")) and {claim["verdict"] for claim in table.claims.values()} == {"REPRODUCED"}
-    assert table.law == ["alpha of sparse parity = 2.223 [2.223, 2.223], 32 networks, 0 censored",
-                         "T_grok over learning rates, largest over smallest = 3.765 [3.765, 3.765], paper 4: REPRODUCED, 48 networks, 0 censored"]
+    assert [line.split(", 0 censored")[0] for line in table.law] == [
+        "alpha of sparse parity = 2.223 [2.223, 2.223], 32 of the paper's own networks",
+        "T_grok over learning rates, largest over smallest = 3.765 [3.765, 3.765], paper 4: REPRODUCED, 48 of the paper's own networks"]
 
 
 @pytest.mark.parametrize("flags, names", [
