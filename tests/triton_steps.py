@@ -232,7 +232,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     to = torch.Tensor.to
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: self if a and a[0] == "cuda" else to(self, *a, **k))
-    monkeypatch.setattr(ensemble, "model_layout", lambda model, p, dtype: mlp_layout(p, 16, 32, dtype) if model == "mlp" else
+    monkeypatch.setattr(ensemble, "model_layout", lambda model, p, dtype, **_: mlp_layout(p, 16, 32, dtype) if model == "mlp" else
                         transformer_layout(p, 16, 32, dtype, model))
 
 
