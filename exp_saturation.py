@@ -57,6 +57,7 @@ class Config(settings.Config):
     task_frac: float = settings.option(0.6, "share of the pairs of a permutation group to train on", parts=("tasks",))
     lr: float = settings.option(1e-3, "learning rate")
     budget: int = settings.option(120_000, "step at which a run that has not grokked is censored")
+    model: str = settings.option("mlp", "", "fixed")
     networks: tuple[str, ...] = settings.option(("fresh",), "", "fixed")
     loss: str = settings.option("ce", "", "fixed")
     task: str = settings.option("add", "", "fixed")
@@ -73,8 +74,6 @@ def checked(config: Config) -> Config:
     """Raises UsageError for values that do not fit each other. Weights are kept: the training gradient is computed from them."""
     if len(config.p) != 1:
         raise UsageError(f"--p takes one modulus here, got {' '.join(map(str, config.p))}")
-    if config.model != "mlp":
-        raise UsageError(f"--model must be mlp here, got {config.model}: the question is asked of the MLP")
     if not 0 < config.task_frac < 1:
         raise UsageError(f"--task-frac must be above 0 and below 1, got {config.task_frac:g}")
     for task in config.tasks:

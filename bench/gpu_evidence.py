@@ -53,7 +53,7 @@ STAGES = {      # name -> command; {out} and {released} are filled in
     **{f"replay_{arithmetic}": [PYTHON, "exp_replay.py", "{released}", "--match", *REPLAYED, "--arithmetic", arithmetic, "--out",
                                 "{out}/replay_" + arithmetic] for arithmetic in ("ieee", "tf32x3")},
     **{f"{name}_paper": [PYTHON, f"exp_{name}.py", "--preset", "paper", "--out", "{out}/" + f"{name}_paper"]
-       for name in ("delay_law", "fork", "logit_scale")},
+       for name in ("delay_law", "fork", "logit_scale", "saturation")},
     **{f"{model}_paper": [PYTHON, "exp_transformer.py", "--model", model, "--preset", "paper", "--out", "{out}/" + f"{model}_paper"]
        for model in ("transformer", "transformer_ln", "transformer_b")},
 }

@@ -20,6 +20,7 @@ import exp_fork
 import exp_logit_scale
 import exp_parity
 import exp_replay
+import exp_saturation
 import exp_transformer
 from common import Cell, UsageError, unique
 from lab import desk, files, settings
@@ -180,7 +181,7 @@ def test_exit_code_and_stderr_of_a_bad_command(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout == "" and done.stderr == "error: --rhos must be > 0, got 0\n"
 
 
-EXPERIMENTS = (exp_delay_law, exp_fork, exp_logit_scale, exp_parity, exp_replay, exp_transformer)
+EXPERIMENTS = (exp_delay_law, exp_fork, exp_logit_scale, exp_parity, exp_replay, exp_saturation, exp_transformer)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -96,7 +96,7 @@ def test_from_the_command_to_the_figures(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--p", "59", "61"], "--p takes one modulus"), (["--model", "transformer"], "--model must be mlp here"),
+    (["--p", "59", "61"], "--p takes one modulus"), (["--model", "transformer"], "unrecognized arguments"),
     (["--task-frac", "1"], "--task-frac must be"), (["--tasks", "xor", "--parts", "tasks"], "task must be one of"),
     (["--members", "8"], "0..7, got 8"), (["--loss", "mse"], "unrecognized arguments")])
 def test_impossible_values_are_one_line(flags: list[str], said: str) -> None:
