@@ -11,6 +11,7 @@ if __name__ == "__main__":
     from lab import early
     early.guard()
 
+import json
 import math
 import os
 import sys
@@ -23,7 +24,7 @@ import numpy as np
 from scipy.stats import ttest_1samp
 
 from common import UsageError
-from lab import answers, console, figures, files, stats
+from lab import answers, console, figures, files, settings, stats
 from lab.stats import short
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +68,7 @@ class Folder:
     summary: dict
     runs: list[dict]
     given: float = 0.0
+    beyond: bool = False    # of networks, or of a question, that the papers have none of
 
 
 def collect(root: Path) -> list[Folder]:
@@ -85,7 +87,9 @@ def collect(root: Path) -> list[Folder]:
             what = f"{type(error).__name__}: {error}"
             raise UsageError(f"{path.parent} is not what an experiment leaves ({what}); remove it or make it again") from None
         given = config.get("w_c", 0.0) if config.get("model", "mlp") == "mlp" else 0.0
-        found.append(Folder(str(path.parent.relative_to(root)), summary, files.read_runs(path.parent / "runs.csv"), given))
+        changed = [name for name in settings.CHANGES if name in config and config[name] != json.loads(json.dumps(getattr(settings.Config, name)))]
+        beyond = path.parts[-3] == "saturation" or (bool(changed) and config.get("model") != "mlp_dense")     # of sparse parity the task is no change
+        found.append(Folder(str(path.parent.relative_to(root)), summary, files.read_runs(path.parent / "runs.csv"), given, beyond))
     return found
 
 
@@ -176,6 +180,13 @@ def doubts_section(folders: list[Folder]) -> list[str]:
                 for folder in folders for f in folder.summary.get("findings", []) if f["id"].startswith(beginnings)]
         parts += [f"### {question}", table(header, rows)]
     return [*parts, "### What does dropping the members that never grok do to a median?", dropped(folders)]
+
+
+def beyond_section(folders: list[Folder]) -> list[str]:
+    """What the folders beyond the papers found: other tasks, losses, optimisers, widths, and our own question."""
+    rows = [[f["quantity"], number(f["ours"]), interval(f["lo"], f["hi"]), str(f["n"]), number(f.get("n_censored")), folder.name]
+            for folder in folders if folder.beyond for f in folder.summary.get("findings", [])]
+    return ["## Beyond the papers", table(["what", "ours", "95% interval or range", "n", "censored", "from"], rows)] if rows else []
 
 
 def dropped(folders: list[Folder]) -> str:
@@ -342,13 +353,14 @@ def build(root: Path, draw: bool) -> tuple[str, str]:
     """The README's table and the text of REPORT.md. `draw`: write the figures of the report itself, in results/report/."""
     folders, published = collect(root), answers.published()
     best, drawn = {kind: best_answers(folders, kind) for kind in STRENGTH}, root / "report"
+    papers = [folder for folder in folders if not folder.beyond]
     headlines = headline_table(best, published)
     total = f"Of {len(published)} published numbers, {counts(list(published), best)}."
     parts = ["# Two grokking papers, claim by claim",
              "Made by `python -m lab.report` from the files in this folder; nothing is trained. A = arXiv 2606.13753, B = arXiv 2606.18465.",
-             total, RULE, "## Headlines", headlines, *claims_section(best, published), *doubts_section(folders),
-             *sensitivity_section(folders, root, best["replicated"], published), *replay_section(root, drawn, draw),
-             *survival_section(folders, drawn, draw), *speed_section(root), *figures_section(folders, root), *provenance_section(root)]
+             total, RULE, "## Headlines", headlines, *claims_section(best, published), *doubts_section(papers), *beyond_section(folders),
+             *sensitivity_section(papers, root, best["replicated"], published), *replay_section(root, drawn, draw),
+             *survival_section(papers, drawn, draw), *speed_section(root), *figures_section(folders, root), *provenance_section(root)]
     return f"{headlines}\n\n{textwrap.fill(total, 118)}", "\n\n".join(parts) + "\n"
 
 

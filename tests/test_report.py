@@ -119,3 +119,22 @@ def test_every_published_number_has_one_line_with_both_verdicts(copy: Path) -> N
         assert verdicts == ["NOT RUN", "REPLICATED" if key == KEY else "NOT RUN"], line
     readme = (copy / "README.md").read_text()
     assert readme.startswith("before\n") and readme.endswith("after\n") and f"Of {len(published)} published numbers" in readme
+
+
+def test_other_tasks_and_losses_stand_by_themselves(copy: Path) -> None:
+    """A folder of multiplication has the same columns at p=59, and a finding that on addition would answer a doubt."""
+    plain = copy / "results" / "delay_law" / "dense"
+    other = plain.with_name("mul")
+    other.mkdir()
+    for name in ("runs.csv", "provenance.json"):
+        (other / name).write_bytes((plain / name).read_bytes())
+    files.write_json(other / "config.json", {"model": "mlp", "task": "mul", "betas": [0.9, 0.999], "width": []})
+    found = {"id": "clamp_over_free.x", "quantity": "of products", "ours": 1.5, "lo": 1.0, "hi": 2.0, "n": 4, "n_censored": 0}
+    files.write_summary(other, [], [found])
+    before = (copy / "results" / "REPORT.md").read_text()
+    assert "Beyond the papers" not in before and report.main([]) == 0
+    text = (copy / "results" / "REPORT.md").read_text()
+    assert "| of products | 1.5 | 1 to 2 | 4 | 0 | delay_law/mul |" in text[text.index("## Beyond the papers"):text.index("## Sensitivity")]
+    assert text.count("of products") == 1
+    files.write_json(other / "config.json", {"model": "mlp", "task": "add", "betas": [0.9, 0.999], "width": [], "perp_grad": False})
+    assert report.main([]) == 0 and "Beyond the papers" not in (copy / "results" / "REPORT.md").read_text()
