@@ -4,6 +4,7 @@ Claims (section of the paper)
   sec 4  free networks grok at a critical norm W_c that varies by 1-2% over seeds and learning rates and grows as p^0.38
   sec 5  held at rho W_c, T_grok grows as exp(alpha rho), alpha = 7.64; the norm moves it about 19x, the learning rate about 2x
   sec 5  rescaling the norm once does nothing of the kind: max/min 1.2 against 7.3 for the sustained clamp
+  sec 5  no weight decay of a free run gives what a clamp gives: the clamps lie off the frontier that decays trace; a low start is washed out
   sec 6  one exponent for all moduli, alpha = 7.49; above rho 1.25 the delay saturates
   abstract  without a clamp the delay has a logarithmic counterpart, ln(V_mem / V_grok)
 
@@ -32,15 +33,16 @@ from common import Cell, Result, UsageError, exactly, unique
 from lab import console, delay, figures, own, settings, stats
 from lab.answers import Table, answer, lacking, published
 from lab.desk import Lab, main
+from lab.draws import LAYERS
 
-PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration")
+PARTS = ("dense", "matrix", "moduli", "oneshot", "concentration", "frontier")
 
 
 @dataclass(frozen=True)
 class Config(settings.Config):
     model: str = settings.option("mlp", "", "fixed")
     seeds: int = settings.option(16, "block size of the other parts: members drawn from one generator; member 3 of 12 is not member 3 of 8",
-                                 parts=("dense", "matrix", "oneshot"), fresh=True)
+                                 parts=("dense", "matrix", "oneshot", "frontier"), fresh=True)
     rhos: tuple[float, ...] = settings.option((), "held norms over W_c; default: each part's own", float, ("dense", "matrix", "moduli", "oneshot"))
     lrs: tuple[float, ...] = settings.option((1e-3, 2e-3, 4e-3, 8e-3), "learning rates of the matrix; the first is everybody else's",
                                              all_of=("matrix",))
@@ -62,11 +64,13 @@ PRESETS = {
     "laptop": {"parts": ("dense",), "rhos": (0.85, 0.95, 1.05, 1.15), "members": (0, 1, 2)},
     "paper": {"parts": PARTS, "networks": ("published", "fresh")},
 }
-RELEASED = {"dense": "denserho", "matrix": "efflr", "moduli": "pscan", "oneshot": "normint", "concentration": "grokfss"}   # the paper's runs
+RELEASED = {"dense": "denserho", "matrix": "efflr", "moduli": "pscan", "oneshot": "normint", "concentration": "grokfss",
+            "frontier": ""}                                                       # the paper's runs; of the frontier it prints nothing
 DENSE_RHOS = (0.85, 0.90, 0.95, 1.00, 1.05, 1.10, 1.15, 1.20, 1.25, 1.30)     # Figure 3
 MATRIX_RHOS = (0.85, 1.00, 1.15, 1.30)                                        # Table 1
 MODULI_RHOS = (0.85, 1.00, 1.15)                                              # section 6, and 1.30 at two moduli
 ONESHOT_RHOS = (0.70, 0.85, 1.00, 1.15, 1.30)
+DECAYS, BESIDE, LOW = (0.3, 1.0, 2.0, 3.0, 5.0, 8.0), (1.00, 1.15), 0.5       # of the frontier: decays, clamps, factor of a low start
 
 
 def checked(config: Config, given: dict) -> Config:
@@ -124,7 +128,7 @@ def held(config: Config, p: int, block: int, rho: float, w_c: float, budget: int
 def control_cells(config: Config) -> list[Cell]:
     """The free cells that give the W_c of held ones."""
     cells = []
-    if {"dense", "matrix", "oneshot"} & set(config.parts):
+    if {"dense", "matrix", "oneshot", "frontier"} & set(config.parts):
         cells += [free(config, p, config.seeds) for p in config.p]
     if "moduli" in config.parts:
         cells += [free(config, p, config.moduli_seeds) for p in config.moduli]
@@ -142,6 +146,14 @@ def other_free_cells(config: Config) -> list[Cell]:
         cells += [free(config, p0, block, frac=frac) for frac in config.train_fracs or (0.30, 0.35, 0.40, 0.50, 0.65)]
         cells += [free(config, p0, block, wd=wd, frac=0.50) for wd in config.weight_decays or (0.3, 1.0, 3.0)]
         cells += [free(config, p0, block, lr=lr, wd=3.0, frac=0.50) for lr in (3e-4, 1e-3, 3e-3)]
+    for p in config.p if "frontier" in config.parts else ():
+        cells += [free(config, p, config.seeds, wd=wd) for wd in config.weight_decays or DECAYS]
+        low = free(config, p, config.seeds)
+        cells.append(dataclasses.replace(low, name=f"{low.name}_low", init_scale=LOW * low.init_scale))
+    for group, factors in LAYERS.items() if "oneshot" in config.parts else ():
+        for plain in (free(config, p, config.seeds) for p in config.p):
+            cells.append(dataclasses.replace(plain, name=plain.name.replace("free", f"rescale_{group}"), arm="rescale", group=group,
+                                             scale_once=tuple(0.8 if chosen else 1.0 for chosen in factors)))
     controls = {cell.name for cell in control_cells(config)}
     return [cell for cell in unique(cells) if cell.name not in controls]
 
@@ -155,6 +167,8 @@ def held_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
             continue
         if "dense" in config.parts:
             cells += [held(config, p, block, rho, norm, dense_budget(rho)) for rho in config.rhos or DENSE_RHOS]
+        if "frontier" in config.parts:
+            cells += [held(config, p, block, rho, norm, dense_budget(rho)) for rho in BESIDE]
         if "matrix" in config.parts:
             cells += [held(config, p, block, rho, norm, 30_000 if rho < 1.30 else 160_000, lr)
                       for rho in config.rhos or MATRIX_RHOS for lr in config.lrs]
@@ -300,6 +314,8 @@ def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
                 table.finding(f"lack_of_fit.dense.p{p}", f"p-value: ln T_grok is a straight line in rho, against seed noise, {len(mine)} doses",
                               mine, stats.lack_of_fit(rhos, times))
     if table.networks == "fresh":
+        for p in config.p:
+            delay.frontier(table, p=p, block=config.seeds, lr=config.lrs[0], train_frac=0.40)
         delay.findings(table, read)
 
 

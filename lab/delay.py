@@ -111,6 +111,21 @@ def off_frontier(table: Table, held: str, free: list[str], key: str = "") -> Non
                       "at this norm", (held, *free), ratio)
 
 
+def frontier(table: Table, **conditions: object) -> None:
+    """Clamps beside the frontier that free cells trace over weight decays, where several ran; and what is left of a start at another norm."""
+    free = sorted(table.pick(arm="free", init_scale=None, **conditions), key=lambda cell: table.first[cell]["weight_decay"])
+    plain = [cell for cell in free if table.first[cell]["weight_decay"] == 1]
+    for held in table.pick(arm="clamp", group="", weight_decay=1, tau=1, **conditions) if len(free) > 2 else ():
+        off_frontier(table, held, free)
+    for low in table.pick(arm="free", **conditions):
+        if (scale := table.first[low].get("init_scale")) and plain:
+            norms = table.values((low, plain[0]), "norm_at_grok")                           # (2, members)
+            table.finding(f"washed_out.T_grok.{low}", f"median T_grok, weights started at {scale:g} times their scale, over plain", (low, plain[0]),
+                          table.ratio(low, plain[0]))
+            table.finding(f"washed_out.norm.{low}", "median norm at own T_grok of the same", (low, plain[0]),
+                          lambda picks, norms=norms: np.divide(*stats.finite_median(norms[:, picks])))
+
+
 def contraction(runs: list[dict], trajectories: list[dict]) -> list[dict]:
     """contraction.csv, free runs: slope of ln V after memorisation against 2 lr wd, and the delay against ln(V_mem / V_grok), V = ||W||^2.
 

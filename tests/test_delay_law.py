@@ -30,7 +30,8 @@ def findings(runs: list[dict], **read: list[dict]) -> dict[str, dict]:
 def rows(cell: object, grok: list[float], **columns: object) -> list[dict]:
     """A row a member, as a run of `cell` leaves it."""
     return [{**RUN, "cell": cell.name, **{k: getattr(cell, k) for k in ("p", "block", "arm", "rho", "lr", "train_frac", "weight_decay")},
-             "held_norm": cell.held[0][0] if cell.held else None, "budget_steps": cell.budget_steps, "member": m, "t_grok_step": t, **columns}
+             "held_norm": cell.held[0][0] if cell.held else None, "budget_steps": cell.budget_steps, "member": m, "t_grok_step": t,
+             "group": cell.group, **cell.changed(), **columns}
             for m, t in enumerate(grok)]
 
 
@@ -115,3 +116,19 @@ def test_shares_drift_from_the_first_logged_step_and_the_spectrum_rises_between_
     assert delay.shares([run, {**run, "t_grok_step": None}], log) == [{"cell": "free", "member": 0, "share_drift": pytest.approx(0.2)}]
     assert delay.shares([run], [{**log[1], "norm_E": None}]) == []
     assert delay.contraction([run], log)[0]["fourier_rise_step"] == 600
+
+
+def test_clamps_beside_the_frontier_of_weight_decays_and_a_low_start() -> None:
+    """Free T = 4000 / wd at norm 55 / wd^0.2: of slope 5 in logarithms. The clamp at rho 1.15 groks at 9000, a low start as the plain one."""
+    config = dataclasses.replace(CONFIG, parts=("frontier", "oneshot"), members=(0, 1))
+    free = exp_delay_law.control_cells(config) + exp_delay_law.other_free_cells(config)
+    assert {cell.scale_once for cell in free if cell.group == "hidden"} == {(1.0, 0.8, 1.0)}
+    runs = [row for cell in free for row in rows(cell, [4000 / cell.weight_decay] * 2, norm_at_grok=55 / cell.weight_decay**0.2)]
+    held = exp_delay_law.held_cells(config, {free[0].name: 55.0})
+    runs += [row for cell in held for row in rows(cell, [9000] * 2)]
+    table = Table(runs)
+    exp_delay_law.measure(table, config, NOTHING)
+    found = {finding["id"]: finding["ours"] for finding in table.findings}
+    assert found["off_frontier.p59.rho1.15"] == pytest.approx(9000 / (4000 * 1.15**5))
+    assert found["washed_out.T_grok.free_p59_b16_low"] == found["washed_out.norm.free_p59_b16_low"] == 1
+    assert table.claims["A.layer_hidden.T_grok"]["ours"] == 4000 and "A.oneshot.spread" in table.claims
