@@ -48,7 +48,8 @@ class Config(settings.Config):
                                              all_of=("matrix",))
     train_fracs: tuple[float, ...] = settings.option((), "train fractions of the concentration part; default .30 .35 .40 .50 .65", float,
                                                      ("concentration",))
-    weight_decays: tuple[float, ...] = settings.option((), "weight decays of the concentration part; default .3 1 3", float, ("concentration",))
+    weight_decays: tuple[float, ...] = settings.option((), "weight decays; default: concentration .3 1 3, frontier .3 1 2 3 5 8", float,
+                                                     ("concentration", "frontier"))
     moduli: tuple[int, ...] = settings.option((31, 41, 53, 59, 71), "moduli of the moduli part; --p replaces them", parts=("moduli",))
     moduli_seeds: int = settings.option(12, "block size of the moduli part", parts=("moduli",), fresh=True)
     free_moduli: tuple[int, ...] = settings.option((29, 41, 59, 79, 97), "moduli of the concentration part; --p replaces them",

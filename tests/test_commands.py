@@ -102,7 +102,7 @@ def test_doses_that_round_to_one_another_are_cells_of_their_own(tmp_path: Path, 
 
 
 def test_a_flag_that_no_part_reads_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    unread = "note: --weight-decays changes nothing here: it is read with --parts concentration\n"
+    unread = "note: --weight-decays changes nothing here: it is read with --parts concentration or frontier\n"
     for parts, told in (("dense", True), ("concentration", False)):
         exp_delay_law.run(["--dry-run", "--parts", parts, "--weight-decays", "2", "--members", "0", "--out", str(tmp_path / "out")])
         assert (unread in capsys.readouterr().out) == told

@@ -19,7 +19,7 @@ from lab.answers import Table, flag_unlearned
     (exp_transformer, "--model gpt", "--model must be one of mlp, transformer, transformer_ln, transformer_b"),
     (exp_transformer, "--model mlp", "--model mlp is what exp_delay_law.py trains"),
     (exp_transformer, "--parts matrix", "--parts must be among dense groups concentration temperature, got 'matrix'"),
-    (exp_delay_law, "--parts groups", "--parts must be among dense matrix moduli oneshot concentration, got 'groups'"),
+    (exp_delay_law, "--parts groups", "--parts must be among dense matrix moduli oneshot concentration frontier, got 'groups'"),
     (exp_transformer, "--seeds 4 --members 4", "--parts dense, 0..3, got 4"),
     (exp_transformer, "--parts temperature --members 12", "--parts temperature, 0..11, got 12"),
     (exp_transformer, "--parts concentration --free-seeds 2 --members 3", "of --parts concentration, 0..1, got 3"),
