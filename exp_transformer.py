@@ -6,7 +6,7 @@ Claims
                   grows as p^0.77. Of the groups held alone at rho times their own norm at grokking, the unembedding moves T_grok about twofold
   transformer_b   held at 1.15 W_c, a temperature of 1.7 makes T_grok 4.7 times shorter (p=59)
 
-A claim is REPLICATED if our 95% interval over fresh networks meets the published one (lab/stats.py has the rule in full). A run that does not
+A claim is REPLICATED if our 95% interval over fresh networks meets the published one or the value +- 3% (lab/stats.py). A run that does not
 grok within its budget is censored there and counts as later; none is dropped.
 W_c is the median, over the members that grok, of a norm at their own T_grok in the free control: same p, same block, first of --lrs.
 Parts: `dense` holds the total norm, `groups` one group at a time, `concentration` trains freely over train fraction, learning rate and p,

@@ -356,6 +356,9 @@ def build(root: Path, draw: bool) -> tuple[str, str]:
     papers = [folder for folder in folders if not folder.beyond]
     headlines = headline_table(best, published)
     total = f"Of {len(published)} published numbers, {counts(list(published), best)}."
+    if again := replayed(root):
+        exact, near = sum(row["difference_steps"] == 0 for row in again), sum(map(within_one, again))
+        total += f" Of {len(again)} released networks trained again, {exact} grok at the released step, {near} within one evaluation."
     parts = ["# Two grokking papers, claim by claim",
              "Made by `python -m lab.report` from the files in this folder; nothing is trained. A = arXiv 2606.13753, B = arXiv 2606.18465.",
              total, RULE, "## Headlines", headlines, *claims_section(best, published), *doubts_section(papers), *beyond_section(folders),
