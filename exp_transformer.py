@@ -88,8 +88,8 @@ def checked(config: Config, given: dict) -> Config:
     rates = given.get("lrs") or PRESETS[config.preset].get("lrs") or (MODELS[model],)
     rhos = config.rhos if "rhos" in given or "dense" in parts else ()        # those of a preset are of its own part
     config = dataclasses.replace(config, model=model, parts=parts, lrs=rates, rhos=rhos)
-    if model == "transformer_ln" and "free_seeds" not in given:
-        config = dataclasses.replace(config, free_seeds=12)                  # the released block
+    if model == "transformer_ln":                                            # the released block, and its moduli
+        config = dataclasses.replace(config, free_seeds=given.get("free_seeds", 12), free_moduli=given.get("free_moduli", (53, 71, 97)))
     if {"p", "group_moduli"} <= set(given) and config.parts == ("groups",):
         raise UsageError("--p and --group-moduli both name the moduli of --parts groups; leave one out")
     if "p" in given:
@@ -140,7 +140,8 @@ def other_free_cells(config: Config) -> list[Cell]:
         return []
     block, p0, lr = config.free_seeds, config.p[0], config.lrs[0]
     cells = [cell(config, p, block, 60_000) for p in config.free_moduli]
-    cells += [cell(config, p0, block, 60_000, frac=frac) for frac in config.train_fracs or FRACTIONS]
+    swept = config.free_moduli if config.model == "transformer_ln" else (p0,)
+    cells += [cell(config, p, block, 60_000, frac=frac) for p in swept for frac in config.train_fracs or FRACTIONS]
     cells += [cell(config, p0, block, 60_000, lr=rate) for rate in (config.lrs if len(config.lrs) > 1 else (lr / 2, lr, 2 * lr))]
     controls = {control.name for control in control_cells(config)}
     return [other for other in unique(cells) if other.name not in controls]

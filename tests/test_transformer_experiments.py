@@ -66,7 +66,7 @@ def test_a_gpu_is_used_where_there_is_one(model: str, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("flags, cells, others", [
     ("--preset paper --parts dense", ["free_p59_b16", "clamp_p59_b16_rho1.20: 16 members of a block of 16, budget 200000"], "tau"),
     ("--model transformer_ln --preset paper",
-     ["clamp_unembed_p71_b16_rho1.30", "clamp_embed_p71_b16_rho1.30", "free_p59_b12_frac0.25", "free_p97_b12"], "tau"),
+     ["clamp_unembed_p71_b16_rho1.30", "clamp_embed_p71_b16_rho1.30", "free_p53_b12_frac0.25", "free_p97_b12_frac0.55"], "tau"),
     ("--model transformer_b --preset paper", ["free_p59_b12", "clamp_p59_b12_rho1.00_tau1.00", "clamp_p59_b12_rho1.15_tau1.30"], "b16"),
     ("--parts temperature", ["free_p59_b12: 3 members", "clamp_p59_b12_rho1.15_tau1.70"], "tau1.30"),          # laptop: two temperatures
     ("--parts temperature --taus 2 --rhos 1.1 1.2 --w-c 32.49242", ["clamp_p59_b12_rho1.20_tau2.00", "clamp_p59_b12_rho1.20_tau1.00"], "free"),
@@ -169,7 +169,7 @@ def test_planted_concentration_and_group_clamps_come_out(tmp_path: Path) -> None
     assert not any(key.startswith("A.ln.") for key in measured([{**run, "model": "transformer"} for run in runs], config)[0])   # another network
     assert "cv.unembed.over_lr.p59" in found
     medians = 1 + np.array(exp_transformer.FRACTIONS)
-    assert found["cv_of_medians.total.over_fraction.p59"]["ours"] == pytest.approx(medians.std(ddof=1) / medians.mean(), abs=1e-5)
+    assert found["cv_of_medians.total.over_fraction.p53"]["ours"] == pytest.approx(medians.std(ddof=1) / medians.mean(), abs=1e-5)
 
 
 def test_planted_temperature_comes_out(tmp_path: Path) -> None:
