@@ -31,7 +31,7 @@ def test_train_gives_rows_in_the_order_of_the_cells_and_every_shape() -> None:
              Cell(p=7, members=(0, 2), budget_steps=50, dtype="float64")]
     result = train(cells, backend="eager")
     assert [(run["cell"], run["member"], run["dtype"]) for run in result.runs] == [
-        ("free_p7_b3", 1, "float32"), ("clamp_p5_b2_rho1.10_wc20", 0, "float32"), ("clamp_p5_b2_rho1.10_wc20", 1, "float32"),
+        ("free_p7_b3", 1, "float32"), ("clamp_p5_b2_rho1.10_wc20_hold_from25", 0, "float32"), ("clamp_p5_b2_rho1.10_wc20_hold_from25", 1, "float32"),
         ("free_p7_b3_float64", 0, "float64"), ("free_p7_b3_float64", 2, "float64")]
     assert result.runs[1]["held_norm"] == 22.0 and result.executed >= result.needed > 0 and result.seconds > 0
     held = [row["norm"] for row in result.trajectories if row["cell"].startswith("clamp")]
