@@ -81,7 +81,7 @@ def check(config: Config) -> None:
 
 def check_twin(config: Config) -> None:
     """--twin-of must hold arms of the same network, block, seeds and learning rate at another precision, or UsageError."""
-    folder, theirs = Path(config.twin_of), files.read_runs(Path(config.twin_of) / "runs.csv")
+    folder, theirs = Path(config.twin_of), files.read_runs(Path(config.twin_of) / "runs.csv", "--twin-of")
     if "delay_steps" not in theirs[0]:
         raise UsageError(f"--twin-of {folder} holds no arms of this experiment; name a folder of exp_fork.py")
     for key, ours in (("model", config.model), ("block", config.seeds), ("seed0", config.seed0), ("lr", config.lr)):
@@ -287,7 +287,7 @@ def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
 
 def twins(table: Table, config: Config) -> None:
     """Delays here over those of the same arm and members in --twin-of; beyond a factor 1.3 the arm is confounded by float32."""
-    folder, others = Path(config.twin_of), files.read_csv(Path(config.twin_of) / "runs.csv")
+    folder, others = Path(config.twin_of), files.read_csv(Path(config.twin_of) / "runs.csv", "--twin-of")
     for cell in table.first:
         here, there = (stats.times(rows, cell, "delay_steps") for rows in (table.runs, others))
         if shared := [m for m in here if m in there]:

@@ -53,6 +53,8 @@ def files_chosen(config: Config) -> dict[str, Path]:
     if not root.is_dir():
         raise UsageError(f"{root} is no folder; name the folder that holds the released .npz files")
     paths = {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.npz")) if path.is_file()}
+    if not paths:
+        raise UsageError(f"no .npz file is below {root}; name the folder that holds the released .npz files")
     wanted = [label for label in paths if any(fnmatch.fnmatch(text, m) for m in config.match for text in (label, Path(label).name))]
     if not wanted:
         raise UsageError(f"no .npz file below {root} matches {' or '.join(config.match)}; {len(paths)} are there")

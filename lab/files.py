@@ -78,8 +78,10 @@ def write_csv(path: Path, rows: Iterable[dict], first: tuple[str, ...] = ()) -> 
         text.detach()
 
 
-def read_csv(path: Path) -> list[dict]:
-    """Rows by column: text in those of TEXT, whatever it looks like, int or float in the others; empty fields as None. Raises UsageError."""
+def read_csv(path: Path, flag: str = "--out") -> list[dict]:
+    """Rows by column: text in those of TEXT, whatever it looks like, int or float in the others; empty fields as None. Raises UsageError.
+
+    `flag`: the one that names the folder, for what an error says."""
     def value(name: str, text: str) -> object:
         if not text or name in TEXT:
             return text or None
@@ -94,19 +96,19 @@ def read_csv(path: Path) -> list[dict]:
             text = f.read()
         names, *rows = [row for row in csv.reader(io.StringIO(text)) if row] or [[]]
         if not text.endswith("\n") or any(len(row) != len(names) for row in rows):
-            raise UsageError(f"{path} is cut off or has rows of unequal length; make it again, or name another folder with --out")
+            raise UsageError(f"{path} is cut off or has rows of unequal length; make it again, or name another folder with {flag}")
         return [{name: value(name, field) for name, field in zip(names, row, strict=True)} for row in rows]
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}; train first, or name the folder with --out") from None
+        raise UsageError(f"cannot read {path}: {error.strerror}; train first, or name the folder with {flag}") from None
     except (UnicodeDecodeError, csv.Error):
-        raise UsageError(f"{path} is not a table of this project; name another folder with --out") from None
+        raise UsageError(f"{path} is not a table of this project; name another folder with {flag}") from None
 
 
-def read_runs(path: Path) -> list[dict]:
+def read_runs(path: Path, flag: str = "--out") -> list[dict]:
     """`read_csv` of a runs.csv. Raises UsageError if it is none."""
-    rows = read_csv(path)
+    rows = read_csv(path, flag)
     if not rows or set(RUN_COLUMNS) - set(rows[0]):
-        raise UsageError(f"{path} is not a runs.csv of this project; name another folder with --out")
+        raise UsageError(f"{path} is not a runs.csv of this project; name another folder with {flag}")
     return rows
 
 

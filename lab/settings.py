@@ -1,6 +1,7 @@
 """Settings and command line. An experiment subclasses `Config` and lists its presets; every setting is checked before anything is written."""
 import argparse
 import dataclasses
+import difflib
 import math
 import sys
 from collections.abc import Iterable
@@ -42,7 +43,7 @@ class Machine:
 class Config(Machine):
     """What the experiments share besides. A tuple takes several values on the command line."""
     preset: str = option("", "smoke (seconds), laptop (minutes on 2 cores) or paper (the papers' tables); default: paper on CUDA, else laptop")
-    p: tuple[int, ...] = option((59,), "moduli; any p >= 2 works, the papers use primes")
+    p: tuple[int, ...] = option((59,), "moduli, 2 to 1000; the papers use primes")
     networks: tuple[str, ...] = option(("fresh",), "fresh: networks of our own; published: the paper's own, by its draws, held norms and protocol, "
                                        "whole blocks unless --members are given; or both")
     seeds: int = option(16, "block size: members drawn from one generator; member 3 of 12 is not member 3 of 8", fresh=True)
@@ -97,7 +98,18 @@ of a process that died is trained by the same command with its RANK and WORLD_SI
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
+        missing = [action for action in self._actions if action.required]
+        if missing and "arguments are required" in message:
+            raise UsageError(f"{missing[0].dest.upper()} is missing: name the {missing[0].help}; see --help")
         raise UsageError(message)
+
+    def unknown(self, words: list[str]) -> str:
+        """What is said of `words`, which are no flag and no value of one: the first flag among them, and the known one nearest to it."""
+        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+        if not flags:
+            return f"no flag takes {' '.join(words)}; see --help"
+        near = difflib.get_close_matches(flags[0], [flag for action in self._actions for flag in action.option_strings], 1)
+        return f"unknown flag {flags[0]}; {f'did you mean {near[0]}? ' if near else ''}see --help"
 
 
 def parser_of(text: str) -> Parser:
@@ -132,7 +144,10 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
     """Settings of `cls` from preset and flags, checked, and the flags that were given. Raises UsageError."""
     parser = parser_of(sys.modules[cls.__module__].__doc__ or "")   # python -OO has no docstrings
     add_flags(parser, cls)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UsageError(parser.unknown(unknown))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items() if v is not None}
     if presets and given.get("preset", next(iter(presets))) not in presets:
         raise UsageError(f"--preset must be one of {', '.join(presets)}, got {given['preset']!r}")
     device, model = place(given), given.get("model", getattr(cls, "model", "mlp"))

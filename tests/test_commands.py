@@ -47,7 +47,7 @@ ROOT = Path(__file__).parents[1]
     ("--members -1", "--members are numbered from 0, got -1"),
     ("--parts moduli --members 12", "--members must lie in the block of --parts moduli, 0..11, got 12"),
     ("--parts moduli --moduli-seeds 20 --members 20", "--parts moduli, 0..19, got 20"),      # more than --seeds, less than the part's own block
-    ("--model transformer", "unrecognized arguments: --model transformer"),
+    ("--model transformer", "unknown flag --model; did you mean --moduli? see --help"),
     ("--parts moduli --p 41 --moduli 41", "--p and --moduli both name"),
     ("--moduli-seeds 0", "--moduli-seeds must be between 1"),
     ("--rhos 1e300", "--rhos must be at most 100"),
@@ -61,7 +61,9 @@ ROOT = Path(__file__).parents[1]
     ("--arithmetic tf32x3 --device cpu", "CUDA kernels"),
     ("--after-grok 30", "--after-grok must be 0 or a multiple of 25"),
     ("--resume", "no checkpoint in"),
-    ("--what", "unrecognized arguments: --what"),
+    ("--lr 1e-3", "unknown flag --lr; did you mean --lrs? see --help"),
+    ("--rhos=1 dense", "no flag takes dense; see --help"),
+    ("--xyzzy", "unknown flag --xyzzy; see --help"),
     pytest.param("--device cuda", "no CUDA device is visible", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")),
 ])
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, flags: str, message: str) -> None:

@@ -99,7 +99,7 @@ TINY = ["--seed0", "0", "--p", "13", "--seeds", "4", "--members", "0", "1", "--l
     ("--rho 0.9", "--rho must be above 1, got 0.9"),
     ("--lr 0", "--lr must be > 0"),
     ("--parts sideways", "--parts must be among lowered free same raised, got 'sideways'"),
-    ("--twin-of nowhere", "cannot read nowhere/runs.csv"),
+    ("--twin-of nowhere", "cannot read nowhere/runs.csv: No such file or directory; train first, or name the folder with --twin-of"),
     (" ".join([*TINY, "--fork-steps", "25"]), "--fork-steps 25: member 0 of p=13 has not memorised there yet; choose a later step"),
     (" ".join([*TINY, "--fork-steps", "100", "--lr", "1e30"]), "member 0 of p=13 diverged before it"),
 ])

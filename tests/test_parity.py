@@ -24,7 +24,7 @@ def configured(flags: str = "--preset paper") -> tuple[exp_parity.Config, dict]:
     ("--k 0", "1 <= k <= n <= 256, and 2 to 100000 training examples; got k 0, n 30"), ("--k 31", "got k 31, n 30"), ("--m 1", "got k 3, n 30, m 1"),
     ("--n 1000", "got k 3, n 1000"), ("--n 30 30", "--n lists a value twice"),
     ("--loss hinge", "--loss must be one of ce, mse, stablemax, got 'hinge'"),
-    ("--w-c 0", "--w-c must be a positive norm, got 0"), ("--p 59", "unrecognized arguments: --p 59"),
+    ("--w-c 0", "--w-c must be a positive norm, got 0"), ("--p 59", "unknown flag --p; "),
     ("--members 16", "of --parts clamp, 0..15, got 16"),    ("--networks published --k 2", "the paper ran none of these conditions"),
     ("--taus 0", "--taus must be > 0")])
 def test_bad_input_is_one_line_and_writes_nothing(flags: str, message: str, tmp_path: Path) -> None:

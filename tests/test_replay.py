@@ -186,9 +186,13 @@ def test_foreign_files_are_refused_in_one_line(tmp_path: Path, content: bytes, m
 def test_a_folder_that_is_not_there_or_matches_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no folder"):
         exp_replay.run([str(tmp_path / "none")])
-    with pytest.raises(UsageError, match=r"no \.npz file below"):
-        exp_replay.run([str(tmp_path), "--match", "x*"])
+    with pytest.raises(UsageError, match=r"no \.npz file is below .*; name the folder that holds the released \.npz files"):
+        exp_replay.run([str(tmp_path)])
+    with pytest.raises(UsageError, match="METRICS_DIR is missing: name the folder with released"):
+        exp_replay.run(["--dry-run"])
     np.savez(tmp_path / "cell.npz", **good())
+    with pytest.raises(UsageError, match=r"no \.npz file below .* matches x\*; 1 are there"):
+        exp_replay.run([str(tmp_path), "--match", "x*"])
     for member in ("5", "-1"):
         with pytest.raises(UsageError, match=f"--members.*{member}"):
             exp_replay.run([str(tmp_path), "--members", member, "--out", str(tmp_path / "out")])
