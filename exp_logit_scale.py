@@ -10,7 +10,8 @@ Claims (section or table of the paper)
 
 REPLICATED: our 95% interval over members meets the published one (or value +- 3%). A run that does not grok within its budget is censored there and
 counts as later; none is dropped. W_c: median, over the members that grok, of the norm at own T_grok in the free control of the same p, loss and
-block. L of a cell: mean over members of the effective logit scale at the logged step nearest the cell's median T_grok, as the paper has it.
+block. L: mean over all p*p pairs of the length of the logit vector over tau; of a cell the mean over members, at the logged step nearest the
+median T_grok. Recovered: (T1 - T2) / (T1 - T0), T_grok at the baseline (T0), at the raised norm (T1), at the tau that gives the baseline's L (T2).
 
     python exp_logit_scale.py                     laptop preset: mediation under cross-entropy and MSE at p=59, 3 members, about 6 minutes
     python exp_logit_scale.py --preset paper      all tables; meant for a GPU
@@ -112,7 +113,7 @@ def checked(config: Config, given: dict) -> Config:
 
 def cell(config: Config, p: int, loss: str, block: int, budget: int, arm: str = "clamp", rho: float | None = None, tau: float = 1.0,
          gamma: float | None = None, weight_decay: float = 1.0, dtype: str = "", w_c: float | None = None, shares: tuple[float, ...] = ()) -> Cell:
-    """`shares` of E, W1 and W2 in the squared norm of the control, for an allocation."""
+    """One cell, named after its conditions. `shares` of E, W1 and W2 in the squared norm of the control, for an allocation."""
     conditions = [("rho", ".2f", rho), ("tau", ".2f", tau)] if arm == "clamp" else []
     conditions += [("gamma", "+.2f", gamma), ("wd", "g", None if weight_decay == 1 else weight_decay)]
     name = [arm, f"p{p}", f"b{block}", loss, *(short + exactly(value, text) for short, text, value in conditions if value is not None)]
@@ -126,8 +127,7 @@ def cell(config: Config, p: int, loss: str, block: int, budget: int, arm: str = 
 
 
 def held(config: Config, w_c: dict[str, float], shares: dict[str, tuple[float, ...]]) -> list[Cell]:
-    """Cells relative to the W_c of their control, by its name; those whose control has none are left out (said by `run`). With the doses go free
-    runs at other weight decays."""
+    """Cells relative to the W_c of their control, by its name; none where it has none (`run` says so). With the doses, free runs at other decays."""
     cells = []
     for part, *network in config.tables():
         if part == "dose":
