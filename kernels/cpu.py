@@ -90,6 +90,7 @@ class FusedStep:
     def steps(self, params: Tensor, moment1: Tensor, moment2: Tensor, a: Tensor, b: Tensor, scalars: Tensor) -> None:
         """As `CpuKernels.steps`; fastest when the pairs that share `a` lie together."""
         assert scalars.dtype == params.dtype == moment1.dtype == moment2.dtype == self.dtype
+        assert scalars.shape[1] == len(scalar_names(self.layout.groups))
         self.library.steps(*map(address, (params, moment1, moment2, a, b)), len(a), address(self.labels), address(scalars), len(scalars),
                            self.loss, self.decay_last, self.perp_grad, EPS)
 
@@ -112,6 +113,7 @@ class DenseStep:
     def steps(self, params: Tensor, moment1: Tensor, moment2: Tensor, x: Tensor, labels: Tensor, scalars: Tensor) -> None:
         """As `CpuKernels.steps`."""
         assert x.dtype == scalars.dtype == params.dtype == moment1.dtype == moment2.dtype == self.dtype
+        assert scalars.shape[1] == len(scalar_names(self.layout.groups))
         self.library.steps(*map(address, (params, moment1, moment2, x, labels)), self.layout.m, address(scalars), len(scalars),
                            LOSSES.index(self.loss), self.decay_last, self.perp_grad, EPS)
 

@@ -365,7 +365,7 @@ def test_the_softmax_adds_its_exponentials_in_the_order_of_torchs_cuda_kernel(p:
     a = b = torch.zeros(1, dtype=torch.int64)
     moment1 = torch.zeros_like(row)
     cpu.FusedStep(cpu.fused_library(layout, torch.float32), layout, "ce", torch.float32).steps(
-        row, moment1, torch.zeros_like(row), a, b, torch.tensor([[1.0, 1.0, 1e-3, 1.0, 0, 0, 0, 0]]))
+        row, moment1, torch.zeros_like(row), a, b, torch.tensor([[1.0, 1.0, 1e-3, 1.0, 0, 0, 0, 0, *PLAIN]]))
     lanes = np.zeros(32, np.float32)
     for column in range(p):
         lanes[column % 32] += np.exp(np.float32(-16.9 * (column > 0)))

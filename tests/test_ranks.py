@@ -35,7 +35,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
         np.savez(released / f"{arm}.npz", arm=arm, t_fork=100, n_seed=2, N0=norms, target=0 * norms if arm == "free" else norms, **same)
     for tau in (1.0, 1.5, 2.0):
         np.savez(released / f"tau{tau}.npz", arm="none", max_steps=150, tau=tau, **same)
-    monkeypatch.setattr(exp_replay, "FORK_BUDGET", 200)
+    monkeypatch.setattr("lab.released.FORK_BUDGET", 200)
     return {"law": (exp_delay_law, LAW), "fork": (exp_fork, FORK), "replay": (exp_replay, [str(released), "--backend", "eager"])}
 
 
