@@ -46,16 +46,7 @@ def figures_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.beside = Beside()
-    config.addinivalue_line("markers", "long: half a minute and more; run with GROKKING_TEST_LONG=1")
     config.addinivalue_line("markers", "bits: of a kernel suite, what no arithmetic changes: equal bits and bookkeeping; run once")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes half a minute and more runs where it is asked for, so that `make test` ends in about ten minutes."""
-    if os.environ.get("GROKKING_TEST_LONG") != "1":
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="long: NOT RUN without GROKKING_TEST_LONG=1"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

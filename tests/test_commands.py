@@ -273,7 +273,6 @@ def start(out: Path) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.long
 def test_smoke_preset_end_to_end_interrupted_and_not(tmp_path: Path) -> None:
     """The same command twice gives the same bytes; so does one stopped by SIGINT half-way and started again."""
     first = start(tmp_path / "a")

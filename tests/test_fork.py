@@ -180,7 +180,6 @@ def test_a_fork_step_alone_gives_the_rows_that_it_gives_in_one_ensemble_with_ano
     assert logs[0] == logs[1] and {row["step"] for row in logs[0]} >= {151, 200}
 
 
-@pytest.mark.long
 def test_smoke_preset_groks_in_every_arm_later_at_a_higher_norm(tmp_path: Path) -> None:
     exp_fork.run(["--preset", "smoke", "--device", "cpu", "--out", str(tmp_path / "s")])
     runs = files.read_csv(tmp_path / "s" / "runs.csv")

@@ -283,7 +283,6 @@ def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, caps
     assert {p.name for p in out.iterdir()} >= {"runs.csv", "cells.csv", "trajectories.csv", "summary.json", "config.json", "around_grok.csv"}
 
 
-@pytest.mark.long
 def test_smoke_preset_a_cell_that_never_groks_and_a_hopeless_temperature(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
     flags = ["--preset", "smoke", "--taus", "1.3", "1e6", "--budget", "1400", "--parts", "mediation", "grid", "allocation", "--gammas", "0", "0.5",

@@ -147,7 +147,6 @@ def trained(cell: Cell, backend: str = "eager", dtype: torch.dtype = torch.float
     return ensemble
 
 
-@pytest.mark.long
 def test_a_run_alone_is_the_run_in_company_and_compiled_is_eager() -> None:
     cell = replace(CELL, arm="clamp", clamp_start=30, held=((0, 0, 0, 20.0, 9.0),) * 3)
     eager = trained(cell)

@@ -2,7 +2,6 @@
 
 The interpreter replaces the compiler when the kernels are defined, so it cannot share a process with tests that compile them. Every suite runs
 twice there: in numpy's arithmetic, and in a GPU's (`native.py`), whose errors are drawn from a seed; GROKKING_TEST_SEEDS="1 2 3" names several.
-The transformers' suites take their second pass, minutes, only where that is set.
 """
 import os
 
@@ -12,9 +11,7 @@ from launches import SUITES
 
 NATIVE = os.environ.get("GROKKING_TEST_GPU") == "1"
 SEEDS = [""] if NATIVE else ["", *os.environ.get("GROKKING_TEST_SEEDS", "1").split()]
-ASKED = "GROKKING_TEST_SEEDS" in os.environ
-RUNS = [pytest.param(suite, seed, id=f"{suite}, {f'noise {seed}' if seed else 'exact'}") for seed in SEEDS for suite in SUITES
-        if ASKED or not seed or "transformer" not in suite]
+RUNS = [pytest.param(suite, seed, id=f"{suite}, {f'noise {seed}' if seed else 'exact'}") for seed in SEEDS for suite in SUITES]
 
 
 @pytest.mark.parametrize(("suite", "noise"), [pytest.param("triton_faults.py", "", id="planted faults"), *RUNS])
