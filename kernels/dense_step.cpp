@@ -33,19 +33,6 @@ struct Scratch {
 };
 alignas(64) thread_local Scratch scratch;
 
-// `sums` += A B over `inner`: a block of `R` rows and V vectors, A read element by element, B row by row.
-template <int R> INLINE void add_product(int inner, const Real* A, int a_row, int a_inner, const Real* B, int b_row, Vec<Real> (&sums)[R][V]) {
-    for (int k = 0; k < inner; ++k, A += a_inner, B += b_row) {
-        Vec<Real> right[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) right[v] = load(B + v * L);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) sums[r][v] += A[r * a_row] * right[v];
-    }
-}
-
 // h, gelu' if it is wanted, and z of a tile: of `rows` examples at `x (rows, N)`.
 template <bool DERIVATIVE> void forward(const Real* params, const Real* x, int rows, Scratch& s) {
     std::memcpy(s.x, x, rows * N * sizeof(Real));
@@ -57,7 +44,7 @@ template <bool DERIVATIVE> void forward(const Real* params, const Real* x, int r
             for (int r = 0; r < BLOCK_ROWS; ++r)
 #pragma GCC unroll 8
                 for (int v = 0; v < V; ++v) sums[r][v] = load(params + B1_AT + column + v * L);
-            add_product<BLOCK_ROWS>(N, s.x + row * N, N, 1, params + column, H, sums);
+            add_product(N, s.x + row * N, N, 1, params + column, H, sums);
 #pragma GCC unroll 8
             for (int r = 0; r < BLOCK_ROWS; ++r) {
                 Vec<Real> line[V], h[V], slope[V];
@@ -115,7 +102,7 @@ void loss_gradient(const int64_t* labels, int rows, Real tau, int64_t m, int los
 template <int R> void first_layer(int input, int rows, Scratch& s) {
     for (int column = 0; column < H; column += V * L) {
         Vec<Real> sums[R][V] = {};
-        add_product<R>(rows, s.x + input, 1, N, s.dx + column, HS, sums);
+        add_product(rows, s.x + input, 1, N, s.dx + column, HS, sums);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8

@@ -60,16 +60,7 @@ INLINE void block(int row, int column, int inner, const Real* A, int a_row, int 
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) sums[r][v] = start(row + r, column + v * L);
-    A += row * a_row, B += column;
-    for (int k = 0; k < inner; ++k, A += a_inner, B += b_row) {
-        Vec<Real> right[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) right[v] = load(B + v * L);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) sums[r][v] += A[r * a_row] * right[v];
-    }
+    add_product(inner, A + row * a_row, a_row, a_inner, B + column, b_row, sums);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
         Vec<Real> line[V];                                       // a copy, so that the sums themselves have no address and stay in registers
