@@ -104,7 +104,7 @@ class ParityMlp(nn.Module):
 
 def module(model: str, p: int, width: tuple[int, int] = ()) -> nn.Module:
     """An untrained plain module of `model`, one of LEARNING_RATES, of a `width`, d and H, or the papers'; `mlp_dense` has `p` inputs.
-    `lab.ensemble.State.module` fills one with trained weights."""
+    `lab.state.State.module` fills one with trained weights."""
     if model == "mlp_dense":
         return ParityMlp(p)
     if model == "mlp":

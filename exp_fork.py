@@ -39,7 +39,7 @@ from kernels.layout import model_layout
 from lab import console, delay, figures, files, own, settings, stats
 from lab.answers import Statistic, Table, answer, published
 from lab.desk import Lab, main
-from lab.ensemble import State, inherit
+from lab.state import State, inherit
 
 ARMS = ("lowered", "free", "same", "raised")   # by the delay that the paper finds
 SCALED = ("lowered", "raised")                 # those that have a rho

@@ -29,11 +29,11 @@ from pathlib import Path
 import numpy as np
 
 from common import Cell, Result, UsageError, geometric_grid
-from lab import console, figures, files, settings, stats
-from lab.desk import Lab, main, provenance
-from lab.ensemble import inherit
+from lab import console, figures, files, provenance, settings, stats
+from lab.desk import Lab, main
 from lab.released import NoRun, Released, read
 from lab.result import Trajectories
+from lab.state import inherit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ def publish(desk: Lab, released: list[Released], result: Result) -> None:
     files.write_csv(out / "cells.csv", cell_rows(released, result.trajectories, rows))
     files.write_csv(out / "trajectories.csv", result.trajectories)
     files.write_csv(out / "runs.csv", [{"experiment": "replay", **run} for run in result.runs], files.RUN_COLUMNS)
-    files.write_json(out / "provenance.json", provenance(desk, result))
+    files.write_json(out / "provenance.json", provenance.of_training(desk.config, desk.origin, desk.backends, result))
     print(*last_words(released, rows), f"tables in {out}, main figure {out / 'figures' / 'replay.png'}", sep="\n")
     draw(out)
 

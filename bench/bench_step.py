@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from common import MODELS, Cell, UsageError, n_train
-from lab import desk, figures, files, settings
+from lab import desk, figures, files, provenance, settings
 from lab.ensemble import Ensemble
 
 matplotlib.use("Agg")
@@ -302,7 +302,7 @@ def run(argv: list[str]) -> None:
         raise UsageError(f"--sweep is of the MLP; without it --model {options.model} is timed")
     settings.check_size(device, ((options.model, p) for p in options.p))
     torch._dynamo.config.recompile_limit = 256
-    out, rows = Path(options.out or desk.ROOT / "results" / ("bench" if options.model == "mlp" else f"bench_{options.model}")), []
+    out, rows = Path(options.out or provenance.ROOT / "results" / ("bench" if options.model == "mlp" else f"bench_{options.model}")), []
     try:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -313,7 +313,8 @@ def run(argv: list[str]) -> None:
         counts = [1, 4, 16, 64, 160, 640, 4096] if device == "cuda" else [1, 2, 4, 12, 48]
         return sweep(out, device, counts, [59, 29, 43, 67, 97, 113], options.rounds)
     compiler = build.version(build.compilers()[0]).splitlines()[0] if build.compilers() else "none"
-    origin = {**desk.origin(), "device": desk.device_name(device), "cpu": build.cpu_name(), "compiler": compiler, "load_before": os.getloadavg()}
+    origin = {**provenance.origin(), "device": provenance.device_name(device), "cpu": build.cpu_name(), "compiler": compiler,
+              "load_before": os.getloadavg()}
     for p in options.p:
         rows += measure(options.model, p, options.runs, options.rounds, device, options.peers)
         files.write_csv(out / "step.csv", rows)

@@ -38,9 +38,9 @@ import zlib
 import torch
 
 from common import UsageError
-from lab import console, desk, files, settings
+from lab import console, files, provenance, settings
 
-ROOT = desk.ROOT
+ROOT = provenance.ROOT
 PYTHON = sys.executable
 REPLAYED = ["mediation/*", "dose/*", "collapse/*", "alloc/*", "samestate/*", "transformer/*"]
 STAGES = {      # name -> command; {out} and {released} are filled in
@@ -192,7 +192,7 @@ def main() -> int:
             print("time is up; the same command" + (" without --again" if options.again else "") + " continues")
             return 3
         filled = [part.format(out=out, released=released) for part in command]
-        code, start = desk.origin(), time.monotonic()
+        code, start = provenance.origin(), time.monotonic()
         outcome = run(filled, out / "logs" / f"{name}.txt", deadline - start)
         rows[name] = dict(zip(COLUMNS, (name, outcome, f"{time.monotonic() - start:.0f}", code["commit"] + "-dirty" * bool(code["dirty"]),
                                         torch.cuda.get_device_name(), shlex.join(["python", *command[1:]])), strict=True))

@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from common import Cell, UsageError
 from kernels import build, cpu
 from kernels.step import train_step_ref
-from lab import desk, files, settings
+from lab import desk, files, provenance, settings
 from lab.ensemble import Ensemble
 
 SHOWN = 0.002       # of a step's time: operations below have no row
@@ -69,7 +69,7 @@ def run(argv: list[str]) -> None:
     arguments = [t[0] for t in (e.state.params, e.state.moment1, e.state.moment2, e.a, e.b)] + [e.scalars(np.array([0]), 1)[0, 0].float()]
     cpu.COMPILE_OPTIONS["cpp.enable_kernel_profile"] = True
     cpu.keep_freed_memory()
-    origin = {**desk.origin(), "device": desk.device_name("cpu"), "cpu": build.cpu_name(), "load_before": os.getloadavg()}
+    origin = {**provenance.origin(), "device": provenance.device_name("cpu"), "cpu": build.cpu_name(), "load_before": os.getloadavg()}
     step = functools.partial(cpu.compile_for(functools.partial(train_step_ref, layout=e.layout, loss="ce"), *arguments), *arguments)
     with cpu.single_thread(), torch.no_grad():
         names = [name for name, _ in calls(step)]
@@ -81,7 +81,7 @@ def run(argv: list[str]) -> None:
     table = [{"model": options.model, "p": options.p, "operation": name, "calls": len(times), "ms": round(times.sum(), 4),
               "share": round(times.sum() / total, 4)} for name, times in by_name.items() if times.sum() > SHOWN * total]
     table.sort(key=lambda row: -row["ms"])
-    out = Path(options.out or desk.ROOT / "results" / f"bench_{options.model}")
+    out = Path(options.out or provenance.ROOT / "results" / f"bench_{options.model}")
     out.mkdir(parents=True, exist_ok=True)
     files.write_csv(out / "profile.csv", table)
     for row in table:

@@ -1,89 +1,29 @@
-"""The desk around the bench: the output folder, checkpoints, ranks, progress, provenance. An experiment is run by `main`."""
+"""The desk around the bench: the output folder, checkpoints, ranks, progress, results. An experiment is run by `main`."""
 import contextlib
 import dataclasses
 import json
 import os
-import platform
 import re
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import scipy
 import torch
 
 from common import Cell, Result, UsageError
 from kernels.cpu import has_compiler
-from lab import console, figures, files, ranks, settings, stats, weights
+from lab import console, figures, files, provenance, ranks, settings, stats, weights
 from lab.answers import Table, flag_unlearned, merged
 from lab.console import Progress, Signals, duration
-from lab.ensemble import Ensemble, State, by_shape
+from lab.ensemble import Ensemble, by_shape
+from lab.provenance import ROOT
+from lab.state import State
 
-ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 180   # seconds between checkpoints: what a kill can cost
 LONGEST_NAME = 100 * "x"   # longer than the name of any file in a folder of results: a path that has room for it has room for all
 LOCK_TRIES = 100   # of 50 ms each, while another rank writes the settings of a new folder
-
-
-# ---------------------------------------------------------------- provenance
-
-def git(*words: str) -> str | None:
-    """What git says of this project's own repository; None if it fails, or if the project is no repository but a folder inside another one."""
-    own = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")}   # a hook's are of its repository
-
-    def said(*line: str) -> str:
-        return subprocess.run(["git", *line], cwd=ROOT, env=own, capture_output=True, text=True, errors="surrogateescape", timeout=10,
-                              check=True).stdout.rstrip("\n")
-    try:
-        return said(*words) if os.path.samefile(said("rev-parse", "--show-toplevel"), ROOT) else None
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def origin() -> dict:
-    """The code and command that this process is. The commit is unknown, and `dirty` null, where git cannot say or does not have the script."""
-    commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    if not commit or changed is None or git("ls-files", "--error-unmatch", "--", os.path.realpath(sys.argv[0])) is None:
-        commit, changed = "unknown", None
-    return {
-        "commit": commit, "dirty": None if changed is None else bool(changed),
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *map(_without_machine, sys.argv[1:])]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
-    }
-
-
-def device_name(device: str) -> str:
-    flags = sorted(w for w in _cpu_flags() if w.startswith(("avx2", "avx512f", "amx")))
-    return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads, {' '.join(flags)}"
-
-
-def provenance(desk: "Lab", result: Result) -> dict:
-    """Where the numbers come from. The code is that of the start: the tree may move on while a long command runs."""
-    config = desk.config
-    return {
-        **desk.origin, "device": device_name(config.device),
-        "backend": ", ".join(desk.backends) or "none", "dtype": config.dtype, "arithmetic": config.arithmetic if config.device == "cuda" else "ieee",
-        "training_seconds": round(result.seconds, 1), "run_steps": result.executed, "run_steps_needed": result.needed,
-        "executed_over_needed": round(result.executed / max(result.needed, 1), 4),
-        "run_steps_per_second": round(result.executed / max(result.seconds, 1e-9), 1),
-        "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in settings.NOT_SCIENCE},
-    }
-
-
-def _without_machine(word: str) -> str:
-    """A path outside this folder is told by its last part alone."""
-    return Path(word).name if os.path.isabs(word) or os.pardir in Path(word).parts else word
-
-
-def _cpu_flags() -> list[str]:
-    try:
-        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
-    except (OSError, StopIteration):
-        return []
 
 
 # ---------------------------------------------------------------- training with checkpoints, resume
@@ -121,7 +61,7 @@ class Lab:
         self.folder = Path(config.out) if config.out else ROOT / "results" / experiment / folder
         self.checkpoint, self.config_file = self.folder / "checkpoint", self.folder / "config.json"
         self.backends, self.said = [], set()   # backends that trained the runs, in their order
-        self.origin = origin()
+        self.origin = provenance.origin()
         self.created: list[Path] = []     # folders that `open` had to make, innermost first
         self.opened, self.shares = False, 1
         self.loads: list[float] = []      # expected work of every share so far
@@ -331,7 +271,7 @@ class Lab:
                 flag_unlearned(runs, result.trajectories)
             files.write_csv(out / "runs.csv", runs, columns)
             files.write_csv(out / "trajectories.csv", result.trajectories)
-            files.write_json(out / "provenance.json", provenance(self, result))
+            files.write_json(out / "provenance.json", provenance.of_training(config, self.origin, self.backends, result))
         runs, trajectories = files.read_runs(out / "runs.csv"), []          # read back, so that both ways see the same digits
         if (out / "trajectories.csv").exists():
             trajectories = files.read_csv(out / "trajectories.csv")

@@ -11,20 +11,19 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from common import EVAL_EVERY, LOG_EVERY, T_GROK_ACCURACY, T_MEM_ACCURACY, Cell, Result, UsageError, geometric_grid, module, parity_sizes
+from common import EVAL_EVERY, LOG_EVERY, T_GROK_ACCURACY, T_MEM_ACCURACY, Cell, Result, UsageError, geometric_grid, parity_sizes
 from kernels import cpu
-from kernels.adamw import group_norms_ref
-from kernels.layout import AnyLayout, DenseLayout, model_layout
+from kernels.layout import AnyLayout, DenseLayout
 from kernels.step import metric_names
 from lab.draws import initial_rows, parity_examples, splits
 from lab.result import Trajectories
+from lab.state import State, layout_of
 from lab.stats import nearest_log, without_nan
 from lab.tasks import N_TEST, labels
 
@@ -50,13 +49,6 @@ def fourier_structure(E: Tensor) -> tuple[float, float]:
     return float(power[-5:].sum() / power.sum()), gini
 
 
-def layout_of(cell: Cell, dtype: torch.dtype) -> AnyLayout:
-    if cell.model == "mlp_dense":
-        n, _, m = parity_sizes(cell.task)
-        return model_layout(cell.model, n, dtype, m, m + N_TEST)
-    return model_layout(cell.model, cell.p, dtype, width=cell.width)
-
-
 def data_of(cells: list[Cell], layout: AnyLayout, dtype: torch.dtype, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Of every run its training pairs `a, b (R, n)`, drawn from those with a label in `table (p*p,)`, and a mask `(R, p*p)` that is 1 on them; of
     a dense MLP inputs `(R, examples, n)` and labels `(R, examples)` of all its examples, and the mask of those to train on."""
@@ -67,58 +59,6 @@ def data_of(cells: list[Cell], layout: AnyLayout, dtype: torch.dtype, table: Ten
     p, data = cells[0].p, None if table is None else (table >= 0).nonzero()[:, 0]
     indices = torch.cat([splits(p, c.n_train, c.block, c.seed0, c.members, c.card, data) for c in cells])   # (R, n)
     return indices // p, indices % p, torch.zeros(len(indices), p**2, dtype=dtype).scatter_(1, indices, 1)
-
-
-@dataclass
-class State:
-    """Rows `(R, n_params)` of parameters and both moments, each after its own `step (R,)` steps. Copying it is forking."""
-    params: Tensor
-    moment1: Tensor
-    moment2: Tensor
-    step: np.ndarray
-
-    def pick(self, rows: list[int]) -> "State":
-        return State(self.params[rows].clone(), self.moment1[rows].clone(), self.moment2[rows].clone(), self.step[rows])
-
-    @staticmethod
-    def join(states: list["State"]) -> "State":
-        """All rows, one state after the other."""
-        return State(*(torch.cat([getattr(state, name) for state in states]) for name in ("params", "moment1", "moment2")),
-                     np.concatenate([state.step for state in states]))
-
-    def of_cells(self, cells: list[Cell], chosen: list[int]) -> "State":
-        """The rows of the `chosen` of `cells`, of which each has a row per member."""
-        ends = np.cumsum([0, *(len(cell.members) for cell in cells)])
-        return self if len(chosen) == len(cells) else self.pick([r for i in chosen for r in range(ends[i], ends[i + 1])])
-
-    def norms(self, layout: AnyLayout) -> list[float]:
-        """Total norm of every row's weight matrices, summed in float64."""
-        return [float(group_norms_ref(row, layout).square().sum().sqrt()) for row in self.params]
-
-    def module(self, row: int, model: str, p: int, width: tuple[int, int] = ()) -> nn.Module:
-        """The plain module of `common.py` with the parameters of one row, in their dtype."""
-        plain = module(model, p, width).to(self.params.dtype)
-        for parameter, values in zip(plain.parameters(), model_layout(model, p, self.params.dtype, width=width).views(self.params[row]), strict=True):
-            parameter.data = values[..., : parameter.shape[-1]].clone()
-        return plain
-
-    def fork(self, cells: list[Cell]) -> "State":
-        """A copy of all rows, one per member, for each of `cells`: weights scaled at once to the cell's held norm, if it has one.
-        Biases, moments and step stay as they are (arXiv 2606.18465, same-state comparison)."""
-        layout = layout_of(cells[0], self.params.dtype)
-        copy = self.pick([*range(len(self.params))] * len(cells))
-        targets = [held[0] for cell in cells for held in (cell.held or ((0.0,),) * len(cell.members))]
-        for row, norm, target in zip(copy.params, copy.norms(layout), targets, strict=True):
-            if target > 0:
-                row[: layout.n_weights] *= target / norm
-        return copy
-
-
-def inherit(runs: list[dict], before: list[dict]) -> None:
-    """Rows of runs that continue from a fork keep what their member crossed before it."""
-    earlier = {run["member"]: run for run in before}
-    for run in runs:
-        run.update({k: v for k in ("t_mem_step", "norm_at_mem", "t_80_step", "norm_at_80") if (v := earlier[run["member"]][k]) is not None})
 
 
 class Ensemble:

@@ -20,7 +20,7 @@ class Trajectories:
 @dataclass
 class Result:
     """What training left. `runs`: a dict per network, the columns of runs.csv (`results/README.md`); `trajectories`: its logged rows; `state`:
-    parameters and moments, a row per run (`lab.ensemble.State`), where all runs have one shape; run-steps executed and needed; seconds."""
+    parameters and moments, a row per run (`lab.state.State`), where all runs have one shape; run-steps executed and needed; seconds."""
     runs: list[dict] = field(default_factory=list)
     trajectories: Trajectories = field(default_factory=Trajectories)
     state: object = None

@@ -23,7 +23,7 @@ import exp_replay
 import exp_saturation
 import exp_transformer
 from common import Cell, UsageError, unique
-from lab import desk, files, settings
+from lab import files, provenance, settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bench_step
@@ -134,7 +134,7 @@ def test_a_flag_that_the_papers_own_networks_do_not_read_is_said(experiment: obj
 
 def test_provenance_names_no_folder_outside(tmp_path: Path) -> None:
     words = ["--out", "results/fork/p97", str(tmp_path / "runs"), "../released/metrics", "0.9"]
-    assert [desk._without_machine(word) for word in words] == ["--out", "results/fork/p97", "runs", "metrics", "0.9"]
+    assert [provenance._without_machine(word) for word in words] == ["--out", "results/fork/p97", "runs", "metrics", "0.9"]
 
 
 def test_provenance_names_the_commit_of_this_very_code_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,9 +146,9 @@ def test_provenance_names_the_commit_of_this_very_code_or_none(tmp_path: Path, m
         (outer / name).write_text("1\n")
 
     def origin(root: Path, script: str) -> tuple[str, bool | None]:
-        monkeypatch.setattr(desk, "ROOT", root)
+        monkeypatch.setattr(provenance, "ROOT", root)
         monkeypatch.setattr(sys, "argv", [str(root / script)])
-        found = desk.origin()
+        found = provenance.origin()
         return found["commit"], found["dirty"]
 
     def git(*words: str) -> str:

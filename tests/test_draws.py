@@ -14,7 +14,8 @@ from common import Cell
 from kernels.layout import AnyLayout, model_layout
 from lab import released
 from lab.draws import Card, CudaGenerator, initial_rows, key_bits, normal_pair, paper_a_seed, parity_examples, philox, splits
-from lab.ensemble import T_GROK_ACCURACY, T_MEM_ACCURACY, Ensemble, layout_of
+from lab.ensemble import T_GROK_ACCURACY, T_MEM_ACCURACY, Ensemble
+from lab.state import layout_of
 
 RELEASED = Path(os.environ.get("RELEASED", Path(__file__).parents[2] / "shared" / "released"))
 DENSE = {"p": 59, "train_frac": 0.4, "weight_decay": 1.0, "lr": 1e-3}

@@ -14,7 +14,8 @@ from kernels.layout import mlp_layout
 from kernels.step import METRICS
 from lab import files
 from lab.draws import initial_rows
-from lab.ensemble import GROK, Ensemble, State
+from lab.ensemble import GROK, Ensemble
+from lab.state import State
 
 CELL = Cell("a", p=13, members=(0, 1, 2), block=4, budget_steps=200, lr=3e-3)
 

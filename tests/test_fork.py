@@ -14,7 +14,8 @@ from common import Cell, UsageError
 from kernels.layout import mlp_layout
 from lab import desk, files, released
 from lab.answers import Table
-from lab.ensemble import Ensemble, State
+from lab.ensemble import Ensemble
+from lab.state import State
 
 # p=13 at this learning rate memorises by step 50 and groks none of these members within 250 steps
 CELL = Cell("trunk", p=13, members=(0, 1, 2), block=4, budget_steps=250, lr=3e-3, stop_step=100)

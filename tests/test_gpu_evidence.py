@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import gpu_evidence
 
 from common import UsageError
-from lab import desk
+from lab import provenance
 
 PRINT_OUT = "import os; print('in', os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'], os.environ['GROKKING_TEST_GPU'])"
 
@@ -32,7 +32,7 @@ def call(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str, **codes: s
     """Stages of the given Python; each is told the folder of its results and that of the release."""
     stages = {name: [sys.executable, "-c", code, "{out}/" + name, "{released}"] for name, code in codes.items()}
     monkeypatch.setattr(gpu_evidence, "STAGES", stages)
-    monkeypatch.setattr(sys, "argv", [str(desk.ROOT / "bench/gpu_evidence.py"), "--out", str(out), *arguments])
+    monkeypatch.setattr(sys, "argv", [str(provenance.ROOT / "bench/gpu_evidence.py"), "--out", str(out), *arguments])
     code = gpu_evidence.main()
     path = out / "stages.csv"
     return code, {row["stage"]: row["outcome"] for row in csv.DictReader(path.open())} if path.exists() else {}
@@ -139,7 +139,7 @@ def test_the_commit_is_of_this_very_code_or_none(monkeypatch: pytest.MonkeyPatch
                               text=True).stdout.strip()
 
     def recorded(root: Path) -> str:
-        monkeypatch.setattr(desk, "ROOT", root)
+        monkeypatch.setattr(provenance, "ROOT", root)
         call(monkeypatch, tmp_path / "out", "--released", str(tmp_path), "--again", "one", one="")
         return next(csv.DictReader((tmp_path / "out/stages.csv").open()))["commit"]
     git("init", "-q")
@@ -163,7 +163,7 @@ time.sleep(60)"""
     drive = ("import sys; sys.path.insert(0, 'bench'); import torch, gpu_evidence as g; torch.cuda.is_available = lambda: True; "
              f"torch.cuda.get_device_name = lambda: 'none'; g.STAGES = dict(slow=[sys.executable, '-c', {slow!r}]); "
              "g.console.end(lambda: sys.exit(g.main()))")
-    process = subprocess.Popen([sys.executable, "-c", drive, "--out", str(tmp_path / "out")], cwd=desk.ROOT, stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, "-c", drive, "--out", str(tmp_path / "out")], cwd=provenance.ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = tmp_path / "out/logs/slow.txt"
     while not (log.exists() and "\nbegun" in log.read_text()):

@@ -14,7 +14,7 @@ from kernels.cuda import CudaKernels, workspace_bytes_per_run
 from kernels.layout import DenseLayout
 from kernels.loss import AUDIT
 from kernels.step import evaluate_ref, gradient_ref, metric_names
-from lab import ensemble
+from lab import ensemble, state
 
 LAYOUT = DenseLayout(20, 32, 40, 70)
 METRICS = metric_names(LAYOUT.groups)
@@ -80,8 +80,9 @@ def test_the_trainer_drives_the_kernels_as_it_drives_the_definition(monkeypatch:
     to = torch.Tensor.to
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: self if a and a[0] == "cuda" else to(self, *a, **k))
-    monkeypatch.setattr(ensemble, "N_TEST", 20)
-    monkeypatch.setattr(ensemble, "model_layout", lambda model, n, dtype, m, examples: DenseLayout(n, 32, m, examples))
+    for module in (ensemble, state):
+        monkeypatch.setattr(module, "N_TEST", 20)
+    monkeypatch.setattr(state, "model_layout", lambda model, n, dtype, m, examples: DenseLayout(n, 32, m, examples))
     shape = dict(block=2, budget_steps=50, model="mlp_dense", task="parity n5 k2 m24")
     cells = [Cell("a", members=(0,), clamp_start=10, held=((5.0,),), **shape), Cell("b", members=(1,), **shape)]
     assert_the_trainer_agrees(cells, [0, 25])

@@ -14,7 +14,7 @@ from kernels.cuda import CudaKernels, chunk_runs, launches_of, state_bytes_per_r
 from kernels.layout import mlp_layout, model_layout, transformer_layout
 from kernels.loss import AUDIT
 from kernels.step import METRICS, evaluate_ref, metric_names, train_step_ref
-from lab import ensemble
+from lab import ensemble, state
 from lab.ensemble import Ensemble
 
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float64, id="float64")]
@@ -232,7 +232,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     to = torch.Tensor.to
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: self if a and a[0] == "cuda" else to(self, *a, **k))
-    monkeypatch.setattr(ensemble, "model_layout", lambda model, p, dtype, **_: mlp_layout(p, 16, 32, dtype) if model == "mlp" else
+    monkeypatch.setattr(state, "model_layout", lambda model, p, dtype, **_: mlp_layout(p, 16, 32, dtype) if model == "mlp" else
                         transformer_layout(p, 16, 32, dtype, model))
 
 
