@@ -35,11 +35,10 @@ import numpy as np
 
 from common import EVAL_EVERY, Cell, Result, UsageError, exactly
 from kernels.cuda import MOST_CLASSES
-from kernels.layout import model_layout
 from lab import console, delay, figures, files, own, settings, stats
 from lab.answers import Statistic, Table, answer, published
 from lab.desk import Lab, main
-from lab.state import State, inherit
+from lab.state import State, inherit, layout_of
 
 ARMS = ("lowered", "free", "same", "raised")   # by the delay that the paper finds
 SCALED = ("lowered", "raised")                 # those that have a rho
@@ -190,7 +189,7 @@ def trunks(desk: Lab, config: Config) -> tuple[Result, dict[tuple[int, int], tup
                 desk.discard()
                 raise UsageError(f"--fork-steps {cell.stop_step}: {problem}")
             state, before = part.state, part.runs
-            for run, norm in zip(before, state.norms(model_layout(cell.model, p, state.params.dtype)), strict=True):
+            for run, norm in zip(before, state.norms(layout_of(cell, state.params.dtype)), strict=True):
                 run["norm_at_fork"] = norm
             at[p, cell.stop_step] = state, before
             total += dataclasses.replace(part, runs=[])

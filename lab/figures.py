@@ -7,7 +7,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from scipy.stats import CensoredData, ecdf
 
 from common import UsageError, exactly
 from lab import files, stats
@@ -305,6 +304,8 @@ def replay(rows: list[dict], folder: Path) -> None:
 @drawn
 def survival(runs: list[dict], name: str, folder: Path) -> None:
     """Kaplan-Meier curves of T_grok at p=59, tau 1, one line per held norm; censored runs leave at their budget."""
+    from scipy.stats import CensoredData, ecdf  # a second's import, and the report alone draws this
+
     figure, axis = plt.subplots(figsize=(6.5, 4.2))
     lr = next(r["lr"] for r in runs if r["arm"] == "clamp")
     clamped = [r for r in runs if (r["arm"], r["lr"], r["p"], r["tau"]) == ("clamp", lr, 59, 1)]

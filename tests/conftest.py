@@ -11,21 +11,21 @@ TESTS = Path(__file__).parent
 
 
 class Beside:
-    """Suites that were asked for, in a queue of one; `kill` ends the one that runs."""
+    """Groups of suites that were asked for, in a queue of one; `kill` ends the one that runs."""
 
     def __init__(self) -> None:
         self.pool, self.running, self.done = ThreadPoolExecutor(1), None, {}
 
-    def start(self, suite: str, noise: str) -> None:
-        self.done[suite, noise] = self.pool.submit(self._run, suite, noise)
+    def start(self, suites: tuple[str, ...], noise: str) -> None:
+        self.done[suites, noise] = self.pool.submit(self._run, suites, noise)
 
-    def _run(self, suite: str, noise: str) -> tuple[int, str]:
+    def _run(self, suites: tuple[str, ...], noise: str) -> tuple[int, str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
                        "GROKKING_TEST_NOISE": noise}
         environment.pop("TRITON_INTERPRET", None)
         if os.environ.get("GROKKING_TEST_GPU") != "1":
             environment["TRITON_INTERPRET"] = "1"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", str(TESTS / suite)]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", *(str(TESTS / suite) for suite in suites)]
         if noise:
             command += ["-m", "not bits"]
         self.running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     for item in session.items if not session.config.option.collectonly else ():
         if item.path.name == "test_triton.py":
-            session.config.beside.start(*(item.callspec.params[name] for name in ("suite", "noise")))
+            session.config.beside.start(*(item.callspec.params[name] for name in ("suites", "noise")))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

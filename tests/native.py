@@ -7,6 +7,8 @@
 Errors are drawn from the bits of the argument and a seed, so the same argument has the same error: a GPU is deterministic. An FMA is emulated in
 float64, whose product is exact; its sum is rounded twice, which differs from once in a case of 2^29.
 """
+import functools
+
 import numpy as np
 import torch
 from tolerance import EXP_ERROR
@@ -69,7 +71,9 @@ def halves(x: np.ndarray, axis: int) -> np.ndarray:
 
 def install(seed: int | None) -> None:
     """From now on in this process. Call it before a kernel runs; the interpreter must be on. Without a seed no value changes, only half of the
-    interpreter's time goes: its erf is a loop in Python, and every call of a device function prepares the language anew."""
+    interpreter's time goes: its erf is a loop in Python, every call of a device function prepares the language anew, and every load and sum makes a
+    table of all types."""
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle, _patch_lang
 
     prepared = set()
@@ -92,6 +96,8 @@ def install(seed: int | None) -> None:
         total = halves(x.handle.data, self.axis)
         return self.to_tensor(np.expand_dims(total, self.axis) if self.keep_dims else total, x.dtype)
 
+    numbers = functools.cache(interpreter._get_np_dtype)      # a block's or a pointer's type cannot be looked up
+    interpreter._get_np_dtype = lambda t: np.dtype(np.uint64) if t.scalar.is_ptr() else numbers(t.scalar)
     InterpreterBuilder.create_erf = unary(erf)
     InterpretedFunction.__call__ = call
     if seed is None:

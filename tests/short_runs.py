@@ -15,7 +15,9 @@ import exp_fork
 from lab import desk
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ["--p", "11", "--seeds", "4", "--members", "0", "1", "--lr", "3e-3", "--backend", "eager", "--fork-steps", "100", "150"]
+NARROW = ["--width", "32", "64"]
+WIDE = ["--p", "11", "--seeds", "4", "--members", "0", "1", "--lr", "3e-3", "--backend", "eager", "--fork-steps", "100", "150"]
+FLAGS = [*NARROW, *WIDE]
 SHORT = [*FLAGS, "--budget", "200", "--parts", "same", "free"]
 
 

@@ -220,7 +220,7 @@ def test_a_composite_modulus_is_allowed_and_said(tmp_path: Path, capsys: pytest.
     assert "p=60 is not prime" in capsys.readouterr().out
 
 
-TINY = ["--preset", "smoke", "--p", "13", "--members", "0", "1", "--backend", "eager"]   # p=13 memorises; whether it groks is not the matter
+TINY = ["--preset", "smoke", "--p", "13", "--members", "0", "1", "--backend", "eager", "--width", "32", "64"]    # it memorises; no more
 
 
 @pytest.fixture
@@ -264,12 +264,15 @@ def test_runs_that_diverge_warn_of_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert [run for run in rows["both"] if run["lr"] == 1e-3] == rows["one"]
 
 
+SMOKE = ["--preset", "smoke", "--members", "0"]
+
+
 def tables(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in ("runs.csv", "cells.csv", "trajectories.csv", "contraction.csv")}
 
 
 def start(out: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "exp_delay_law.py", "--preset", "smoke", "--out", str(out)], cwd=ROOT,
+    return subprocess.Popen([sys.executable, "exp_delay_law.py", *SMOKE, "--out", str(out)], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -302,7 +305,7 @@ def test_smoke_preset_end_to_end_interrupted_and_not(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "figures" / "dense.png").stat().st_size > 5000 and (tmp_path / "a" / "figures" / "dense.pdf").exists()
 
     os.remove(tmp_path / "a" / "figures" / "dense.png")
-    exp_delay_law.run(["--preset", "smoke", "--out", str(tmp_path / "a"), "--figures-only"])
+    exp_delay_law.run([*SMOKE, "--out", str(tmp_path / "a"), "--figures-only"])
     assert (tmp_path / "a" / "figures" / "dense.png").exists() and tables(tmp_path / "a") == tables(tmp_path / "b")
 
 

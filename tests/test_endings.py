@@ -27,7 +27,9 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "out"
-    exp_fork.run([*SHORT, "--out", str(out)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save_figure", lambda *_: None)
+        exp_fork.run([*SHORT, "--out", str(out)])
     return tables(out)
 
 

@@ -17,7 +17,7 @@ from lab.draws import initial_rows
 from lab.ensemble import GROK, Ensemble
 from lab.state import State
 
-CELL = Cell("a", p=13, members=(0, 1, 2), block=4, budget_steps=200, lr=3e-3)
+CELL = Cell("a", p=13, members=(0, 1, 2), block=4, budget_steps=200, lr=3e-3, width=(32, 64))
 
 
 def quiet(_: Ensemble) -> None:
@@ -245,11 +245,11 @@ def test_groups_are_scaled_once_before_the_step_is_measured(at: int) -> None:
             super().record(runs, k, metrics)
     before = trained([dataclasses.replace(CELL, budget_steps=at, eval_every=0)]).state
     for row in before.params:
-        E, _, W2, _, _ = mlp_layout(13).views(row)
+        E, _, W2, _, _ = mlp_layout(13, 32, 64).views(row)
         E *= 0.8
         W2 *= 0.5
     start = State(before.params, before.moment1, before.moment2, np.full(3, at))
-    norms = start.norms(mlp_layout(13))
+    norms = start.norms(mlp_layout(13, 32, 64))
     scaled = dataclasses.replace(CELL, budget_steps=125, clamp_start=at, scale_once=(0.8, 1.0, 0.5))
     ensemble = Watched([scaled], "cpu", "eager", torch.float32, "ieee")
     ensemble.train(quiet)

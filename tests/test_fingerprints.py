@@ -11,8 +11,8 @@ from lab.draws import Card, paper_a_seed
 from lab.ensemble import Ensemble
 
 
-def trained(p: int, block: int, budget: int, members: tuple[int, ...] | None = None, loss: str = "ce", backend: str = "eager") -> Ensemble:
-    cell = Cell("f", p=p, members=members or tuple(range(block)), block=block, budget_steps=budget, loss=loss)
+def trained(p: int, block: int, budget: int, members: tuple[int, ...] | None = None, backend: str = "auto", **conditions: object) -> Ensemble:
+    cell = Cell("f", p=p, members=members or tuple(range(block)), block=block, budget_steps=budget, **conditions)
     ensemble = Ensemble([cell], "cpu", backend, torch.float32, "ieee")
     ensemble.train(lambda _: None)
     return ensemble
@@ -23,7 +23,7 @@ def trained(p: int, block: int, budget: int, members: tuple[int, ...] | None = N
     (113, 8, "ce", 21.9324), (59, 16, "ce", 19.3163), (97, 16, "ce", 21.1873),
 ])
 def test_mean_norm_after_one_step(p: int, block: int, loss: str, norm: float) -> None:
-    ensemble = trained(p, block, 25, loss=loss)
+    ensemble = trained(p, block, 1, backend="eager", loss=loss, eval_every=1)
     first = [row["norm"] for row in ensemble.result().trajectories if row["step"] == 1]
     # printed to 4 decimals; decay before or after the update moves a weight by lr^2 = 1e-6 of the update
     assert len(first) == block and np.mean(first) == pytest.approx(norm, abs=1e-4)
@@ -32,7 +32,7 @@ def test_mean_norm_after_one_step(p: int, block: int, loss: str, norm: float) ->
 def test_free_run_of_the_block_of_twelve() -> None:
     """Norms at step 800 of all members, T_mem, and T_grok of the two members that grok first."""
     published = [59.4002, 59.2883, 59.1965, 59.2764, 59.1422, 59.0078, 59.0030, 59.0319, 59.2552, 59.1565, 59.0511, 59.0680]
-    result = trained(59, 12, 800, backend="auto").result()
+    result = trained(59, 12, 800).result()
     norms = [row["norm"] for row in result.trajectories if row["step"] == 800]
     # lr^2 a step over 800 steps against a shrinking norm: parts in 1e5 of 59
     assert norms == pytest.approx(published, rel=1e-4)
@@ -40,7 +40,7 @@ def test_free_run_of_the_block_of_twelve() -> None:
 
 
 def test_t_grok_of_the_two_fastest_members() -> None:
-    runs = trained(59, 12, 4300, members=(10, 11), backend="auto").result().runs
+    runs = trained(59, 12, 4300, members=(10, 11)).result().runs
     assert [run["t_grok_step"] for run in runs] == [3725, 4225]
 
 

@@ -12,15 +12,15 @@ import exp_fork
 import exp_replay
 from common import Cell, UsageError
 from kernels.layout import mlp_layout
-from lab import desk, files, released
+from lab import desk, figures, files, released
 from lab.answers import Table
 from lab.ensemble import Ensemble
 from lab.state import State
 
 # p=13 at this learning rate memorises by step 50 and groks none of these members within 250 steps
-CELL = Cell("trunk", p=13, members=(0, 1, 2), block=4, budget_steps=250, lr=3e-3, stop_step=100)
-LAYOUT = mlp_layout(13)
-CONFIG = exp_fork.Config(parts=exp_fork.ARMS, p=(13,), seeds=4, seed0=0, members=(0, 1, 2), lr=3e-3, budget=250, fork_steps=(100,))
+CELL = Cell("trunk", p=13, members=(0, 1, 2), block=4, budget_steps=250, lr=3e-3, stop_step=100, width=(32, 64))
+LAYOUT = mlp_layout(13, 32, 64)
+CONFIG = exp_fork.Config(parts=exp_fork.ARMS, p=(13,), seeds=4, seed0=0, members=(0, 1, 2), lr=3e-3, budget=250, fork_steps=(100,), width=(32, 64))
 
 
 def train(cells: list[Cell], start: State | None = None) -> Ensemble:
@@ -88,7 +88,8 @@ def test_both_sides_of_a_fork_take_the_same_kernels() -> None:
     assert Ensemble([long], "cpu", "auto", torch.float32, "ieee").backend == "compiled"
 
 
-TINY = ["--seed0", "0", "--p", "13", "--seeds", "4", "--members", "0", "1", "--lr", "3e-3", "--budget", "250", "--backend", "eager"]
+TINY = ["--seed0", "0", "--p", "13", "--seeds", "4", "--members", "0", "1", "--lr", "3e-3", "--budget", "250", "--backend", "eager", "--width", "32",
+        "64"]
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -154,7 +155,12 @@ def test_two_fork_steps_end_to_end_and_a_float64_twin(tmp_path: Path, trunk: Sta
     assert (out / "cells.csv").read_bytes() == before
 
 
-def test_stopped_inside_the_arms_and_continued_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "save_figure", lambda *_: None)
+
+
+def test_stopped_inside_the_arms_and_continued_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None) -> None:
     flags = [*TINY, "--fork-steps", "100", "150"]
     exp_fork.run([*flags, "--out", str(tmp_path / "a")])
     whole = desk.Progress.__call__
@@ -172,7 +178,7 @@ def test_stopped_inside_the_arms_and_continued_gives_the_same_bytes(tmp_path: Pa
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_a_fork_step_alone_gives_the_rows_that_it_gives_in_one_ensemble_with_another(tmp_path: Path) -> None:
+def test_a_fork_step_alone_gives_the_rows_that_it_gives_in_one_ensemble_with_another(tmp_path: Path, no_figures: None) -> None:
     for name, steps in (("both", ("100", "150")), ("late", ("150",))):
         exp_fork.run([*TINY, "--fork-steps", *steps, "--out", str(tmp_path / name)])
     both, late = (files.read_csv(tmp_path / name / "runs.csv") for name in ("both", "late"))

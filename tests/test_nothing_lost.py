@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_runs import FLAGS, SHORT, main, start, tables, wait_for
+from short_runs import FLAGS, SHORT, WIDE, main, start, tables, wait_for
 
 import exp_fork
 from common import UsageError
@@ -29,7 +29,9 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "out"
-    exp_fork.run([*SHORT, "--out", str(out)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save_figure", lambda *_: None)
+        exp_fork.run([*SHORT, "--out", str(out)])
     return tables(out)
 
 
@@ -37,7 +39,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     """SIGKILL, wherever it strikes: starting, training, saving, writing results. Each start goes on from what the one before left. By the C++
     step, where there is a compiler: it is several times as fast."""
     budget = (4 if cpu.has_compiler() else 1) * (300 + 75 * KILLS)
-    flags = [*FLAGS, "--backend", "auto", "--budget", str(budget), "--parts", "same", "free"]
+    flags = [*WIDE, "--backend", "auto", "--budget", str(budget), "--parts", "same", "free"]
     exp_fork.run([*flags, "--out", str(tmp_path / "whole")])
     out, moments, kills, continued = tmp_path / "out", random.Random(KILLS), 0, 0
     while kills < KILLS:
@@ -240,7 +242,7 @@ def test_a_write_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch:
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
         code, _, errors = main(monkeypatch, capsys, SHORT, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -12,8 +12,8 @@ from common import UsageError
 from lab import desk, figures, files, ranks
 
 LAW = ["--preset", "smoke", "--p", "11", "13", "--members", "0", "1", "--after-grok", "200", "--backend", "eager", "--rhos", "0.9",
-       "--parts", "dense", "matrix", "--lrs", "3e-3", "6e-3"]
-FORK = ["--p", "13", "--seeds", "4", "--members", "0", "1", "--lr", "3e-3", "--budget", "200", "--backend", "eager",
+       "--width", "32", "64", "--parts", "dense", "matrix", "--lrs", "3e-3", "6e-3"]
+FORK = ["--p", "13", "--seeds", "4", "--members", "0", "1", "--lr", "3e-3", "--budget", "200", "--backend", "eager", "--width", "32", "64",
         "--parts", "same", "raised", "free", "--fork-steps", "100", "150"]
 
 

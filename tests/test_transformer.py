@@ -138,7 +138,7 @@ def test_start_is_drawn_from_one_generator_block_at_once() -> None:
         assert torch.allclose(view[:, :columns], drawn, rtol=1e-6, atol=0) and not view[:, columns:].any()
 
 
-CELL = Cell("a", p=13, members=(0, 1, 2), block=4, budget_steps=75, lr=3e-3, model="transformer_ln")
+CELL = Cell("a", p=13, members=(0, 1, 2), block=4, budget_steps=75, lr=3e-3, model="transformer_ln", width=(32, 64))
 
 
 def trained(cell: Cell, backend: str = "eager", dtype: torch.dtype = torch.float32) -> Ensemble:
