@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: delay_law logit_scale fork transformer parity saturation paper replay report bench test test-gpu compile-all gpu-evidence lint clean
+.PHONY: delay_law logit_scale fork transformer parity saturation paper replay report bench test test-gpu compile-all count gpu-evidence lint clean
 
 delay_law: $(READY)
 	'$(PY)' exp_delay_law.py $(ARGS)
@@ -48,6 +48,9 @@ test-gpu: $(READY)        # the kernels' tests natively; fails without a GPU
 
 compile-all: $(READY)     # every kernel that experiments, tests and bench launch, for sm_90, without a GPU; results/bench/kernels_sm90.csv
 	'$(PY)' tests/sm90.py --out results/bench $(ARGS)
+
+count: $(READY)           # what a step costs a GPU at least, counted from the machine code, without one; results/bench/count_sm90.csv
+	'$(PY)' bench/count_sm90.py $(ARGS)
 
 gpu-evidence: $(READY)    # all that only a GPU can show, in stages of at most ten minutes: call again until it says complete
 	'$(PY)' bench/gpu_evidence.py --released '$(RELEASED)' $(ARGS)

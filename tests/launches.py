@@ -35,6 +35,7 @@ class Launch(NamedTuple):
     kernel: object      # triton.runtime.jit.JITFunction
     args: tuple
     options: dict       # num_warps and the like
+    grid: tuple[int, ...] = ()      # programs in each direction
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Pointer:
 def recording(launches: list[Launch]) -> object:
     """Within the block nothing is launched: launches are appended."""
     def record(kernel: object, *args: object, grid: object, warmup: bool, **options: object) -> None:
-        launches.append(Launch(kernel, args, options))
+        launches.append(Launch(kernel, args, options, grid))
     return mock.patch.object(triton.runtime.jit.JITFunction, "run", record)
 
 
@@ -66,16 +67,22 @@ def order_of_one(tiles: bool, p: int, n: int) -> torch.Tensor:
     return (slots_of if tiles else order_of)(pairs // p, pairs % p, p)
 
 
-def step_launches(layout: Layout | TransformerLayout, dtype: torch.dtype, arithmetic: str, loss: str, runs: int = 1, chunk: int = 1, steps: int = 1,
-                  n: int | None = None, decay_last: bool = False) -> list[Launch]:
-    """Of some steps and an evaluation, with `n` training pairs, 40% of all by default."""
-    p, launches = layout.p, []
+def engine_of(layout: Layout | TransformerLayout, dtype: torch.dtype, arithmetic: str, loss: str, runs: int = 1, n: int | None = None,
+              decay_last: bool = False) -> CudaKernels:
+    """On `n` training pairs, 40% of all by default."""
+    p, network = layout.p, launches_of(layout)
     n = n or int(0.4 * p * p)
     pairs = drawn_pairs(p, n).expand(runs, n)
     rows = [torch.empty(runs, layout.n_params, dtype=dtype) for _ in range(3)]
-    network = launches_of(layout)
     with mock.patch.object(network, "order_of", lambda *_: order_of_one(network is mlp_launches, p, n).repeat(runs, 1)):
-        engine = CudaKernels(layout, loss, dtype, arithmetic, *rows, pairs // p, pairs % p, torch.zeros(runs, p * p), decay_last)
+        return CudaKernels(layout, loss, dtype, arithmetic, *rows, pairs // p, pairs % p, torch.zeros(runs, p * p), decay_last)
+
+
+def step_launches(layout: Layout | TransformerLayout, dtype: torch.dtype, arithmetic: str, loss: str, runs: int = 1, chunk: int = 1, steps: int = 1,
+                  n: int | None = None, decay_last: bool = False) -> list[Launch]:
+    """Of some steps and an evaluation."""
+    launches: list[Launch] = []
+    engine = engine_of(layout, dtype, arithmetic, loss, runs, n, decay_last)
     engine.chunk = chunk
     with recording(launches):
         engine.interval(torch.ones(runs, steps, engine.scalars, dtype=torch.float64))

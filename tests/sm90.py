@@ -54,7 +54,7 @@ class Build(NamedTuple):
     dots_written: int       # in the source
     dots_compiled: int      # three for each in tf32x3, more where a loop is peeled
     seconds: float          # of processor time, whatever else the machine does
-    asm: dict[str, str]
+    asm: dict[str, str | bytes]
 
 
 def bound(launch: Launch) -> tuple[dict, list, dict]:
@@ -65,6 +65,12 @@ def bound(launch: Launch) -> tuple[dict, list, dict]:
 @functools.cache
 def binder(kernel: object) -> Callable:
     return create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGET))
+
+
+def runtime_arguments(launch: Launch) -> list:
+    """Those that the compiled kernel takes, in its order: all but constants, and numbers that it is specialised to."""
+    _, signature, _, _ = launch.kernel._pack_args(make_backend(TARGET), launch.options, *bound(launch))
+    return [arg for arg, of in zip(launch.args, signature.values(), strict=True) if of != "constexpr"]
 
 
 def kind(launch: Launch) -> str:
@@ -95,7 +101,7 @@ def assembled(cubin: bytes) -> tuple[dict[str, int], int]:
 
 def build(launch: Launch) -> Build:
     """Compiled afresh."""
-    kernel, args, options = launch
+    kernel, args, options = launch[:3]
     names = [param.name for param in kernel.params]
     given = dict(zip(names, args, strict=True))
     start = sum(os.times()[:4])         # of this process and of those it has waited for
@@ -103,7 +109,7 @@ def build(launch: Launch) -> Build:
         packed, signature, constants, attributes = kernel._pack_args(make_backend(TARGET), options, *bound(launch))
         compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=packed.__dict__)
         seconds = sum(os.times()[:4]) - start
-        asm = {stage: compiled.asm[stage] for stage in ("ttir", "ttgir", "ptx")}
+        asm = {stage: compiled.asm[stage] for stage in ("ttir", "ttgir", "ptx", "cubin")}
         usage, spills = assembled(compiled.asm["cubin"])
     floats = [str(arg.dtype).removeprefix("torch.") for arg in args if str(getattr(arg, "dtype", "")).startswith("torch.float")]
     own = {"p", "PRECISION", "LOSS"}

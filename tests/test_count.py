@@ -1,0 +1,69 @@
+"""The count of a step on sm_90: the walk through the machine code of a product against what is known of it, and bank conflicts of known patterns."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton cannot be installed here: nothing is counted")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from launches import Launch, recording
+
+from bench import count_sm90, sass
+from kernels.matmul import matmul
+
+LANES = np.arange(32)
+
+
+@pytest.mark.parametrize(("address", "size", "found"), [
+    (4 * LANES, 4, (1, 1)),                     # a word of every bank
+    (0 * LANES, 4, (1, 1)),                     # one word for all
+    (128 * LANES, 4, (32, 32)),                 # all of one bank
+    (8 * LANES, 4, (2, 2)),                     # every second bank
+    (16 * LANES, 16, (4, 1)),                   # 512 bytes in a row, a quarter of the warp at a time
+    (512 * (LANES % 8), 16, (32, 8)),           # rows of 128 floats, one for each lane of a quarter
+    (8 * LANES, 8, (2, 1)),
+    (0 * LANES, 16, (2, 1)),                    # one read for all still fills four registers
+    (16 * (LANES // 2), 16, (2, 1)),            # neighbours alike: half a warp at a time
+    (512 * (LANES // 2 % 2), 16, (4, 2)),       # the same, of two rows in the same banks
+])
+def test_bank_conflicts_of_known_patterns(address: np.ndarray, size: int, found: tuple[int, int]) -> None:
+    assert sass.wavefronts(address, LANES >= 0, size) == found
+
+
+def test_lanes_that_are_off_do_not_conflict() -> None:
+    assert sass.wavefronts(128 * LANES, LANES < 2, 4) == (2, 2)
+
+
+@pytest.fixture(scope="module")
+def walked() -> tuple[sass.Walk, list[torch.Tensor]]:
+    """(48, 80) by (80, 40) in tiles of 64: a ragged tile, and five turns of the loop."""
+    x, y, out = torch.zeros(1, 48, 80), torch.zeros(1, 80, 40), torch.zeros(1, 48, 40)
+    found: list[Launch] = []
+    with recording(found):
+        matmul(x, y, out, "ieee")
+    _, walk = count_sm90.walked(found[0], checked=True)
+    return walk, [x, y, out]
+
+
+def test_a_product_has_its_multiply_adds_and_its_bytes(walked: tuple) -> None:
+    walk, (x, y, out) = walked
+    fma = [i.op == "FFMA" for i in walk.code]
+    assert walk.executed[fma].sum() * 32 == 64 * 64 * 80                 # tiles of 64 by 64, masked
+    start = walk.tensors.starts[2] - sass.BASE
+    assert (walk.stored[start: start + out.nbytes] == 1).all() and walk.stored.sum() == out.nbytes
+    read = walk.read.any(0)
+    for tensor, at in zip((x, y), walk.tensors.starts, strict=False):
+        first = (at - sass.BASE) // sass.SECTOR
+        assert read[first: first + tensor.nbytes // sass.SECTOR].all()
+    assert read.sum() * sass.SECTOR == x.nbytes + y.nbytes
+
+
+def test_a_bound_grows_with_the_busiest_multiprocessor() -> None:
+    """132 programs take as long as one; the next takes its turn."""
+    cycles = {name: (0.0, 0.0) for name in count_sm90.RESOURCES} | {"fma": (1980.0, 1980.0), "chain": (1e4, 1e4)}
+    one = count_sm90.Count("step", 0, "k", 1, 4, 32, 0, 16, 1, 1, 0, 1, 0, 0, cycles)
+    us = {runs: count_sm90.bounds(one, runs) for runs in (1, 132, 133, 132 * 16, 132 * 16 + 1)}
+    assert [us[runs]["fma"] for runs in us] == pytest.approx([1, 1, 2, 16, 17])
+    assert [us[runs]["chain"] for runs in us] == pytest.approx([1e4 / 1980] * 4 + [2e4 / 1980])
