@@ -2,8 +2,7 @@
 
 Claim of paper B (arXiv 2606.18465): the weight norm acts on the delay "through the logit scale and the softmax saturation it drives". Under the
 softmax the two move together. StableMax (arXiv 2501.04697) lets logits grow without saturating: s(x) = x + 1 from 0 on, 1 / (1 - x) below, in the
-place of exp. So the same networks are trained under both losses, at the same multiples of a loss's own critical norm and the same temperatures.
-Fixed before any run:
+place of exp. So the same networks are trained under both losses, at the same held norms and temperatures. Fixed before any run:
 
   slopes      of ln median T_grok on rho, at tau 1, under either loss; and of ln median T_grok on ln L over all doses and temperatures of a loss
   removed     1 - slope under StableMax / slope under cross-entropy, on rho: the share of the norm's delay that goes with the saturation.
@@ -13,10 +12,9 @@ Fixed before any run:
 
 L: mean over members of the effective logit scale at the logged step nearest the cell's median T_grok. Saturation: share of pairs whose largest
 probability, of the loss's own, exceeds 0.999. Training gradient: norm of the loss's gradient on the training pairs in the weight matrices. The
-last two, and the share of training pairs in collapse, are means over the members that grok, each at its own T_grok. A loss holds rho times the W_c
-of its own control: the median, over the members that grok, of the norm at own T_grok. StableMax groks by itself at about twice the norm, and at the
-norms of cross-entropy not within the budget, so equal norms would have nothing to compare. A run that does not grok within its budget is censored
-there and counts as later; a cell with half or more of its members censored is in no fit, and that is said.
+last two, and the share of training pairs in collapse, are means over the members that grok, each at its own T_grok. Both losses hold rho times the
+W_c of the cross-entropy control: the median, over the members that grok, of the norm at own T_grok. A run that does not grok within its budget is
+censored there and counts as later; a cell with half or more of its members censored is in no fit, and that is said.
 
     python exp_saturation.py                      laptop preset: four doses under both losses at p=59, 3 members, minutes on 2 cores
     python exp_saturation.py --preset paper       8 members, two temperatures, float64, and the doses on mul and s4
@@ -53,7 +51,7 @@ class Config(settings.Config):
     p: tuple[int, ...] = settings.option((59,), "modulus: one")
     seeds: int = settings.option(8, "block size: members drawn from one generator; member 3 of 12 is not member 3 of 8")
     parts: tuple[str, ...] = settings.option((), f"parts to run: {' '.join(PARTS)}")
-    rhos: tuple[float, ...] = settings.option(RHOS, "held norms over W_c of the control of that loss")
+    rhos: tuple[float, ...] = settings.option(RHOS, "held norms over W_c of the cross-entropy control")
     taus: tuple[float, ...] = settings.option((1.0, 1.7), "temperatures; 1 is always among them", parts=("temperatures",))
     tasks: tuple[str, ...] = settings.option(("mul", "s4"), "tasks that three of the doses are repeated on", parts=("tasks",))
     task_frac: float = settings.option(0.6, "share of the pairs of a permutation group to train on", parts=("tasks",))
@@ -108,17 +106,17 @@ def controls(config: Config) -> list[Cell]:
 
 
 def held(config: Config, w_c: dict[str, float]) -> list[Cell]:
-    """All held cells whose control has a W_c, by the control's name."""
+    """All held cells whose cross-entropy control has a W_c, by its name."""
     cells = []
-    for control in controls(config):
-        norm, loss, task = w_c.get(control.name), control.loss, control.task
+    for task in tasks(config):
+        norm = w_c.get(cell(config, "ce", task).name)
         if norm is None:
             continue
         rhos = config.rhos if task == "add" else [rho for rho in config.rhos if config.rhos != RHOS or rho in TASK_RHOS]
         taus = sorted({1.0, *config.taus}) if task == "add" and "temperatures" in config.parts else [1.0]
-        cells += [cell(config, loss, task, rho, tau, w_c=norm) for rho in rhos for tau in taus]
-        if (loss, task) == ("ce", "add") and "precision" in config.parts:
-            cells += [cell(config, loss, task, AUDITED, dtype=dtype, w_c=norm) for dtype in ("", "float64")]
+        cells += [cell(config, loss, task, rho, tau, w_c=norm) for loss in LOSSES for rho in rhos for tau in taus]
+        if task == "add" and "precision" in config.parts:
+            cells += [cell(config, "ce", task, AUDITED, dtype=dtype, w_c=norm) for dtype in ("", "float64")]
     return unique(cells)
 
 
