@@ -56,8 +56,7 @@ class Mlp(nn.Module):
 
     def __init__(self, p: int, d: int = 128, H: int = 256):
         super().__init__()
-        shapes = {"E": (p, d), "W1": (2 * d, H), "W2": (H, p), "b1": (H,), "b2": (p,)}
-        for name, shape in shapes.items():
+        for name, shape in {"E": (p, d), "W1": (2 * d, H), "W2": (H, p), "b1": (H,), "b2": (p,)}.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -72,9 +71,8 @@ class Transformer(nn.Module):
 
     def __init__(self, p: int, d: int = 128, H: int = 512, heads: int = 4, classes: int = 0, normed: bool = False):
         super().__init__()
-        shapes = {"E": (p + 1, d), "pos": (3, d), "Wq": (d, d), "Wk": (d, d), "Wv": (d, d), "Wo": (d, d), "Win": (d, H), "Wout": (H, d),
-                  "U": (d, classes or p + 1)}
-        for name, shape in shapes.items():
+        for name, shape in {"E": (p + 1, d), "pos": (3, d), "Wq": (d, d), "Wk": (d, d), "Wv": (d, d), "Wo": (d, d), "Win": (d, H),
+                            "Wout": (H, d), "U": (d, classes or p + 1)}.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         self.p, self.heads = p, heads
         self.norm = (lambda x: functional.layer_norm(x, x.shape[-1:])) if normed else lambda x: x
@@ -159,7 +157,8 @@ class Cell:
         if self.eval_every and (self.eval_every < 0 or LOG_EVERY % self.eval_every):
             raise UsageError(f"eval_every must be 0, paper A's grid, or divide {LOG_EVERY}, got {self.eval_every}")
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        put("members", tuple(self.members))
+        for name in ("members", "betas", "width"):
+            put(name, tuple(getattr(self, name)))
         if self.model not in LEARNING_RATES:
             raise UsageError(f"model must be one of {', '.join(LEARNING_RATES)}, got {self.model!r}")
         if not self.members or min(self.members) < 0 or (self.block and max(self.members) >= self.block):
@@ -178,8 +177,6 @@ class Cell:
                 raise UsageError(f"p at least 2, and train_frac leaves pairs to train and test on; got p {self.p}, train_frac {self.train_frac}")
         if self.loss not in CLAMP_START or not self.tau > 0:
             raise UsageError(f"loss is ce, mse or stablemax, tau above 0; got loss {self.loss}, tau {self.tau}")
-        for name in ("betas", "width"):
-            put(name, tuple(getattr(self, name)))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"betas are two numbers of at least 0 and below 1, such as 0.9 0.98; got {' '.join(map(str, self.betas))}")
         if self.width and (len(self.width) != 2 or any(size < 16 or size % 16 for size in self.width) or self.model == "mlp_dense"):
@@ -204,16 +201,13 @@ class Cell:
 
     def _described(self) -> str:
         dense = self.model == "mlp_dense"
-        parts = [self.arm, *([Path(self.task).stem.replace(" ", "_")] if self.task != "add" else []), *([] if dense else [f"p{self.p}"]),
-                 f"b{self.block}"]
-        for short, text, value, default in (
-                ("", "", self.model, "mlp_dense" if dense else "mlp"), ("", "", self.loss, "ce"), ("rho", ".2f", self.rho, None),
-                ("wc", "g", self.w_c, None), ("tau", "g", self.tau, 1.0), ("gamma", "+.2f", self.gamma, None), ("wd", "g", self.weight_decay, 1.0),
-                ("lr", "g", self.lr, LEARNING_RATES[self.model]), ("frac", "g", self.train_frac, 0.0 if dense else 0.40), ("seed", "", self.seed0, 0),
-                ("", "", self.dtype, ""), *((short, "g", value, None) for short, value in self.changed().items())):
-            if value != default:
-                parts.append(short + (exactly(value, text) if isinstance(value, float) else str(value)))
-        return "_".join(parts)
+        task = "" if self.task == "add" else Path(self.task).stem.replace(" ", "_")
+        return cell_name((self.arm, task, "" if dense else f"p{self.p}", f"b{self.block}"),
+                         ("", "", self.model, "mlp_dense" if dense else "mlp"), ("", "", self.loss, "ce"), ("rho", ".2f", self.rho, None),
+                         ("wc", "g", self.w_c, None), ("tau", "g", self.tau, 1.0), ("gamma", "+.2f", self.gamma, None),
+                         ("wd", "g", self.weight_decay, 1.0), ("lr", "g", self.lr, LEARNING_RATES[self.model]),
+                         ("frac", "g", self.train_frac, 0.0 if dense else 0.40), ("seed", "", self.seed0, 0), ("", "", self.dtype, ""),
+                         *((short, "g", value, None) for short, value in self.changed().items()))
 
     @property
     def n_train(self) -> int:
@@ -241,6 +235,15 @@ def exactly(x: float, short: str) -> str:
     return format(x, short) if float(format(x, short)) == x else repr(x)
 
 
+def cell_name(words: Iterable[str], *conditions: tuple[str, str, object, object]) -> str:
+    """The name of a cell: its `words`, then every one of its `conditions`, `(short, format, value, default)`, whose value is not the default."""
+    parts = [word for word in words if word]
+    for short, text, value, default in conditions:
+        if value != default:
+            parts.append(short + (exactly(value, text) if isinstance(value, float) else str(value)))
+    return "_".join(parts)
+
+
 def unique(cells: Iterable[Cell]) -> list[Cell]:
     """One cell per name; where parts of an experiment ask for it with different budgets, the larger one. Raises ValueError if two conditions
     share a name."""
@@ -265,9 +268,8 @@ def load(path: str | Path) -> "Saved":  # noqa: F821, of lab/weights.py
 def train(cells: Iterable[Cell], device: str = "auto", backend: str = "auto", dtype: str = "float32", arithmetic: str = "ieee",
           weights: str | Path = "") -> Result:
     """Train all `cells`, those of equal shape together, with a bar on a terminal; nothing is written but, with a folder of `weights`, the trained
-    networks there, for `load`. Raises UsageError for what cannot be.
-
-    The experiments do the same in an output folder, with checkpoints (`lab/desk.py`)."""
+    networks there, for `load`. The experiments do the same in an output folder, with checkpoints (`lab/desk.py`). Raises UsageError for what
+    cannot be."""
     from lab.console import Progress  # they know `Cell`, so they are asked for when there are some
     from lab.ensemble import Ensemble, by_shape
     from lab.settings import place
@@ -290,8 +292,9 @@ def train(cells: Iterable[Cell], device: str = "auto", backend: str = "auto", dt
         finally:
             progress.close()
         rows |= {i: ensemble.rows(c) for c, i in enumerate(group)}
-        for c in range(len(group)) if weights else ():
-            save(Path(weights), ensemble, c)
+        if weights:
+            for c in range(len(group)):
+                save(Path(weights), ensemble, c)
         total.executed, total.seconds = total.executed + ensemble.executed, total.seconds + ensemble.seconds
     whole = sum((rows[i] for i in range(len(cells))), total)
     return dataclasses.replace(whole, state=ensemble.result().state) if len(groups) == 1 else whole

@@ -29,7 +29,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common import Cell, Result, UsageError, exactly, unique
+from common import Cell, Result, UsageError, cell_name, unique
 from lab import console, delay, figures, own, settings, stats
 from lab.answers import Table, answer, lacking, published
 from lab.desk import Lab, main
@@ -99,20 +99,16 @@ def dense_budget(rho: float) -> int:
 
 
 def name(config: Config, arm: str, p: int, block: int, rho: float | None = None, lr: float | None = None, wd: float = 1.0,
-         frac: float = 0.40) -> str:
-    parts = [arm, f"p{p}", f"b{block}"]
-    for short, value, text, default in (("rho", rho, ".2f", None), ("lr", lr or config.lrs[0], "g", config.lrs[0]), ("wd", wd, "g", 1),
-                                        ("frac", frac, "g", 0.40)):
-        if value != default:
-            parts.append(short + exactly(value, text))
-    return "_".join(parts)
+         frac: float | None = None) -> str:
+    return cell_name((arm, f"p{p}", f"b{block}"), ("rho", ".2f", rho, None), ("lr", "g", lr or config.lrs[0], config.lrs[0]), ("wd", "g", wd, 1),
+                     ("frac", "g", frac or config.train_frac, config.train_frac))
 
 
-def free(config: Config, p: int, block: int, lr: float | None = None, wd: float = 1.0, frac: float = 0.0) -> Cell:
-    lr = lr or config.lrs[0]
-    to_95 = own.ON_TO_95 if block == config.free_seeds and (lr, wd, frac or 0.40) == (config.lrs[0], 1.0, 0.40) else 0
-    return Cell(name(config, "free", p, block, None, lr, wd, frac or 0.40), p, config.members or range(block), block,
-                budget_steps=min(config.budget, 60_000 if p >= 59 else 120_000), seed0=config.seed0, train_frac=frac or config.train_frac, lr=lr,
+def free(config: Config, p: int, block: int, lr: float | None = None, wd: float = 1.0, frac: float | None = None) -> Cell:
+    lr, frac = lr or config.lrs[0], frac or config.train_frac
+    to_95 = own.ON_TO_95 if block == config.free_seeds and (lr, wd, frac) == (config.lrs[0], 1.0, config.train_frac) else 0
+    return Cell(name(config, "free", p, block, None, lr, wd, frac), p, config.members or range(block), block,
+                budget_steps=min(config.budget, 60_000 if p >= 59 else 120_000), seed0=config.seed0, train_frac=frac, lr=lr,
                 weight_decay=wd, expected_steps=int(1.3 * expected(p, 1, lr) / max(wd, 0.1)), after_grok=max(config.after_grok, to_95),
                 **config.network())
 

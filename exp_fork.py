@@ -33,7 +33,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common import EVAL_EVERY, Cell, Result, UsageError, exactly
+from common import EVAL_EVERY, Cell, Result, UsageError, cell_name, exactly
 from kernels.cuda import MOST_CLASSES
 from lab import console, delay, figures, files, own, settings, stats
 from lab.answers import Statistic, Table, answer, published
@@ -139,7 +139,7 @@ def arm_cells(config: Config, p: int, step: int, norms: list[float]) -> list[Cel
     for arm in (arm for arm in ARMS if arm in config.parts):
         for rho in config.rho if arm in SCALED else (None,):
             factor = {"free": 0.0, "same": 1.0, "raised": rho, "lowered": rho and 1 / rho}[arm]
-            name = f"{label(config)}{arm}_p{p}_b{config.seeds}_fork{step}" + (f"_rho{exactly(rho, 'g')}" if rho else "")
+            name = cell_name((f"{label(config)}{arm}", f"p{p}", f"b{config.seeds}", f"fork{step}"), ("rho", "g", rho, None))
             cells.append(Cell(name, arm=arm, rho=rho, clamp_start=step + 1, held=tuple((factor * norm, 0.0, 0.0, 0.0) for norm in norms),
                               expected_steps=step + expected(config.model, arm, p, rho or 1.0, config.lr), after_grok=config.after_grok,
                               **common_fields(config, p)))

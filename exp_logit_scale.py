@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from common import Cell, Result, UsageError, exactly, unique
+from common import Cell, Result, UsageError, cell_name, exactly, unique
 from lab import console, delay, figures, mediation, own, settings, stats
 from lab.answers import Statistic, Table, answer, at_doses, lacking, published
 from lab.desk import Lab, main
@@ -114,14 +114,13 @@ def checked(config: Config, given: dict) -> Config:
 def cell(config: Config, p: int, loss: str, block: int, budget: int, arm: str = "clamp", rho: float | None = None, tau: float = 1.0,
          gamma: float | None = None, weight_decay: float = 1.0, dtype: str = "", w_c: float | None = None, shares: tuple[float, ...] = ()) -> Cell:
     """One cell, named after its conditions. `shares` of E, W1 and W2 in the squared norm of the control, for an allocation."""
-    conditions = [("rho", ".2f", rho), ("tau", ".2f", tau)] if arm == "clamp" else []
-    conditions += [("gamma", "+.2f", gamma), ("wd", "g", None if weight_decay == 1 else weight_decay)]
-    name = [arm, f"p{p}", f"b{block}", loss, *(short + exactly(value, text) for short, text, value in conditions if value is not None)]
+    dose = [("rho", ".2f", rho, None), ("tau", ".2f", tau, None)] if arm == "clamp" else []
+    name = cell_name((arm, f"p{p}", f"b{block}", loss), *dose, ("gamma", "+.2f", gamma, None), ("wd", "g", weight_decay, 1), ("", "", dtype, ""))
     T, alpha, power = (3700, 8, -2) if loss == "ce" else (1175, 4.3, -0.7)   # by the paper's tables: for the estimate of time, never for a result
     steps = T * (59 / p) ** (1.5 if p >= 59 else 3) * math.exp(alpha * (min(rho or 1.04, 3) - 1)) * max(tau, 0.05) ** power
     steps = max(int(steps * (1e-3 / max(config.lr, 1e-9)) ** 0.4 / max(weight_decay, 0.3) ** 0.7), 1000)
     members, fields = config.members or tuple(range(block)), config.network() | {"loss": loss}
-    return Cell("_".join(name + [dtype] * bool(dtype)), p=p, members=members, block=block, budget_steps=min(config.budget, budget), arm=arm, rho=rho,
+    return Cell(name, p=p, members=members, block=block, budget_steps=min(config.budget, budget), arm=arm, rho=rho,
                 tau=tau, gamma=gamma, w_c=w_c, held=(allocated(w_c, gamma, shares),) * len(members) if shares else (), expected_steps=steps,
                 dtype=dtype, model=config.model, seed0=config.seed0, lr=config.lr, weight_decay=weight_decay, after_grok=config.after_grok, **fields)
 

@@ -29,7 +29,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common import Cell, Result, UsageError, exactly, parity_sizes, unique
+from common import Cell, Result, UsageError, cell_name, parity_sizes, unique
 from lab import console, delay, figures, files, mediation, own, settings, stats
 from lab.answers import ROOT, Table, answer, published
 from lab.desk import Lab, main
@@ -84,17 +84,15 @@ def cell(config: Config, rho: float | None = None, w_c: float | None = None, tau
          lr: float = 0.0) -> Cell:
     """Free, or the total norm held at rho W_c. What is left out is the first of its flag."""
     n, m, lr, members = n or config.n[0], m or config.m[0], lr or config.lrs[0], config.members or tuple(range(config.seeds))
-    parts = ["free" if rho is None else "clamp", f"n{n}", f"k{config.k}", f"m{m}", f"b{config.seeds}"]
-    parts += [config.loss] if config.loss != "ce" else []
-    for short, value, text, default in (("rho", rho, ".2f", None), ("tau", tau, "g", 1.0), ("wd", wd, "g", 1.0), ("lr", lr, "g", config.lrs[0])):
-        if value != default:
-            parts.append(short + exactly(value, text))
+    arm = "free" if rho is None else "clamp"
+    name = cell_name((arm, f"n{n}", f"k{config.k}", f"m{m}", f"b{config.seeds}"), ("", "", config.loss, "ce"), ("rho", ".2f", rho, None),
+                     ("tau", "g", tau, 1.0), ("wd", "g", wd, 1.0), ("lr", "g", lr, config.lrs[0]))
     # by the paper's medians: for the estimate of time, never for a result
     steps = 2650 * (1000 / m) ** 5 * (n / 30) ** 9 * (1e-3 / lr) * max(wd, 0.1) ** -0.7 * math.exp(2.2 * ((rho or 1) - 1)) * 1.3
     steps = config.budget if wd >= 5 else min(steps, config.budget)
-    return Cell("_".join(parts), members=members, block=config.seeds, budget_steps=config.budget, model=config.model,
+    return Cell(name, members=members, block=config.seeds, budget_steps=config.budget, model=config.model,
                 seed0=config.seed0, rho=rho, tau=tau, lr=lr, weight_decay=wd, w_c=w_c,
-                arm="free" if rho is None else "clamp", expected_steps=int(steps), after_grok=config.after_grok,
+                arm=arm, expected_steps=int(steps), after_grok=config.after_grok,
                 **{**config.network(), "task": parity_task(n, config.k, m)})
 
 

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
-from common import Cell, Result, UsageError, elements, exactly, load, unique
+from common import Cell, Result, UsageError, cell_name, elements, load, unique
 from lab import console, figures, files, settings, stats, weights
 from lab.answers import Statistic, Table
 from lab.desk import Lab, main
@@ -87,11 +87,10 @@ def checked(config: Config) -> Config:
 def cell(config: Config, loss: str, task: str = "add", rho: float | None = None, tau: float = 1.0, dtype: str = "", w_c: float | None = None) -> Cell:
     """A free control, or a cell held at `rho w_c`."""
     arm, members = "free" if rho is None else "clamp", config.members or tuple(range(config.seeds))
-    conditions = [("rho", ".2f", rho), ("tau", ".2f", None if tau == 1 else tau)]
-    name = [arm, Path(task).stem, loss, *(short + exactly(value, text) for short, text, value in conditions if value is not None), dtype]
+    name = cell_name((arm, Path(task).stem, loss), ("rho", ".2f", rho, None), ("tau", ".2f", tau, 1), ("", "", dtype, ""))
     steps = 3700 * math.exp(8 * (min(rho or 1.04, 3) - 1)) * max(tau, 0.05) ** -2 * (1e-3 / config.lr) ** 0.4     # for the estimate of time alone
     fields = {**config.network(), "task": task, "loss": loss}
-    return Cell("_".join(filter(None, name)), p=elements(task) or config.p[0], members=members, block=config.seeds, budget_steps=config.budget,
+    return Cell(name, p=elements(task) or config.p[0], members=members, block=config.seeds, budget_steps=config.budget,
                 arm=arm, seed0=config.seed0, train_frac=config.task_frac if elements(task) else 0.40, rho=rho, tau=tau, lr=config.lr, w_c=w_c,
                 dtype=dtype, expected_steps=int(min(max(steps, 1000), config.budget)), after_grok=config.after_grok, **fields)
 

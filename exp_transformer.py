@@ -31,7 +31,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common import MODELS, Cell, Result, UsageError, exactly, unique
+from common import MODELS, Cell, Result, UsageError, cell_name, unique
 from kernels.layout import TransformerLayout
 from lab import console, delay, figures, mediation, own, settings, stats
 from lab.answers import SAME, Statistic, Table, answer, at_doses, published
@@ -117,13 +117,10 @@ def cell(config: Config, p: int, block: int, budget: int, rho: float | None = No
          lr: float = 0.0, frac: float = 0.40, tau: float | None = None) -> Cell:
     """Free, or one norm held at rho times its value `w_c` at grokking: the total, or that of `group`. `tau`: in the name where it is given."""
     members, lr = config.members or tuple(range(block)), lr or config.lrs[0]
-    parts = ["free" if rho is None else "clamp", *([group] if group else []), f"p{p}", f"b{block}"]
-    for short, value, text, default in (("rho", rho, ".2f", None), ("tau", tau, ".2f", None), ("lr", lr, "g", config.lrs[0]),
-                                        ("frac", frac, "g", 0.40)):
-        if value != default:
-            parts.append(short + exactly(value, text))
-    held = tuple(rho * w_c if name == group else 0.0 for name in ("", *GROUPS)) if w_c else ()
-    return Cell("_".join(parts), p, members, block, min(config.budget, budget), model=config.model, seed0=config.seed0, train_frac=frac, rho=rho,
+    name = cell_name(("free" if rho is None else "clamp", group, f"p{p}", f"b{block}"), ("rho", ".2f", rho, None), ("tau", ".2f", tau, None),
+                     ("lr", "g", lr, config.lrs[0]), ("frac", "g", frac, 0.40))
+    held = tuple(rho * w_c if each == group else 0.0 for each in ("", *GROUPS)) if w_c else ()
+    return Cell(name, p, members, block, min(config.budget, budget), model=config.model, seed0=config.seed0, train_frac=frac, rho=rho,
                 tau=tau or 1.0, lr=lr, w_c=w_c, held=(held,) * len(members) if held else (), after_grok=config.after_grok,
                 expected_steps=expected(config.model, p, lr, None if group else rho, tau or 1.0), **config.network())
 
