@@ -369,7 +369,7 @@ def run(argv: list[str]) -> None:
     theirs = own_cells(config, given) if "published" in config.networks else []
     controls, others = (control_cells(config), other_free_cells(config)) if "fresh" in config.networks else ([], [])
     guess = {cell.name: 54.8 * (cell.p / 59) ** 0.4 for cell in controls}   # for the dry run's list only; the real W_c comes from the control
-    console.announce(config, own.some([*theirs, *controls, *others, *held_cells(config, guess)]), given)
+    console.announce(config, own.some([*theirs, *controls, *others, *held_cells(config, guess)]))
     if config.dry_run:
         return None
     desk.open()

@@ -50,7 +50,7 @@ class Config(settings.Config):
     seeds: int = settings.option(12, "block size: members drawn from one generator; the paper's is 12", fresh=True)
     parts: tuple[str, ...] = settings.option((), "arms to continue as: lowered free same raised")
     hold_from: int = settings.option(-1, "", "fixed")
-    rho: tuple[float, ...] = settings.option((RHO,), "held norm of the raised arm over N0, and N0 over that of the lowered one; above 1")
+    rho: tuple[float, ...] = settings.option((RHO,), "held norm of the raised arm over N0, and N0 over the lowered arm's; above 1", parts=SCALED)
     fork_steps: tuple[int, ...] = settings.option((FORK_STEP,), f"steps to fork at, multiples of {EVAL_EVERY}")
     lr: float = settings.option(1e-3, "learning rate; published numbers are answered at 1e-3 only")
     budget: int = settings.option(60_000, "step at which a run that has not grokked is censored", fresh=True)
@@ -382,13 +382,13 @@ def run(argv: list[str]) -> None:
     if config.figures_only:
         return desk.redraw(lambda: publish(desk, None))
     commands = kinds(config, given)
-    console.announce(config, own.some([cell for command in commands for cell in planned(command)]), given)
+    console.announce(config, own.some([cell for command in commands for cell in planned(command)]))
     if config.model != "mlp":
         print(f"--model {config.model}: the published forks are of the MLP, so no published number is answered")
     elif config.device != "cuda" and max(config.p) <= MOST_CLASSES:
         paper = Config(**{"parts": ARMS, **PRESETS["paper"], **given, "preset": "paper", "device": "cuda", "dry_run": False})
         print("a GPU would run: ", end="")
-        console.announce(paper, [cell for command in kinds(paper, given) for cell in planned(command)], given)
+        console.announce(paper, [cell for command in kinds(paper, given) for cell in planned(command)])
     if not config.dry_run:
         desk.open()
         publish(desk, sum((train(desk, command) for command in commands), Result()))

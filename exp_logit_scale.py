@@ -380,7 +380,7 @@ def run(argv: list[str]) -> None:
     free, w_c = ([], dict.fromkeys(names, config.w_c)) if config.w_c else (free, {})
     controls, theirs = own_cells(rows, members)
     listed = [*controls, *theirs, *own_allocations(rows, members, {row["p"]: guess for row in rows})]
-    console.announce(config, own.some([*listed, *free, *held(fresh, dict.fromkeys(names, 1.0), dict.fromkeys(names, guess))]), given)
+    console.announce(config, own.some([*listed, *free, *held(fresh, dict.fromkeys(names, 1.0), dict.fromkeys(names, guess))]))
     if config.dry_run:
         return None
     desk.open()

@@ -353,7 +353,7 @@ def run(argv: list[str]) -> None:
     theirs = own_cells(config, given) if "published" in config.networks else []
     free = free_cells(config) if "fresh" in config.networks else []
     guess = config.w_c or 20.6                               # for a dry run's list only; the real W_c comes from the control
-    console.announce(config, own.some([*theirs, *free, *(held_cells(config, guess) if "fresh" in config.networks else [])]), given)
+    console.announce(config, own.some([*theirs, *free, *(held_cells(config, guess) if "fresh" in config.networks else [])]))
     if config.dry_run:
         return None
     desk.open()

@@ -214,7 +214,7 @@ def run(argv: list[str]) -> None:
     if config.figures_only:
         return desk.redraw(lambda: draw(desk.out))
     settings.check_size(config.device, ((item.cell.model, item.cell.p) for item in released))
-    console.announce(config, [item.cell for item in released], given)
+    console.announce(config, [item.cell for item in released])
     if config.dry_run:
         return None
     desk.open()

@@ -281,7 +281,7 @@ def run(argv: list[str]) -> None:
     if config.figures_only:
         return desk.redraw(lambda: publish(desk, None))
     free = controls(config)
-    console.announce(config, [*free, *held(config, {control.name: 54.8 for control in free})], given)
+    console.announce(config, [*free, *held(config, {control.name: 54.8 for control in free})])
     if config.dry_run:
         return None
     desk.open()

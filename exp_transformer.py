@@ -377,7 +377,7 @@ def run(argv: list[str]) -> None:
     fresh = config if "fresh" in config.networks else dataclasses.replace(config, parts=())
     norms = {control.name: dict.fromkeys(("", *GROUPS), config.w_c or 30.0) for control in control_cells(fresh)}   # 30: for a dry run's list only
     controls, others = [] if config.w_c else control_cells(fresh), other_free_cells(fresh)
-    console.announce(config, own.some([*theirs, *controls, *others, *held_cells(fresh, norms)]), given)
+    console.announce(config, own.some([*theirs, *controls, *others, *held_cells(fresh, norms)]))
     if config.dry_run:
         return None
     desk.open()

@@ -64,7 +64,7 @@ class Progress:
             self.bar.close()
 
 
-def announce(config: settings.Machine, cells: list[Cell], given: dict) -> None:
+def announce(config: settings.Machine, cells: list[Cell]) -> None:
     """What will run and about how long it takes, before anything does; every cell with --dry-run."""
     runs = sum(len(cell.members) for cell in cells)
     steps = sum(min(cell.expected_steps or cell.budget_steps, cell.budget_steps) * len(cell.members) for cell in cells)
@@ -83,8 +83,6 @@ def announce(config: settings.Machine, cells: list[Cell], given: dict) -> None:
     for p in dict.fromkeys(c.p for c in cells if c.task == "add"):
         if any(p % q == 0 for q in range(2, math.isqrt(p) + 1)):
             print(f"note: p={p} is not prime; addition modulo p is defined for every p, but the papers have only primes")
-    for line in settings.unread(config, given):
-        print(f"note: {line}")
     preset = f"preset {config.preset} " if hasattr(config, "preset") else ""
     print(f"{preset}on {config.device}, {config.dtype}: {len(cells)} cells, {runs} runs, about {steps / 1e6:.2g} million run-steps, "
           f"about {duration(seconds)} of training", flush=True)

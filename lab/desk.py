@@ -51,6 +51,8 @@ class Lab:
             if self.rank.number:
                 raise Dealt(f"rank {self.rank.number} of {self.rank.size} ({self.rank.source}): --figures-only is for rank 0", complete=False)
             self.rank = ranks.Rank()
+        else:                             # tables of an earlier command are drawn whatever flags it had
+            settings.check_read(config, given)
         if config.device == "cuda" and self.rank.size > 1:
             torch.cuda.set_device(self.rank.local % torch.cuda.device_count())
         self.shard = f".{self.rank.number}of{self.rank.size}" if self.rank.size > 1 else ""

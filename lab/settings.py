@@ -71,10 +71,6 @@ class Config(Machine):
         return {name: getattr(self, name) for name in CHANGES if name != "hold_from"} | (
             {"clamp_start": self.hold_from} if self.hold_from >= 0 else {})
 
-    def offered(self) -> tuple[str, ...]:
-        """The parts that the model has; none named: all."""
-        return ()
-
 
 NOT_SCIENCE = ("out", "resume", "dry_run", "figures_only", "metrics_dir", "twin_of")   # settings that change no number
 CHOICES = {"device": ("auto", "cpu", "cuda"), "backend": ("auto", "compiled", "eager", "triton"), "dtype": ("float32", "float64"),
@@ -210,20 +206,19 @@ def doses(flag: str, texts: tuple[str, ...]) -> list[tuple[float, float]]:
     return found
 
 
-def unread(config: Config, given: dict) -> list[str]:
-    """A line for every given flag that nothing of what runs reads, whole or beyond its first value."""
-    lines, theirs_alone = [], getattr(config, "networks", ()) == ("published",)
+def check_read(config: Machine, given: dict) -> None:
+    """Something that runs reads every given flag, or UsageError that says what would: the folder is named after the flags."""
+    theirs_alone = getattr(config, "networks", ()) == ("published",)
     for f in dataclasses.fields(config):
+        if f.name not in given:
+            continue
         flag, parts, all_of = "--" + f.name.replace("_", "-"), f.metadata.get("parts"), f.metadata.get("all_of")
-        if f.name in given and parts and not set(parts) & set(config.parts):
-            mine = [part for part in parts if part in (config.offered() or parts)]
-            lines.append(f"{flag} changes nothing here: " + (f"it is read with --parts {' or '.join(mine)}" if mine else
-                                                             f"no part of --model {config.model} reads it"))
-        elif f.name in given and all_of and len(given[f.name]) > 1 and not set(all_of) & set(config.parts):
-            lines.append(f"of {flag} the first value alone is read here; all are with --parts {' or '.join(all_of)}")
-        elif f.name in given and theirs_alone and f.metadata["fresh"]:
-            lines.append(f"{flag} changes nothing here: it is read with --networks fresh, the papers' own networks have theirs")
-    return lines
+        if parts and not set(parts) & set(config.parts):
+            raise UsageError(f"{flag} is read with --parts {' or '.join(parts)} alone; name one of them, or leave it out")
+        if all_of and len(given[f.name]) > 1 and not set(all_of) & set(config.parts):
+            raise UsageError(f"of {flag} the first value alone is read here, all are with --parts {' or '.join(all_of)}; name one, or leave them out")
+        if theirs_alone and f.metadata.get("fresh"):
+            raise UsageError(f"{flag} is read with --networks fresh alone, the papers' own networks have theirs; leave it out")
 
 
 def check_members(config: Config, blocks: dict[str, int]) -> None:

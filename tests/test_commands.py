@@ -103,33 +103,33 @@ def test_doses_that_round_to_one_another_are_cells_of_their_own(tmp_path: Path, 
         unique([one, dataclasses.replace(one, rho=1.154)])
 
 
-def test_a_flag_that_no_part_reads_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    unread = "note: --weight-decays changes nothing here: it is read with --parts concentration or frontier\n"
-    for parts, told in (("dense", True), ("concentration", False)):
-        exp_delay_law.run(["--dry-run", "--parts", parts, "--weight-decays", "2", "--members", "0", "--out", str(tmp_path / "out")])
-        assert (unread in capsys.readouterr().out) == told
-    for parts, told in (("dense", True), ("matrix", False)):
-        exp_delay_law.run(["--dry-run", "--parts", parts, "--lrs", "1e-3", "2e-3", "--members", "0", "--out", str(tmp_path / "out")])
-        assert ("note: of --lrs the first value alone is read here" in capsys.readouterr().out) == told
-    exp_delay_law.run(["--dry-run", "--parts", "moduli", "--seeds", "4", "--members", "5", "--out", str(tmp_path / "out")])   # of its block, 12
-    assert "note: --seeds changes nothing here" in capsys.readouterr().out
+@pytest.mark.parametrize(("experiment", "flags", "said"), [
+    (exp_delay_law, "--parts dense --weight-decays 2", "--weight-decays is read with --parts concentration or frontier alone"),
+    (exp_delay_law, "--parts dense --lrs 1e-3 2e-3", "of --lrs the first value alone is read here, all are with --parts matrix"),
+    (exp_delay_law, "--parts moduli --seeds 4", "--seeds is read with --parts dense or matrix or oneshot or frontier alone"),
+    (exp_logit_scale, "--gammas 0.3", "--gammas is read with --parts allocation alone"),
+    (exp_transformer, "--model transformer_ln --parts concentration --rhos 1.1", "--rhos is read with --parts dense or groups or temperature alone"),
+    (exp_fork, "--parts free same --rho 1.1", "--rho is read with --parts lowered or raised alone"),
+    (exp_delay_law, "--networks published --seed0 7", "--seed0 is read with --networks fresh alone, the papers' own networks have theirs"),
+    (exp_logit_scale, "--networks published --parts dose --weight-decays 2", "--weight-decays is read with --networks fresh alone"),
+    (exp_fork, "--networks published --budget 5000", "--budget is read with --networks fresh alone"),
+    (exp_transformer, "--networks published --w-c 30", "--w-c is read with --networks fresh alone")])
+def test_a_flag_that_nothing_reads_is_refused(experiment: ModuleType, flags: str, said: str, tmp_path: Path) -> None:
+    """It would name a folder, or be another configuration there, and change no number; tables that are there are drawn with it."""
+    with pytest.raises(UsageError) as error:
+        experiment.run([*flags.split(), "--out", str(tmp_path / "out")])
+    assert str(error.value).startswith(said) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="runs"):
+        experiment.run([*flags.split(), "--figures-only", "--out", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize(("experiment", "flags"), [
-    (exp_delay_law, "--seeds 4 --seed0 7 --budget 500 --after-grok 200"), (exp_logit_scale, "--budget 500 --seed0 7 --weight-decays 2 --parts dose"),
-    (exp_fork, "--seeds 4 --budget 5000 --after-grok 200"), (exp_transformer, "--budget 500 --w-c 30 --seeds 4")])
-def test_a_flag_that_the_papers_own_networks_do_not_read_is_said(experiment: object, flags: str, tmp_path: Path,
-                                                                 capsys: pytest.CaptureFixture) -> None:
-    words = ["--dry-run", "--members", "0", "--out", str(tmp_path / "out"), "--networks"]
-    experiment.run([*words, "published"])
-    cells = [line for line in capsys.readouterr().out.splitlines() if ": 1 members of a block of " in line]
-    for networks, told in ((("published",), True), (("published", "fresh"), False)):
-        experiment.run([*words, *networks, *flags.split()])
-        text = capsys.readouterr().out
-        for flag in flags.replace("--parts dose", "").split("--")[1:]:
-            assert (f"note: --{flag.split()[0]} changes nothing here: it is read with --networks fresh" in text) == told, flag
-        if told and "--parts" not in flags:
-            assert [line for line in text.splitlines() if ": 1 members of a block of " in line] == cells     # and indeed it changes nothing
+    (exp_delay_law, "--parts concentration --weight-decays 2"), (exp_delay_law, "--parts matrix --lrs 1e-3 2e-3"),
+    (exp_delay_law, "--parts moduli --members 11"), (exp_logit_scale, "--networks published fresh --parts dose --weight-decays 2"),
+    (exp_delay_law, "--parts concentration --train-frac 0.3")])
+def test_a_flag_that_some_part_reads_is_taken(experiment: ModuleType, flags: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    experiment.run([*flags.split(), "--dry-run", "--out", str(tmp_path / "out")])
+    assert " cells, " in capsys.readouterr().out
 
 
 def test_provenance_names_no_folder_outside(tmp_path: Path) -> None:

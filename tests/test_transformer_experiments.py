@@ -43,9 +43,7 @@ def planned(capsys: pytest.CaptureFixture, tmp_path: Path, *flags: str) -> str:
     return capsys.readouterr().out
 
 
-def test_a_note_names_the_parts_that_read_a_flag_and_a_preset_keeps_its_doses_to_its_part(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    text = planned(capsys, tmp_path, "--model", "transformer_ln", "--parts", "concentration", "--rhos", "1.1")
-    assert "note: --rhos changes nothing here: it is read with --parts dense or groups or temperature\n" in text
+def test_a_preset_keeps_its_doses_to_its_part(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     text = planned(capsys, tmp_path, "--model", "transformer_ln", "--parts", "groups")
     assert "clamp_unembed_p71_b16_rho1.30" in text and "rho0.95" not in text
     exp_delay_law.run(["--parts", "moduli", "--moduli", "41", "--dry-run", "--out", str(tmp_path / "out")])
