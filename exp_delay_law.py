@@ -143,14 +143,16 @@ def other_free_cells(config: Config) -> list[Cell]:
         cells += [free(config, p0, block, frac=frac) for frac in config.train_fracs or (0.30, 0.35, 0.40, 0.50, 0.65)]
         cells += [free(config, p0, block, wd=wd, frac=0.50) for wd in config.weight_decays or (0.3, 1.0, 3.0)]
         cells += [free(config, p0, block, lr=lr, wd=3.0, frac=0.50) for lr in (3e-4, 1e-3, 3e-3)]
-    for p in config.p if "frontier" in config.parts else ():
-        cells += [free(config, p, config.seeds, wd=wd) for wd in config.weight_decays or DECAYS]
-        low = free(config, p, config.seeds)
-        cells.append(dataclasses.replace(low, name=f"{low.name}_low", init_scale=LOW * low.init_scale))
-    for group, factors in LAYERS.items() if "oneshot" in config.parts else ():
-        for plain in (free(config, p, config.seeds) for p in config.p):
-            cells.append(dataclasses.replace(plain, name=plain.name.replace("free", f"rescale_{group}"), arm="rescale", group=group,
-                                             scale_once=tuple(0.8 if chosen else 1.0 for chosen in factors)))
+    plain = [free(config, p, config.seeds) for p in config.p]
+    if "frontier" in config.parts:
+        for cell in plain:
+            cells += [free(config, cell.p, config.seeds, wd=wd) for wd in config.weight_decays or DECAYS]
+            cells.append(dataclasses.replace(cell, name=f"{cell.name}_low", init_scale=LOW * cell.init_scale))
+    if "oneshot" in config.parts:
+        for group, factors in LAYERS.items():
+            scale = tuple(0.8 if chosen else 1.0 for chosen in factors)
+            cells += [dataclasses.replace(cell, name=cell.name.replace("free", f"rescale_{group}"), arm="rescale", group=group, scale_once=scale)
+                      for cell in plain]
     controls = {cell.name for cell in control_cells(config)}
     return [cell for cell in unique(cells) if cell.name not in controls]
 
@@ -171,11 +173,12 @@ def held_cells(config: Config, w_c: dict[str, float]) -> list[Cell]:
                       for rho in config.rhos or MATRIX_RHOS for lr in config.lrs]
         if "oneshot" in config.parts:
             cells += [held(config, p, block, rho, norm, 15_000, once=True) for rho in config.rhos or ONESHOT_RHOS]
-    for p in config.moduli if "moduli" in config.parts else ():
-        norm = w_c.get(name(config, "free", p, config.moduli_seeds))
-        if norm is not None:
-            rhos = config.rhos or ((*MODULI_RHOS, 1.30) if p in (41, 59) else MODULI_RHOS)
-            cells += [held(config, p, config.moduli_seeds, rho, norm, 60_000 if rho <= 1.0 else 160_000) for rho in rhos]
+    if "moduli" in config.parts:
+        for p in config.moduli:
+            norm = w_c.get(name(config, "free", p, config.moduli_seeds))
+            if norm is not None:
+                rhos = config.rhos or ((*MODULI_RHOS, 1.30) if p in (41, 59) else MODULI_RHOS)
+                cells += [held(config, p, config.moduli_seeds, rho, norm, 60_000 if rho <= 1.0 else 160_000) for rho in rhos]
     return unique(cells)
 
 
@@ -273,11 +276,16 @@ def networks(table: Table, part: str) -> str:
 
 def curves(table: Table, config: Config, arm: str = "clamp") -> dict[str, list[str]]:
     """Dose-response curves by part: cells of all moduli at the first learning rate."""
-    parts = {"dense": (config.p, config.seeds), "moduli": (config.moduli if "moduli" in config.parts else (), config.moduli_seeds)}
-    found = {part: [cell for p in moduli for cell in table.pick(arm=arm, group="", p=p, block=block, lr=config.lrs[0],
-                                                                networks=networks(table, "oneshot" if arm == "rescale" else part))]
-             for part, (moduli, block) in parts.items()}
-    return {part: cells for part, cells in found.items() if cells}
+    parts = [("dense", config.p, config.seeds)]
+    if "moduli" in config.parts:
+        parts.append(("moduli", config.moduli, config.moduli_seeds))
+    found = {}
+    for part, moduli, block in parts:
+        of = networks(table, "oneshot" if arm == "rescale" else part)
+        cells = [cell for p in moduli for cell in table.pick(arm=arm, group="", p=p, block=block, lr=config.lrs[0], networks=of)]
+        if cells:
+            found[part] = cells
+    return found
 
 
 def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
@@ -324,9 +332,10 @@ def draw(table: Table, config: Config, folder: Path, trajectories: list[dict], r
         figures.dose(table, cells, delay.within(table, cells, FIT[part]), rows[part], "Delay law", folder, part)
     for cells in curves(table, config, "rescale").values():
         figures.dose(table, cells, (), rows["oneshot"], "One rescale at step 500", folder, "oneshot")
-    for p in config.p if "matrix" in config.parts else ():
-        cells = table.pick(arm="clamp", p=p, block=config.seeds, networks=networks(table, "matrix"))
-        draw_matrix(table, cells, folder, f"matrix_p{p}")
+    if "matrix" in config.parts:
+        for p in config.p:
+            cells = table.pick(arm="clamp", p=p, block=config.seeds, networks=networks(table, "matrix"))
+            draw_matrix(table, cells, folder, f"matrix_p{p}")
     figures.critical_norm(table, published("A.").values(), folder)
     figures.contraction(read["contraction.csv"], folder)
     if trajectories:

@@ -136,7 +136,7 @@ def trunk_cells(config: Config, p: int) -> list[Cell]:
 def arm_cells(config: Config, p: int, step: int, norms: list[float]) -> list[Cell]:
     """The arms from fork step `step`, given every member's norm N0 there."""
     cells = []
-    for arm in (arm for arm in ARMS if arm in config.parts):
+    for arm in sorted(config.parts, key=ARMS.index):
         for rho in config.rho if arm in SCALED else (None,):
             factor = {"free": 0.0, "same": 1.0, "raised": rho, "lowered": rho and 1 / rho}[arm]
             name = cell_name((f"{label(config)}{arm}", f"p{p}", f"b{config.seeds}", f"fork{step}"), ("rho", "g", rho, None))

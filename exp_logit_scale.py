@@ -132,10 +132,11 @@ def held(config: Config, w_c: dict[str, float], shares: dict[str, tuple[float, .
         if part == "dose":
             cells += [cell(config, *network, BUDGET["free"], "free", weight_decay=decay) for decay in config.weight_decays if decay != 1]
         control = cell(config, *network, BUDGET["free"], "free").name
-        for i, dose in enumerate(config.doses(part) if control in w_c else ()):
-            budget = 15_000 * 1.9 ** min((dose["rho"] - 1) / 0.05, 10)   # of the doses: as released, capped as in the paper
-            budget = BUDGET.get("base" if part in ("mediation", "mse") and i == 0 else part, int(min(budget, 60_000)))
-            cells.append(cell(config, *network, budget, **dose, w_c=w_c[control], shares=shares[control] if part == "allocation" else ()))
+        if control in w_c:
+            for i, dose in enumerate(config.doses(part)):
+                budget = 15_000 * 1.9 ** min((dose["rho"] - 1) / 0.05, 10)   # of the doses: as released, capped as in the paper
+                budget = BUDGET.get("base" if part in ("mediation", "mse") and i == 0 else part, int(min(budget, 60_000)))
+                cells.append(cell(config, *network, budget, **dose, w_c=w_c[control], shares=shares[control] if part == "allocation" else ()))
     return unique(cells)
 
 
@@ -158,9 +159,11 @@ def own_rows(config: Config, given: dict) -> list[dict]:
                      for rho in DOSE_RHOS[p == 43:] if rho <= COLLAPSE_FREE or "rhos" in given]
         if part == "allocation":
             mine += own.under(PUBLISHED, experiment="mediation", arm="free", **network)
-        stated = [({"tau": 1.0, **{key: value for key, value in row.items() if value is not None}}, row) for row in mine]
-        rows += [row for known, row in stated if row["arm"] == "free" or any(own.under([known], **{"arm": "clamp", **dose})
-                                                                             for dose in asked.doses(part))]
+        doses = [{"arm": "clamp", **dose} for dose in asked.doses(part)]
+        for row in mine:
+            stated = {**row, "tau": row["tau"] or 1.0}
+            if row["arm"] == "free" or any(own.under([stated], **dose) for dose in doses):
+                rows.append(row)
     return rows
 
 
@@ -170,11 +173,8 @@ def own_cells(rows: list[dict], members: tuple[int, ...]) -> tuple[list[Cell], l
     controls = own.cells(row for row in own.under(rows, experiment="mediation", arm="free") if row["p"] in of_split)
     known = {control.name for control in controls}
     others = [c for c in own.cells((row for row in rows if row["arm"] != "alloc"), members) if c.name not in known]
-
-    def timed(c: Cell) -> Cell:
-        guess = cell(Config(), c.p, c.loss, c.block, c.budget_steps, c.arm, c.rho).expected_steps
-        return dataclasses.replace(c, expected_steps=c.expected_steps or guess)
-    return [timed(c) for c in controls], [timed(c) for c in others]
+    guess = lambda c: cell(Config(), c.p, c.loss, c.block, c.budget_steps, c.arm, c.rho).expected_steps  # noqa: E731
+    return tuple([dataclasses.replace(c, expected_steps=c.expected_steps or guess(c)) for c in some] for some in (controls, others))
 
 
 def own_allocations(rows: list[dict], members: tuple[int, ...], shares: dict[int, tuple[float, ...]]) -> list[Cell]:
@@ -190,11 +190,11 @@ def ran(table: Table, config: Config) -> Iterator[tuple[str, int, list[str]]]:
     theirs = table.networks == "published"
     config = Config(parts=config.parts, dtype=config.dtype) if theirs else config
     for part, p, loss, block in config.tables():
-        row = {"id": "B.", "arm": "clamp", "model": config.model, "p": p, "loss": loss, "block": block, "lr": config.lr, "wd": 1.0,
-               "dtype": config.dtype}
+        row = dict(id="B.", arm="clamp", model=config.model, p=p, loss=loss, block=block, lr=config.lr, wd=1.0, dtype=config.dtype)
         cells = [table.match({**row, **dose}) for dose in config.doses(part)]
-        needed = () if part in ("dose", "audit", "allocation") else cells if not theirs else () if part == "grid" else cells[:2]
-        if any(cells) and None not in needed:
+        some_will_do = part in ("dose", "audit", "allocation") or (theirs and part == "grid")
+        needed = cells[:2] if theirs else cells
+        if any(cells) and (some_will_do or None not in needed):
             yield part, p, [name for name in cells if name]
 
 
@@ -240,16 +240,15 @@ STATISTICS = {
 def measure(table: Table, config: Config, read: dict[str, list[dict]]) -> None:
     answer(table, PUBLISHED, STATISTICS)
     if table.networks == "published":
-        delay.tell(table, published("B."), STATISTICS, {f"B.recovery.p{p}": f"p={p}, ce: share of the delay recovered" for p in (59, 97)})
-    for part, p, cells in ran(table, config) if table.networks == "fresh" else ():
+        return delay.tell(table, published("B."), STATISTICS, {f"B.recovery.p{p}": f"p={p}, ce: share of the delay recovered" for p in (59, 97)})
+    for part, p, cells in ran(table, config):
         MEASURED[part](table, p, cells)
 
 
 def recovered(table: Table, p: int, cells: list[str]) -> None:
     """Table 2: norm up, temperature back, what part of the delay the logit scale recovers."""
     loss = table.first[cells[0]]["loss"]
-    law = f"B.med.{loss}.p{p}.ratio", f"B.recovery.p{p}" if loss == "ce" else ""
-    mediation.findings(table, cells, EARLY if loss == "ce" else 0, law)
+    mediation.findings(table, cells, EARLY if loss == "ce" else 0, (f"B.med.{loss}.p{p}.ratio", f"B.recovery.p{p}" if loss == "ce" else ""))
 
 
 def grid(table: Table, p: int, cells: list[str]) -> None:
@@ -311,11 +310,13 @@ def audit(table: Table, p: int, cells: list[str]) -> None:
 
 def allocation(table: Table, p: int, cells: list[str]) -> None:
     """Appendix: T_grok and logit scale over the split of the squared norm at fixed total."""
-    for key, of, text in (("allocation_T", table.T, "median T_grok"), ("allocation_L", table.at, "logit scale")) if len(cells) >= 2 else ():
-        def spread(picks: np.ndarray, of: Callable[[str], Statistic] = of) -> np.ndarray:
-            values = np.stack([of(name)(picks) for name in cells])
-            return values.max(0) / values.min(0)
-        table.finding(f"{key}.p{p}", text := f"largest over smallest {text} over the allocations", cells, spread, law=f"p={p}, one norm: {text}")
+    if len(cells) >= 2:
+        for key, of, what in (("allocation_T", table.T, "median T_grok"), ("allocation_L", table.at, "logit scale")):
+            def spread(picks: np.ndarray, of: Callable[[str], Statistic] = of) -> np.ndarray:
+                values = np.stack([of(name)(picks) for name in cells])
+                return values.max(0) / values.min(0)
+            text = f"largest over smallest {what} over the allocations"
+            table.finding(f"{key}.p{p}", text, cells, spread, law=f"p={p}, one norm: {text}")
 
 
 # ---------------------------------------------------------------- figures

@@ -97,7 +97,9 @@ def cell(config: Config, rho: float | None = None, w_c: float | None = None, tau
 
 
 def free_cells(config: Config) -> list[Cell]:
-    """The control first."""
+    """The control first; none where its norm is given and no other part is free."""
+    if config.w_c and not {"size", "decay", "rate"} & set(config.parts):
+        return []
     cells = [cell(config)]
     if "size" in config.parts:
         cells += [cell(config, m=m) for m in config.m] + [cell(config, n=n) for n in config.n]
@@ -105,7 +107,7 @@ def free_cells(config: Config) -> list[Cell]:
         cells += [cell(config, wd=wd) for wd in config.weight_decays or DECAYS]
     if "rate" in config.parts:
         cells += [cell(config, lr=lr) for lr in config.lrs]
-    return unique(cells[int(config.w_c > 0 and not {"size", "decay", "rate"} & set(config.parts)):])
+    return unique(cells)
 
 
 def held_cells(config: Config, w_c: float | None) -> list[Cell]:
@@ -124,7 +126,12 @@ def own_cells(config: Config, given: dict) -> list[Cell]:
     for row in published("A.parity").values():
         if row["arm"] and parity_sizes(row["task"])[1] == config.k:
             n, _, m = parity_sizes(row["task"])
-            part = "clamp" if row["arm"] == "clamp" else "size" if row["experiment"] == "parity" else "rate" if row["lr"] != 1e-3 else "decay"
+            if row["arm"] == "clamp":
+                part = "clamp"
+            elif row["experiment"] == "parity":
+                part = "size"
+            else:
+                part = "rate" if row["lr"] != 1e-3 else "decay"
             shared = part == "decay" and row["wd"] == 1.0 and "rate" in config.parts      # one cell of both series
             if (part in config.parts or shared) and n in given.get("n", (n,)) and m in given.get("m", (m,)):
                 rows.append(row)
@@ -247,9 +254,10 @@ def properties(findings: list[dict], root: Path) -> list[dict]:
     """properties.csv: Table 2. Fresh networks go before the paper's own, and of several records the one with most members."""
     mine = {f["id"]: f for f in sorted(findings, key=lambda f: "networks" not in f)}
     there: dict[str, dict] = {}
-    for path in sorted(root.glob("*/*/summary.json")) if root.is_dir() else ():
+    for path in sorted(root.glob("*/*/summary.json")):
         summary = files.read_json(path)
-        for f in (*summary["findings"], *({**claim["replicated"], "id": claim["id"]} for claim in summary["claims"] if "replicated" in claim)):
+        replicated = [{**claim["replicated"], "id": claim["id"]} for claim in summary["claims"] if "replicated" in claim]
+        for f in (*summary["findings"], *replicated):
             if f["ours"] is not None and f["n"] > there.get(f["id"], {"n": 0})["n"]:
                 there[f["id"]] = f
     rows, numbers = [], published()
@@ -257,17 +265,24 @@ def properties(findings: list[dict], root: Path) -> list[dict]:
         ours, theirs = mine.get(f"property.{key}"), [there.get(name) for name in line.ids]
         printed = [numbers[name]["value"] for name in line.ids if name in numbers]
         paper = line.of(*printed) if len(printed) == len(line.ids) else None
-        value, lo, hi = (line.of(*(f[end] for f in theirs)) if None not in theirs and all(f[end] is not None for f in theirs)
-                         and (end == "ours" or len(theirs) == 1) else None for end in ("ours", "lo", "hi"))
-        known = value if value is not None else paper
-        span = (lo, hi) if lo is not None else (known and known * (1 - stats.TOLERANCE), known and known * (1 + stats.TOLERANCE))
-        whole = ours is not None and None not in (ours["lo"], ours["hi"], known)
+        value, lo, hi = (derived(line, theirs, end) for end in ("ours", "lo", "hi"))
+        known, transfers = paper if value is None else value, None
+        if ours and None not in (ours["lo"], ours["hi"], known):
+            low, high = (known * (1 - stats.TOLERANCE), known * (1 + stats.TOLERANCE)) if lo is None else (lo, hi)
+            transfers = int(ours["lo"] <= high and ours["hi"] >= low)
         rows.append({"property": key, "text": line.text, "paper": paper, "addition": value, "addition_lo": lo, "addition_hi": hi,
                      "addition_n": min(f["n"] for f in theirs) if value is not None else None,
                      **{f"parity{suffix}": ours and ours[end] for suffix, end in (("", "ours"), ("_lo", "lo"), ("_hi", "hi"), ("_n", "n"),
                                                                                   ("_censored", "n_censored"))},
-                     "transfers": int(ours["lo"] <= span[1] and ours["hi"] >= span[0]) if whole else None})
+                     "transfers": transfers})
     return rows
+
+
+def derived(line: Property, findings: list[dict | None], end: str) -> float | None:
+    """A property's value, or an `end` of its interval, of the findings that it is made from; an interval only of a single one."""
+    known = [f[end] for f in findings if f and f[end] is not None]
+    whole = len(known) == len(findings) and (end == "ours" or len(findings) == 1)
+    return line.of(*known) if whole else None
 
 
 # ---------------------------------------------------------------- figures
@@ -351,9 +366,10 @@ def run(argv: list[str]) -> None:
     if config.figures_only:
         return desk.redraw(lambda: publish(desk, None))
     theirs = own_cells(config, given) if "published" in config.networks else []
-    free = free_cells(config) if "fresh" in config.networks else []
-    guess = config.w_c or 20.6                               # for a dry run's list only; the real W_c comes from the control
-    console.announce(config, own.some([*theirs, *free, *(held_cells(config, guess) if "fresh" in config.networks else [])]))
+    free, held = [], []
+    if "fresh" in config.networks:
+        free, held = free_cells(config), held_cells(config, config.w_c or 20.6)    # for a dry run's list only; the control gives the real W_c
+    console.announce(config, own.some([*theirs, *free, *held]))
     if config.dry_run:
         return None
     desk.open()

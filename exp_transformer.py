@@ -127,8 +127,12 @@ def cell(config: Config, p: int, block: int, budget: int, rho: float | None = No
 
 def control_cells(config: Config) -> list[Cell]:
     """Free runs that held cells refer to."""
-    parts = {"dense": (config.p, config.seeds), "groups": (config.group_moduli, config.seeds), "temperature": (config.p, config.temperature_seeds)}
-    return unique(cell(config, p, block, 60_000) for part, (moduli, block) in parts.items() if part in config.parts for p in moduli)
+    cells = []
+    for part, moduli, block in (("dense", config.p, config.seeds), ("groups", config.group_moduli, config.seeds),
+                                ("temperature", config.p, config.temperature_seeds)):
+        if part in config.parts:
+            cells += [cell(config, p, block, 60_000) for p in moduli]
+    return unique(cells)
 
 
 def other_free_cells(config: Config) -> list[Cell]:
@@ -155,10 +159,11 @@ def held_cells(config: Config, w_c: dict[str, dict[str, float]]) -> list[Cell]:
             cells.append(cell(config, p, config.temperature_seeds, 40_000, 1.0, w_c=norms[""], tau=1.0))
             cells += [cell(config, p, config.temperature_seeds, 120_000, max(config.rhos, default=RAISED), w_c=norms[""], tau=tau)
                       for tau in sorted({1.0, *(config.taus or TAUS)})]
-    for p in config.group_moduli if "groups" in config.parts else ():
-        if norms := w_c.get(names[p, config.seeds]):
-            cells += [cell(config, p, config.seeds, 20_000, rho, group, norms[group])
-                      for group in GROUP_DOSES for rho in config.rhos or GROUP_DOSES[group]]
+    if "groups" in config.parts:
+        for p in config.group_moduli:
+            if norms := w_c.get(names[p, config.seeds]):
+                cells += [cell(config, p, config.seeds, 20_000, rho, group, norms[group])
+                          for group in GROUP_DOSES for rho in config.rhos or GROUP_DOSES[group]]
     return unique(cells)
 
 

@@ -115,8 +115,9 @@ def frontier(table: Table, **conditions: object) -> None:
     """Clamps beside the frontier that free cells trace over weight decays, where several ran; and what is left of a start at another norm."""
     free = sorted(table.pick(arm="free", init_scale=None, **conditions), key=lambda cell: table.first[cell]["weight_decay"])
     plain = [cell for cell in free if table.first[cell]["weight_decay"] == 1]
-    for held in table.pick(arm="clamp", group="", weight_decay=1, tau=1, **conditions) if len(free) > 2 else ():
-        off_frontier(table, held, free)
+    if len(free) > 2:
+        for held in table.pick(arm="clamp", group="", weight_decay=1, tau=1, **conditions):
+            off_frontier(table, held, free)
     for low in table.pick(arm="free", **conditions):
         if (scale := table.first[low].get("init_scale")) and plain:
             norms = table.values((low, plain[0]), "norm_at_grok")                           # (2, members)

@@ -250,10 +250,12 @@ class Lab:
 
     def _clear(self, folder: Path) -> None:
         """Remove the checkpoints or weights in `folder`, and `folder` if nothing else is in it and it is no link."""
-        for path in folder.iterdir() if folder.is_dir() else ():
+        if not folder.is_dir():
+            return
+        for path in folder.iterdir():
             if path.is_file() and (path.suffix in (".pt", ".part", ".safetensors") or path.name.startswith(("done.", "lock."))):
                 path.unlink()
-        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        if not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
 
     # -- results
@@ -370,8 +372,9 @@ class Lab:
             if Signals.caught is not None:   # it came after the last tick
                 Signals.leave(Signals.caught)
         self.backends = list(dict.fromkeys([*self.backends, *ensemble.backends]))
-        for i in range(len(cells)) if c.save_weights and not cells[0].stop_step else ():
-            weights.save(self.folder / "weights", ensemble, i)
+        if c.save_weights and not cells[0].stop_step:
+            for i in range(len(cells)):
+                weights.save(self.folder / "weights", ensemble, i)
         rows = ensemble.result().runs
         steps, seconds = ensemble.executed - before, ensemble.seconds - started   # of this command; the rows count all
         n_censored, rest = sum(run["censored"] for run in rows), "not yet" if cells[0].stop_step else "censored"

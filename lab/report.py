@@ -207,8 +207,8 @@ def sensitivity_section(folders: list[Folder], root: Path, best: dict[str, dict]
     """alpha under three thresholds and both conventions of W_c, from the runs of delay-law folders; claims held at the papers' own W_c."""
     thresholds, conventions, dips, given = [], [], [], []
     for folder in folders:
-        runs = folder.runs
-        for theirs in folder.summary["claims"] if folder.given else ():
+        runs, claims = folder.runs, folder.summary["claims"] if folder.given else []
+        for theirs in claims:
             if (ours := best.get(theirs["id"])) and "replicated" in theirs:
                 held = theirs["replicated"]
                 given.append([f"`{theirs['id']}`", published[theirs["id"]]["printed"],

@@ -170,7 +170,8 @@ def parse(cls: type, presets: dict[str, dict], parts: tuple[str, ...], argv: lis
 def place(given: dict, flag: str = "--") -> str:
     """The device, cpu or cuda, that the choices in `given` come to. Raises UsageError for one that there is not, or that this machine lacks."""
     for name, allowed in CHOICES.items():
-        for value in (given[name] if isinstance(given.get(name), tuple) else (given[name],)) if name in given else ():
+        values = given.get(name, ())
+        for value in values if isinstance(values, tuple) else (values,):
             if value not in allowed:
                 raise UsageError(f"{flag}{name.replace('_', '-')} must be one of {', '.join(allowed)}, got {value!r}")
     device, backend = given.get("device", "auto"), given.get("backend", "auto")
