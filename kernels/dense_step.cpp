@@ -18,12 +18,12 @@ constexpr int L = LANES<Real>, N = INPUTS, H = HIDDEN, C = 2, TILE = 48;   // TI
 constexpr int W2_AT = N * H, B1_AT = W2_AT + H * C, B2_AT = B1_AT + H, SIZE = B2_AT + C;
 constexpr int GROUPS = 2, ENDS[] = {0, W2_AT, B1_AT};                      // of the groups of weight matrices in the row
 constexpr int HS = H + L;                                                  // row length in scratch: no power of two
-constexpr int V = H / L % MOST_COLUMNS == 0 ? MOST_COLUMNS : H / L % 2 == 0 ? 2 : 1;   // vectors in a row of a register block
 enum { TAU, DECAY, STEP_SIZE, BIAS2_SQRT, TARGETS, TAKE1 = TARGETS + 1 + GROUPS, KEEP2, TAKE2, SCALARS };
 enum Loss { CROSS_ENTROPY, MSE, STABLEMAX };
 static_assert(H % 16 == 0, "whole vectors of every width");
 
 #include "adamw.h"
+#include "product.h"
 
 struct Scratch {
     Real x[TILE * N], h[TILE * HS], dx[TILE * HS];                          // of a tile; gelu' becomes dx
@@ -37,24 +37,12 @@ alignas(64) thread_local Scratch scratch;
 template <bool DERIVATIVE> void forward(const Real* params, const Real* x, int rows, Scratch& s) {
     std::memcpy(s.x, x, rows * N * sizeof(Real));
     std::memset(s.x + rows * N, 0, (TILE - rows) * N * sizeof(Real));
-    for (int column = 0; column < H; column += V * L)                      // a panel of W1 stays in the L1 cache for all rows
-        for (int row = 0; row < rows; row += BLOCK_ROWS) {
-            Vec<Real> sums[BLOCK_ROWS][V];
-#pragma GCC unroll 8
-            for (int r = 0; r < BLOCK_ROWS; ++r)
-#pragma GCC unroll 8
-                for (int v = 0; v < V; ++v) sums[r][v] = load(params + B1_AT + column + v * L);
-            add_product(N, s.x + row * N, N, 1, params + column, H, sums);
-#pragma GCC unroll 8
-            for (int r = 0; r < BLOCK_ROWS; ++r) {
-                Vec<Real> line[V], h[V], slope[V];
-                for (int v = 0; v < V; ++v) line[v] = sums[r][v];
-                gelu<Real, DERIVATIVE>(line, h, slope);
-                for (int v = 0; v < V; ++v) store(s.h + (row + r) * HS + column + v * L, h[v]);
-                if (DERIVATIVE)
-                    for (int v = 0; v < V; ++v) store(s.dx + (row + r) * HS + column + v * L, slope[v]);
-            }
-        }
+    product<0, H / L>(padded(rows), N, s.x, N, 1, params, H, from(params + B1_AT, 0), [&](int row, int column, auto& line) {
+        std::remove_reference_t<decltype(line)> h, slope;
+        gelu<Real, DERIVATIVE>(line, h, slope);
+        into<false>(s.h, HS)(row, column, h);
+        if (DERIVATIVE) into<false>(s.dx, HS)(row, column, slope);
+    });
     for (int row = 0; row < rows; ++row)
         for (int c = 0; c < C; ++c) {
             Vec<Real> sums = {};
@@ -98,21 +86,6 @@ void loss_gradient(const int64_t* labels, int rows, Real tau, int64_t m, int los
     for (int c = 0; c < C; ++c) db2[c] += sum<Real>(sums[c]);
 }
 
-// Of inputs `input` .. `input + R` the rows of dW1, to which a tile's are added.
-template <int R> void first_layer(int input, int rows, Scratch& s) {
-    for (int column = 0; column < H; column += V * L) {
-        Vec<Real> sums[R][V] = {};
-        add_product(rows, s.x + input, 1, N, s.dx + column, HS, sums);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) {
-                Real* at = s.gradient + (input + r) * H + column + v * L;
-                store(at, load(at) + sums[r][v]);
-            }
-    }
-}
-
 void gradient(const Real* params, const Real* x, const int64_t* labels, int64_t m, Real tau, int loss, Scratch& s) {
     prepare(params, s);
     std::memset(s.gradient, 0, sizeof s.gradient);
@@ -135,9 +108,7 @@ void gradient(const Real* params, const Real* x, const int64_t* labels, int64_t 
             store(s.dW2_transposed[1] + unit, load(s.dW2_transposed[1] + unit) + dw1);
             store(db1 + unit, load(db1 + unit) + db);
         }
-        int input = 0;
-        for (; input + BLOCK_ROWS <= N; input += BLOCK_ROWS) first_layer<BLOCK_ROWS>(input, rows, s);
-        if constexpr (N % BLOCK_ROWS > 0) first_layer<N % BLOCK_ROWS>(input, rows, s);
+        product<N % BLOCK_ROWS, H / L>(N, rows, s.x, 1, N, s.dx, HS, from_zero(), into<true>(s.gradient, H));
     }
     for (int unit = 0; unit < H; ++unit)
         for (int c = 0; c < C; ++c) s.gradient[W2_AT + unit * C + c] = s.dW2_transposed[c][unit];

@@ -1,4 +1,4 @@
-// Vectors of the compiler's own extension, as wide as its target has them, products, exp and GELU on them: what the steps in C++ share.
+// Vectors of the compiler's own extension, as wide as its target has them, and exp and GELU on them: what the steps in C++ share.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -50,22 +50,6 @@ template <class T, class Join> INLINE T join(Vec<T> x, Join both) {
 }
 template <class T> INLINE T sum(Vec<T> x) { return join<T>(x, [](T a, T b) { return a + b; }); }
 template <class T> INLINE T largest(Vec<T> x) { return join<T>(x, [](T a, T b) { return a > b ? a : b; }); }
-
-// -- a product's block of registers
-
-// `sums` += A B over `inner`, of `R` rows and `V` vectors: A read element by element, B row by row.
-template <class T, int R, int V>
-INLINE void add_product(int inner, const T* A, int a_row, int a_inner, const T* B, int b_row, Vec<T> (&sums)[R][V]) {
-    for (int k = 0; k < inner; ++k, A += a_inner, B += b_row) {
-        Vec<T> right[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) right[v] = load(B + v * LANES<T>);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) sums[r][v] += A[r * a_row] * right[v];
-    }
-}
 
 // -- exp and GELU. Polynomials are Chebyshev interpolants in powers of their argument; errors are relative.
 
