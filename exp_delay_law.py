@@ -94,7 +94,7 @@ def expected(p: int, rho: float = 1.04, lr: float = 1e-3) -> int:
 
 
 def dense_budget(rho: float) -> int:
-    """8000 steps at rho 0.85, 66000 from 1.25 on."""
+    """Step at which a dose is censored: 8000 at rho 0.85, 66000 from 1.25 on."""
     return int(np.clip(8000 * math.exp(7.5 * (min(rho, 2) - 0.85)), 8000, 66_000)) // 1000 * 1000
 
 
@@ -271,6 +271,7 @@ STATISTICS = {
 
 
 def networks(table: Table, part: str) -> str:
+    """Whose networks answer for a part: the column `networks` of their runs."""
     return RELEASED[part] if table.networks == "published" else "fresh"
 
 

@@ -106,7 +106,7 @@ def expected(model: str, arm: str, p: int, rho: float, lr: float) -> int:
 
 
 def common_fields(config: Config, p: int) -> dict:
-    """Of trunk and arms. Members: those asked for; else as many as the preset's time allows (a step of p=113 costs six of p=59), on `paper` all."""
+    """What trunk and arms share. Members: those asked for, else as many as the preset has time for (p=113 costs six times p=59), on `paper` all."""
     few = {"smoke": 2, "laptop": 3 if p <= 73 else 2}.get(config.preset, config.seeds)
     return dict(p=p, block=config.seeds, members=config.members or tuple(range(min(few, config.seeds))), model=config.model, seed0=config.seed0,
                 lr=config.lr, budget_steps=config.budget, **({"networks": "B", "decay_last": True} if label(config) else config.network()))

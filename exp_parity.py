@@ -68,7 +68,7 @@ RHOS, RAISED, DECAYS = (0.90, 1.00, 1.15, 1.30), (1.15, 1.30), (0.3, 0.5, 1.0, 2
 
 
 def checked(config: Config, given: dict) -> Config:
-    """Raises UsageError for sizes that are no task, or values that do not fit each other."""
+    """The settings. Raises UsageError for sizes that are no task, or values that do not fit each other."""
     for n in config.n:
         for m in config.m:
             parity_sizes(parity_task(n, config.k, m))

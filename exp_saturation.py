@@ -71,7 +71,7 @@ PRESETS = {
 
 
 def checked(config: Config) -> Config:
-    """Raises UsageError for values that do not fit each other. Weights are kept: the training gradient is computed from them."""
+    """The settings, with weights kept: the training gradient is computed from them. Raises UsageError for values that do not fit each other."""
     if len(config.p) != 1:
         raise UsageError(f"--p takes one modulus here, got {' '.join(map(str, config.p))}")
     if not 0 < config.task_frac < 1:
@@ -96,11 +96,13 @@ def cell(config: Config, loss: str, task: str = "add", rho: float | None = None,
 
 
 def tasks(config: Config) -> list[str]:
-    """Addition where a part is about it, and the others."""
-    return ["add"] * bool({*config.parts} - {"tasks"}) + [*config.tasks] * ("tasks" in config.parts)
+    """What the command trains on: addition if a part is about it, and the tasks of the part of that name."""
+    others = config.tasks if "tasks" in config.parts else ()
+    return [*others] if config.parts == ("tasks",) else ["add", *others]
 
 
 def controls(config: Config) -> list[Cell]:
+    """A free run of each task under each loss."""
     return [cell(config, loss, task) for task in tasks(config) for loss in LOSSES]
 
 

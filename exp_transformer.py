@@ -34,7 +34,7 @@ import numpy as np
 from common import MODELS, Cell, Result, UsageError, cell_name, unique
 from kernels.layout import TransformerLayout
 from lab import console, delay, figures, mediation, own, settings, stats
-from lab.answers import SAME, Statistic, Table, answer, at_doses, published
+from lab.answers import SAME, Table, answer, at_doses, published
 from lab.desk import Lab, main
 
 PARTS = ("dense", "groups", "concentration", "temperature")
@@ -183,9 +183,8 @@ def own_cells(config: Config, given: dict) -> list[Cell]:
 
 def critical_norms(runs: list[dict]) -> dict[str, dict[str, float]]:
     """Of every free cell that has a run which grokked: medians of the norms at each run's own T_grok, the total under ""."""
-    grokked = [run for run in runs if run["arm"] == "free" and not run["censored"]]
-    return {name: {group: float(np.median([run[column(group)] for run in grokked if run["cell"] == name])) for group in ("", *GROUPS)}
-            for name in dict.fromkeys(run["cell"] for run in grokked)}
+    by_group = {group: stats.critical_norms(runs, column(group)) for group in ("", *GROUPS)}
+    return {name: {group: norms[name] for group, norms in by_group.items()} for name in by_group[""]}
 
 
 def column(group: str) -> str:
@@ -211,14 +210,6 @@ def series(table: Table, varied: str, **conditions: object) -> list[str]:
     return max(found.values(), key=len, default=[])
 
 
-def cv(norms: np.ndarray) -> Statistic:
-    """Standard deviation over mean of `norms (cells, members)`, all together."""
-    def statistic(picks: np.ndarray) -> np.ndarray:
-        chosen = norms[:, picks]                                                             # (cells, B, members)
-        return np.nanstd(chosen, (0, 2), ddof=1) / np.nanmean(chosen, (0, 2))
-    return statistic
-
-
 def cv_over_fractions(group: str) -> Callable[[Table, dict], tuple | None]:
     def statistic(table: Table, row: dict) -> tuple | None:
         own = table.networks == "published"
@@ -229,7 +220,7 @@ def cv_over_fractions(group: str) -> Callable[[Table, dict], tuple | None]:
             return None
         enough = min(ran) <= FRACTIONS[0] and max(ran) >= FRACTIONS[-1] and len(ran) >= 4
         missing = "p=97 was chosen to match" if own else "" if enough else f"train fractions {min(ran):g} to {max(ran):g} only"
-        return cells, cv(table.values(cells, column(group))), missing
+        return cells, delay.cv(table, cells, column(group), 1), missing
     return statistic
 
 
@@ -305,7 +296,8 @@ def concentration(table: Table, config: Config) -> None:
                 medians = stats.finite_median(norms[:, picks])                                # (cells, B)
                 return np.std(medians, 0, ddof=1) / np.mean(medians, 0)
             label = f"{group or 'total'}.over_{what}.p{table.first[cells[0]]['p']}"
-            table.finding(f"cv.{label}", f"CV of the {norm}, members of {len(cells)} {what}s together", cells, cv(norms))
+            table.finding(f"cv.{label}", f"CV of the {norm}, members of {len(cells)} {what}s together", cells,
+                          delay.cv(table, cells, column(group), 1))
             table.finding(f"cv_of_medians.{label}", f"CV over {what}s of the median {norm}", cells, cv_of_medians)
     if found := unembed_power(table, {"model": config.model}):
         table.finding("power.unembed", "exponent of the unembedding norm at own T_grok ~ p^k", *found[:2])

@@ -50,11 +50,6 @@ class Layout(NamedTuple):
         """Length of a run's row, rounded up to 64 bytes of float32 so that every row starts aligned (equal bits at any row)."""
         return -(-sum(self.sizes) // 16) * 16
 
-    @property
-    def n_free(self) -> int:
-        """The papers' parameter count: what is left of the row without padding."""
-        return self.p * self.d + 2 * self.d * self.H + self.H * self.p + self.H + self.p
-
     def draws(self) -> tuple[tuple[int, int, float], ...]:
         """`(rows, columns, divisor)` of the weight matrices that `views` begins with, in the order in which they are drawn: `randn / divisor`."""
         p, d, H = self.p, self.d, self.H

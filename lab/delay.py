@@ -82,13 +82,13 @@ def of_read(column: str, **plain: object) -> Callable[[Table, dict], tuple | Non
     return statistic
 
 
-def cv(table: Table, cells: Iterable[str], column: str = "norm_at_grok") -> Statistic:
-    """Standard deviation over mean, in percent, of a column over all members of `cells` together."""
+def cv(table: Table, cells: Iterable[str], column: str = "norm_at_grok", unit: float = 100) -> Statistic:
+    """Standard deviation over mean, in percent or another `unit`, of a norm at own T_grok over all members of `cells` together."""
     values = table.values(cells, column)                                                    # (cells, members)
 
     def statistic(picks: np.ndarray) -> np.ndarray:
         chosen = values[:, picks]                                                           # (cells, B, members)
-        return 100 * np.nanstd(chosen, axis=(0, 2), ddof=1) / np.nanmean(chosen, axis=(0, 2))
+        return unit * np.nanstd(chosen, axis=(0, 2), ddof=1) / np.nanmean(chosen, axis=(0, 2))
     return statistic
 
 

@@ -12,7 +12,7 @@ except ImportError:   # Windows
 ROOM = 1400 << 20   # bytes of address space
 
 def guard() -> None:
-    """First statement of a script, until `endings.end` takes over. Of this project and others it has imported nothing yet."""
+    """First statement of a script, until `console.end` takes over. Of this project and others it has imported nothing yet."""
     streams()
     home()
     room()

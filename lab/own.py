@@ -34,6 +34,7 @@ def label(row: dict) -> str:
 
 
 def budget(row: dict) -> int:
+    """Step at which the paper's runs behind a published row end."""
     steps = BUDGETS[row["experiment"]]
     steps = steps if isinstance(steps, int) else steps[row["rho"]]
     return steps * 6 // 5 if (row["experiment"], row["p"]) == ("pscan", 71) else steps
@@ -101,13 +102,13 @@ def some(cells: list[Cell]) -> list[Cell]:
     return cells
 
 
-def shares_at_end(result: Result, groups: tuple[str, ...] = ("E", "W1", "W2")) -> dict[int, tuple[float, ...]]:
-    """By p, the shares of `groups` in the squared norm at the last logged step of the controls `result`: of their mean norms over members, as
-    paper B's allocations have them."""
+def shares_at_end(result: Result) -> dict[int, tuple[float, ...]]:
+    """By p, the shares of E, W1 and W2 in the squared norm at the last logged step of the controls `result`: of their mean norms over members,
+    as paper B's allocations have them."""
     shares, p_of = {}, {run["cell"]: run["p"] for run in result.runs}
     logged: dict[str, dict[int, list[list[float]]]] = {}                                    # by cell and step, norms of the groups by member
     for row in result.trajectories:
-        logged.setdefault(row["cell"], {}).setdefault(row["step"], []).append([row[f"norm_{group}"] for group in groups])
+        logged.setdefault(row["cell"], {}).setdefault(row["step"], []).append([row[f"norm_{group}"] for group in ("E", "W1", "W2")])
     for cell, by_step in logged.items():
         power = np.mean(by_step[max(by_step)], 0) ** 2
         shares[p_of[cell]] = tuple((power / power.sum()).tolist())

@@ -22,7 +22,7 @@ class Rank(NamedTuple):
 
 
 def rank_of(environment: Mapping[str, str]) -> Rank:
-    """Raises UsageError if the variables are there and make no sense."""
+    """Which process this is, by the variables of the usual launchers. Raises UsageError if they are there and make no sense."""
     def value(name: str) -> int:
         try:
             return int(environment[name])

@@ -61,21 +61,22 @@ def bootstrap(table: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], 
     return resampled(table.shape[-1], lambda picks: statistic(np.moveaxis(table[:, picks], 1, 0)), seed)
 
 
-def critical_norms(runs: list[dict]) -> dict[str, float]:
-    """W_c of every free cell that has a run which grokked: the median of the norm at each run's own T_grok."""
+def critical_norms(runs: list[dict], column: str = "norm_at_grok") -> dict[str, float]:
+    """W_c of every free cell that has a run which grokked: the median of the norm, total or of the group in `column`, at each run's own T_grok."""
     norms: dict[str, list[float]] = {}
     for run in runs:
         if run["arm"] == "free" and not run["censored"]:
-            norms.setdefault(run["cell"], []).append(run["norm_at_grok"])
+            norms.setdefault(run["cell"], []).append(run[column])
     return {cell: float(np.median(values)) for cell, values in norms.items()}
 
 
-def power_shares(runs: list[dict], groups: tuple[str, ...] = ("E", "W1", "W2")) -> dict[str, tuple[float, ...]]:
-    """Shares of `groups` in the squared norm, mean over the members that grok, each at its own T_grok, of every free cell that has one."""
+def power_shares(runs: list[dict]) -> dict[str, tuple[float, ...]]:
+    """Shares of E, W1 and W2 in the squared norm, mean over the members that grok, each at its own T_grok, of every free cell that has one."""
     shares: dict[str, list[list[float]]] = {}
     for run in runs:
         if run["arm"] == "free" and not run["censored"]:
-            shares.setdefault(run["cell"], []).append([(run[f"norm_{group}_at_grok"] / run["norm_at_grok"]) ** 2 for group in groups])
+            mine = [(run[f"norm_{group}_at_grok"] / run["norm_at_grok"]) ** 2 for group in ("E", "W1", "W2")]
+            shares.setdefault(run["cell"], []).append(mine)
     return {cell: tuple(np.mean(values, 0).tolist()) for cell, values in shares.items()}
 
 
@@ -118,16 +119,16 @@ def shared_slope(x: list[np.ndarray], y: list[np.ndarray]) -> tuple[np.ndarray, 
         return sxy / sxx, sxy**2 / (sxx * syy)
 
 
-def lack_of_fit(x: np.ndarray, log_times: np.ndarray, degree: int = 1) -> float:
-    """p-value of the F test that ln T is a polynomial of `degree` in x, against seed noise. `log_times (cells, members)`, finite."""
+def lack_of_fit(x: np.ndarray, log_times: np.ndarray) -> float:
+    """p-value of the F test that ln T is a straight line in x, against seed noise. `log_times (cells, members)`, finite."""
     from scipy.special import fdtrc  # half a second's import, which other commands do without
 
     cells, members = log_times.shape
     means = log_times.mean(1)
-    residual = means - np.polyval(np.polyfit(x, means, degree), x)
-    between = members * (residual**2).sum() / (cells - degree - 1)
+    residual = means - np.polyval(np.polyfit(x, means, 1), x)
+    between = members * (residual**2).sum() / (cells - 2)
     within = ((log_times - means[:, None]) ** 2).sum() / (cells * (members - 1))
-    return math.nan if within == 0 else float(fdtrc(cells - degree - 1, cells * (members - 1), between / within))
+    return math.nan if within == 0 else float(fdtrc(cells - 2, cells * (members - 1), between / within))
 
 
 # ---------------------------------------------------------------- paper B: regressions, forms of the dose response, mediation

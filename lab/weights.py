@@ -35,7 +35,7 @@ class Saved(NamedTuple):
 
 
 def load(path: Path) -> Saved:
-    """Raises UsageError for a file that `save` did not leave so."""
+    """The networks in a file that `save` left. Raises UsageError for any other."""
     tensors, metadata = read(path)
     conditions, runs = json.loads(metadata["conditions"]), json.loads(metadata["runs"])
     table, width = tensors.pop("labels", None), (conditions["d"], conditions["H"]) if "d" in conditions else ()
