@@ -137,7 +137,8 @@ def arm_cells(config: Config, p: int, step: int, norms: list[float]) -> list[Cel
     """The arms from fork step `step`, given every member's norm N0 there."""
     cells = []
     for arm in sorted(config.parts, key=ARMS.index):
-        for rho in config.rho if arm in SCALED else (None,):
+        rhos = config.rho if arm in SCALED else (None,)
+        for rho in rhos:
             factor = {"free": 0.0, "same": 1.0, "raised": rho, "lowered": rho and 1 / rho}[arm]
             name = cell_name((f"{label(config)}{arm}", f"p{p}", f"b{config.seeds}", f"fork{step}"), ("rho", "g", rho, None))
             cells.append(Cell(name, arm=arm, rho=rho, clamp_start=step + 1, held=tuple((factor * norm, 0.0, 0.0, 0.0) for norm in norms),

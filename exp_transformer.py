@@ -22,7 +22,6 @@ if __name__ == "__main__":
     early.guard()
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -288,10 +287,12 @@ def total_norm(table: Table, p: int, cells: list[str]) -> None:
 def concentration(table: Table, config: Config) -> None:
     """CV of the norms at grokking over train fractions and over learning rates; the exponent of the unembedding's over p."""
     lr = config.lrs[0]
-    for (what, cells), group in itertools.product({"fraction": series(table, "train_frac", lr=lr),
-                                                   "lr": series(table, "lr", train_frac=0.40)}.items(), ("", *GROUPS)):
-        norms, norm = table.values(cells, column(group)), f"{group or 'total'} norm at own T_grok"
-        if len(cells) >= 2 and np.isfinite(norms).any(1).all():
+    for what, cells in (("fraction", series(table, "train_frac", lr=lr)), ("lr", series(table, "lr", train_frac=0.40))):
+        for group in ("", *GROUPS):
+            norms, norm = table.values(cells, column(group)), f"{group or 'total'} norm at own T_grok"
+            if len(cells) < 2 or not np.isfinite(norms).any(1).all():
+                continue
+
             def cv_of_medians(picks: np.ndarray, norms: np.ndarray = norms) -> np.ndarray:
                 medians = stats.finite_median(norms[:, picks])                                # (cells, B)
                 return np.std(medians, 0, ddof=1) / np.mean(medians, 0)
