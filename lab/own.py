@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from common import EVAL_EVERY, LEARNING_RATES, Cell, Result, UsageError, parity_sizes
+from common import EVAL_EVERY, LEARNING_RATES, Cell, Result, UsageError, cell_name, parity_sizes
 from lab.draws import LAYERS, Card, paper_a_seed
 
 AUDIT_EVERY = 50   # steps between evaluations of paper B's audit
@@ -73,21 +73,18 @@ def cell(row: dict, members: tuple[int, ...] = (), shares: tuple[float, ...] = (
     elif not free:
         held = tuple(row["w_c"] * share for share in (0.0, *shares)) if shares else (row["rho"] * row["w_c"],)
     about = row["task"].replace(" ", "_") if parity else f"p{row['p']}"
-    parts = [label(row), row["arm"], *([group] if group else []), about, f"b{block}", *([row["loss"]] if row["loss"] != "ce" else [])]
-    parts += [f"{short}{row[column]:g}" for short, column, default in (("rho", "rho", None), ("tau", "tau", 1.0), ("gamma", "gamma", None),
-              ("lr", "lr", LEARNING_RATES[row["model"]]), ("wd", "wd", 1.0), ("frac", "train_frac", 0.40)) if row[column] not in (None, default)]
+    name = cell_name((label(row), row["arm"], group, about, f"b{block}"), ("", "", row["loss"], "ce"), ("rho", "g", row["rho"], None),
+                     ("tau", "g", row["tau"] or 1.0, 1.0), ("gamma", "g", row["gamma"], None),
+                     ("lr", "g", fields["lr"], LEARNING_RATES[row["model"]]), ("wd", "g", fields["weight_decay"], 1.0),
+                     ("frac", "g", row["train_frac"] or 0.40, 0.40), ("", "", row["dtype"] or "float32", "float32"))
     steps = row["value"] if row["statistic"] == "T_grok" and row["value"] else 0
-    made = Cell("_".join([*parts, *([row["dtype"]] if row["dtype"] == "float64" else [])]), members=chosen, block=block, budget_steps=budget(row),
-                arm=row["arm"], loss=row["loss"], model=row["model"], rho=None if scaled else row["rho"], tau=row["tau"] or 1.0,
-                gamma=row["gamma"], w_c=row["w_c"] if held else None, held=(held,) * len(chosen) if held else (), group=group, networks=label(row),
-                expected_steps=int(1.15 * steps), after_grok=ON_TO_95 * (row["statistic"] == "W_c_at_0.95"), dtype=row["dtype"] or "",
-                **network, **fields, **protocol)
-    return made if row["arm"] != "rescale" or scaled else once(made)
-
-
-def once(cell: Cell) -> Cell:
-    """The norm set to its target at one step instead of held from there on."""
-    return dataclasses.replace(cell, clamp_stop=cell.clamp_start + 1)
+    made = Cell(name, members=chosen, block=block, budget_steps=budget(row), arm=row["arm"], loss=row["loss"], model=row["model"],
+                rho=None if scaled else row["rho"], tau=row["tau"] or 1.0, gamma=row["gamma"], w_c=row["w_c"] if held else None,
+                held=(held,) * len(chosen) if held else (), group=group, networks=label(row), expected_steps=int(1.15 * steps),
+                after_grok=ON_TO_95 * (row["statistic"] == "W_c_at_0.95"), dtype=row["dtype"] or "", **network, **fields, **protocol)
+    if row["arm"] == "rescale" and not scaled:               # the norm is set to its target at one step instead of held from there on
+        return dataclasses.replace(made, clamp_stop=made.clamp_start + 1)
+    return made
 
 
 def under(rows: Iterable[dict], **conditions: object) -> list[dict]:
