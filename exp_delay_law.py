@@ -388,8 +388,7 @@ def run(argv: list[str]) -> None:
     console.say_norms(controls, w_c)
     result += desk.train("cells", [*others, *held_cells(config, w_c)], deal=True)
     publish(desk, result)
-    desk.finish()
-    return None
+    return desk.finish()
 
 
 if __name__ == "__main__":

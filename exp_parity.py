@@ -382,8 +382,7 @@ def run(argv: list[str]) -> None:
     if "fresh" in config.networks:
         result += desk.train("cells", [*free, *held_cells(config, w_c)], deal=True)
     publish(desk, result)
-    desk.finish()
-    return None
+    return desk.finish()
 
 
 if __name__ == "__main__":

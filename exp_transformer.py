@@ -385,8 +385,7 @@ def run(argv: list[str]) -> None:
     console.say_norms(controls, norms)
     result += ours + desk.train("cells", [*others, *held_cells(fresh, norms)], deal=True)
     publish(desk, result)
-    desk.finish()
-    return None
+    return desk.finish()
 
 
 if __name__ == "__main__":
