@@ -1,4 +1,5 @@
 """Whatever is typed or fed: a run, or exit code 2 with one line on stderr. Configurations by hypothesis, released files by damage."""
+import dataclasses
 import io
 import os
 import random
@@ -54,15 +55,19 @@ def likely_flags(draw: st.DrawFn) -> tuple[str, list[str]]:
     members = draw(st.lists(st.integers(0, S), min_size=1, max_size=2, unique=True))
     ps = draw(st.lists(st.integers(2, 13), min_size=1, max_size=2, unique=True))
     rhos = draw(st.lists(st.sampled_from([0.85, 1.0, 1.04, 1.15, 1.3, 5.0]), min_size=1, max_size=3, unique=True))
-    words = ["--preset", "smoke", "--backend", "eager", "--seeds", S, "--members", *members, "--p", *ps]
+    words = ["--preset", "smoke", "--backend", "eager", "--members", *members, "--p", *ps]
     words += ["--dtype", draw(st.sampled_from(["float32", "float64"])),
              "--after-grok", draw(st.sampled_from([0, 0, 200, 30])), "--seed0", draw(st.sampled_from([0, 7]))]
     if name == "exp_delay_law":
-        words += ["--rhos", *rhos, "--parts", *draw(st.lists(st.sampled_from(exp_delay_law.PARTS), min_size=1, max_size=2, unique=True))]
-        words += ["--moduli-seeds", S, "--free-seeds", S, "--lrs", *draw(st.lists(st.sampled_from([1e-3, 4e-3]), min_size=1, unique=True))]
+        parts = draw(st.lists(st.sampled_from(exp_delay_law.PARTS), min_size=1, max_size=2, unique=True))
+        rates = draw(st.lists(st.sampled_from([1e-3, 4e-3]), min_size=1, unique=True))
+        words += ["--parts", *parts, "--lrs", *(rates if "matrix" in parts else rates[:1])]
+        read_by = {field.name: field.metadata["parts"] for field in dataclasses.fields(exp_delay_law.Config)}
+        for flag, given in (("seeds", [S]), ("moduli_seeds", [S]), ("free_seeds", [S]), ("rhos", rhos)):
+            words += ["--" + flag.replace("_", "-"), *given] if {*read_by[flag]} & {*parts} else []
     else:
-        words += ["--rho", *rhos, "--fork-steps", *draw(st.lists(st.sampled_from([50, 100, 125]), min_size=1, max_size=2, unique=True)), "--budget",
-                  draw(st.sampled_from([150, 175, 100]))]
+        steps = draw(st.lists(st.sampled_from([50, 100, 125]), min_size=1, max_size=2, unique=True))
+        words += ["--seeds", S, "--rho", *rhos, "--fork-steps", *steps, "--budget", draw(st.sampled_from([150, 175, 100]))]
     return name, [str(word) for word in words]
 
 
