@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from kernels.adamw import adamw_project
 from kernels.cuda import MOST_CLASSES, CudaKernels, state_bytes_per_run, workspace_bytes_per_run
 from kernels.dialect import BK, dot, power_of_two, tl, triton
-from kernels.first_layer import tables, tables_backward
+from kernels.first_layer import tables, tables_backward, turn, turned_size
 from kernels.hidden import hidden_backward, hidden_backward_ref, hidden_ref
 from kernels.layout import mlp_layout, model_layout
 from kernels.loss import loss_gradient
@@ -131,9 +131,10 @@ def step_calls(engine: CudaKernels) -> dict[str, tuple[Callable[[], object], flo
         "loss_gradient": (lambda: loss_gradient(state.params, work.tables, state.slots, engine.labels, scalars, work.dz, n, layout, "ce",
                                                 arithmetic),
                           2 * n * H * p, "TFLOP/s"),
-        "hidden_backward": (lambda: hidden_backward(state.params, work.tables, work.dz, state.slots, work.dtables, work.gradient, layout,
-                                                    arithmetic), 4 * n * H * p, "TFLOP/s"),
-        "tables_backward": (lambda: tables_backward(state.params, work.dtables, work.gradient, layout, arithmetic), 8 * p * d * H,
+        "turn": (lambda: turn(state.params, work.turned, layout), 2 * turned_size(layout) * itemsize, "GB/s"),
+        "hidden_backward": (lambda: hidden_backward(work.turned, work.tables, work.dz, state.slots, work.parts, layout, arithmetic),
+                            4 * n * H * p, "TFLOP/s"),
+        "tables_backward": (lambda: tables_backward(state.params, work.turned, work.parts, work.gradient, layout, arithmetic), 8 * p * d * H,
                             "TFLOP/s"),
         "adamw_project": (lambda: adamw_project(state.params, state.moment1, state.moment2, work.gradient, scalars, work.squares, layout),
                           9 * layout.n_params * itemsize, "GB/s"),
@@ -184,6 +185,7 @@ def dW2_error(p: int, runs: int) -> Iterator[Row]:
     engine = example(p, 1)
     layout, work, state = engine.layout, engine.workspace, engine.state
     tables(state.params, work.tables, layout, "ieee")
+    turn(state.params, work.turned, layout)
     loss_gradient(state.params, work.tables, state.slots, engine.labels, step_scalars(1, 1)[:, 0].to(DEVICE, torch.float32), work.dz,
                   engine.n_train, layout, "ce", "ieee")
     live = state.slots[0] >= 0
@@ -192,8 +194,10 @@ def dW2_error(p: int, runs: int) -> Iterator[Row]:
     exact = h.T @ dz.double()
     exact_dU, _ = hidden_backward_ref(dz.double(), dgelu, layout.views(state.params[0])[2].double(), pair // p, pair % p, p)
     for arithmetic in ARITHMETIC:
-        hidden_backward(state.params, work.tables, work.dz, state.slots, work.dtables, work.gradient, layout, arithmetic)
-        for name, found, wanted in (("dW2", layout.views(work.gradient[0])[2], exact), ("dU", work.dtables[0, 0], exact_dU)):
+        hidden_backward(work.turned, work.tables, work.dz, state.slots, work.parts, layout, arithmetic)
+        tables_backward(state.params, work.turned, work.parts, work.gradient, layout, arithmetic)
+        dU = work.parts[0, :, : p * layout.H].double().sum(0).view(p, layout.H)
+        for name, found, wanted in (("dW2", layout.views(work.gradient[0])[2], exact), ("dU", dU, exact_dU)):
             error = ((found.double() - wanted).abs().max() / wanted.abs().max()).item()
             yield Row("dW2_error", name, p, 1, arithmetic, error, error, error, "of the largest value")
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -221,7 +225,7 @@ def _row_adds_kernel(slots, dtables, n_slots, p: tl.constexpr, H: tl.constexpr, 
 def row_adds(p: int, runs: int) -> Iterator[Row]:
     engine = example(p, runs)
     H, chunk, slots = engine.layout.H, engine.chunk, engine.state.slots
-    work = engine.workspace.dtables.zero_()
+    work = torch.zeros_like(engine.workspace.tables)
     alone = seconds(lambda: _row_adds_kernel[(H // 32, chunk)](slots, work, slots.shape[1], p, H, tile_rows(p), 32, num_warps=4,
                                                                num_stages=1))
     yield Row("row_adds", "alone", p, chunk, "", *(t * 1e6 / chunk for t in alone), "us per run-step")

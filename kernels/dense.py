@@ -19,7 +19,6 @@ from .hidden import INV_SQRT_2, INV_SQRT_2PI, gelu_ref
 from .layout import DenseLayout
 from .loss import loss_gradient_ref, loss_gradient_rows
 
-SMALLEST_WORKSPACE, LARGEST_WORKSPACE = 64 << 20, 256 << 20     # bytes, as the MLP's
 BN = 32            # examples in a tile
 P = 16             # columns of a tile of logits, the least that a dot takes
 _BN, _P, _INV_SQRT_2, _INV_SQRT_2PI = tl.constexpr(BN), tl.constexpr(P), tl.constexpr(INV_SQRT_2), tl.constexpr(INV_SQRT_2PI)

@@ -4,12 +4,19 @@ Nothing of size n x 2d exists, forward or backward: 23 MFLOP a step at p=59 inst
 
 The tables of a run lie as `(2, p, H)`, U first. Each output tile belongs to one program, which sums over blocks of the inner dimension
 in ascending order. Traffic per run and call: E and W1 once or twice through the cache, the tables once.
+
+The backward pass multiplies by the transposes of W1 and W2. Its products read a right operand row by row, and columns would all come from one bank of
+the shared memory; so each step leaves a transposed copy of both, `turned`: `(2, H, d)` of the halves of W1, then `(p_pad, H)` of W2.
 """
 import torch
 from torch import Tensor
 
 from .dialect import BK, divisor_block, dot, power_of_two, tl, triton
+from .hidden import load_segments, segments_of
 from .layout import Layout
+
+SUMMED = 1024       # elements of dW2 and db2 whose segments a program adds
+_SUMMED = tl.constexpr(SUMMED)
 
 
 def tables_ref(E: Tensor, W1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,6 +57,26 @@ def _tables_kernel(theta, tables, p: tl.constexpr, d: tl.constexpr, H: tl.conste
     tl.store(out + row[:, None] * H + unit[None, :], acc, mask=row[:, None] < p)
 
 
+@triton.jit
+def _turn_kernel(theta, turned, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr, ROW: tl.constexpr, BD: tl.constexpr,
+                 BH: tl.constexpr):
+    """A program: one run; a (BD, BH) tile of W1, or BH rows and BD columns of W2."""
+    run = tl.program_id(1).to(tl.int64)
+    h_blocks: tl.constexpr = H // BH
+    unit = tl.program_id(0) % h_blocks * BH + tl.arange(0, BH)
+    row = tl.program_id(0) // h_blocks * BD + tl.arange(0, BD)      # of W1, and then columns of W2
+    W1 = theta + run * ROW + p * d
+    turned += run * (2 * d * H + p_pad * H)
+    if tl.program_id(0) < 2 * d // BD * h_blocks:
+        tile = tl.load(W1 + row[:, None] * H + unit[None, :])
+        tl.store(turned + (row // d * H + unit[:, None]) * d + row[None, :] % d, tl.trans(tile))
+    else:
+        column = row - 2 * d
+        inside = column < p_pad
+        rows = tl.load(W1 + 2 * d * H + unit[:, None] * p_pad + column[None, :], mask=inside[None, :], other=0.0)
+        tl.store(turned + 2 * d * H + column[:, None] * H + unit[None, :], tl.trans(rows), mask=inside[:, None])
+
+
 def tables(params: Tensor, out: Tensor, layout: Layout, arithmetic: str) -> None:
     """Rows `params (R, n_params)` -> `out (R, 2, p, H)`."""
     p, _, H, _ = layout
@@ -58,52 +85,72 @@ def tables(params: Tensor, out: Tensor, layout: Layout, arithmetic: str) -> None
     _tables_kernel[grid](params, out, *layout, layout.n_params, BM, BH, BK, arithmetic, num_warps=4)
 
 
+def turned_size(layout: Layout) -> int:
+    return (2 * layout.d + layout.p_pad) * layout.H
+
+
+def turn(params: Tensor, turned: Tensor, layout: Layout) -> None:
+    """Rows `params (R, n_params)` -> `turned (R, turned_size)`: the halves of W1 transposed `(2, H, d)`, then W2 `(p_pad, H)`."""
+    _, d, H, p_pad = layout
+    BD, BH = divisor_block(d, 32), divisor_block(H, 32)
+    grid = ((2 * d // BD + -(-p_pad // BD)) * (H // BH), params.shape[0])
+    _turn_kernel[grid](params, turned, *layout, layout.n_params, BD, BH, num_warps=4)
+
+
 @triton.jit
-def _tables_backward_kernel(theta, dtables, gradient, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr,
-                            ROW: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+def _tables_backward_kernel(theta, turned, parts, gradient, p: tl.constexpr, d: tl.constexpr, H: tl.constexpr, p_pad: tl.constexpr, ROW: tl.constexpr,
+                            BP: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, SEGMENTS: tl.constexpr,
                             PRECISION: tl.constexpr):
-    """A program: one run and a (BD, BH) tile of dW1, or a (BP, BD) tile of dE. Reads the weights before any of them is updated."""
+    """A program: one run and a (BD, BH) tile of dW1, or a (BP, BD) tile of dE, or a block of dW2 and db2, whose segments it only adds. Reads the
+    weights before any of them is updated."""
     run = tl.program_id(1).to(tl.int64)
     d_blocks: tl.constexpr = d // BD
     h_blocks: tl.constexpr = H // BH
     dW1_tiles: tl.constexpr = 2 * d_blocks * h_blocks
+    dE_tiles: tl.constexpr = (p + BP - 1) // BP * d_blocks
+    PART: tl.constexpr = 2 * p * H + H * p_pad + p_pad
     tile = tl.program_id(0)
     inner = tl.arange(0, BK)
     E = theta + run * ROW
     dE = gradient + run * ROW
-    dU = dtables + run * (2 * p * H)
+    dU = parts + run * SEGMENTS * PART
     if tile < dW1_tiles:
         second = tile // (d_blocks * h_blocks)
         column = tile // h_blocks % d_blocks * BD + tl.arange(0, BD)
         unit = tile % h_blocks * BH + tl.arange(0, BH)
         acc = tl.zeros([BD, BH], theta.dtype.element_ty)
-        total = tl.zeros([BH], theta.dtype.element_ty)
+        total = tl.zeros([1, BH], theta.dtype.element_ty)
         for start in range(0, p, BK):
             k = start + inner
             left = tl.load(E + k[:, None] * d + column[None, :], mask=k[:, None] < p, other=0.0)
-            right = tl.load(dU + second * p * H + k[:, None] * H + unit[None, :], mask=k[:, None] < p, other=0.0)
+            right = load_segments(dU + (second * p + k[:, None]) * H + unit[None, :], PART, k[:, None] < p, SEGMENTS)
             acc = dot(tl.trans(left), right, acc, PRECISION)
-            total += tl.sum(right, axis=0)
+            total = dot(tl.full([1, BK], 1.0, theta.dtype.element_ty), right, total, PRECISION)
         tl.store(dE + p * d + (second * d + column[:, None]) * H + unit[None, :], acc)
         if tile < h_blocks:
-            tl.store(dE + p * d + 2 * d * H + H * p_pad + unit, total)      # db1
-    else:
+            tl.store(dE + p * d + 2 * d * H + H * p_pad + unit[None, :], total)      # db1
+    elif tile < dW1_tiles + dE_tiles:
         row = (tile - dW1_tiles) // d_blocks * BP + tl.arange(0, BP)
         column = (tile - dW1_tiles) % d_blocks * BD + tl.arange(0, BD)
         rows = tl.zeros([BP, BD], theta.dtype.element_ty)       # a name of its own: one name has one shape on both sides of an `if`
+        turned += run * (2 * d * H + p_pad * H)
         for start in range(0, 2 * H, BK):
-            second = start // H
-            k = start % H + inner
-            left = tl.load(dU + second * p * H + row[:, None] * H + k[None, :], mask=row[:, None] < p, other=0.0)
-            right = tl.load(E + p * d + (second * d + column[:, None]) * H + k[None, :])
-            rows = dot(left, tl.trans(right), rows, PRECISION)
+            k = start + inner       # of the units of both halves, one behind the other
+            left = load_segments(dU + (start // H * p + row[:, None]) * H + k[None, :] % H, PART, row[:, None] < p, SEGMENTS)
+            rows = dot(left, tl.load(turned + k[:, None] * d + column[None, :]), rows, PRECISION)
         tl.store(dE + row[:, None] * d + column[None, :], rows, mask=row[:, None] < p)
+    else:
+        i = (tile - dW1_tiles - dE_tiles) * _SUMMED + tl.arange(0, _SUMMED)
+        inside = i < H * p_pad + p_pad
+        sums = load_segments(dU + 2 * p * H + i, PART, inside, SEGMENTS)
+        tl.store(dE + p * d + 2 * d * H + tl.where(i < H * p_pad, i, i + H), sums, mask=inside)     # b1 lies between W2 and b2
 
 
-def tables_backward(params: Tensor, dtables: Tensor, gradient: Tensor, layout: Layout, arithmetic: str) -> None:
-    """`params (R, n_params)`, `dtables (R, 2, p, H)` -> the parts dE, dW1, db1 of the rows `gradient (R, n_params)`."""
-    p, d, H, _ = layout
-    BD, BH, BP = divisor_block(d, 64), divisor_block(H, 64), min(64, power_of_two(max(p, 16)))
-    grid = (2 * (d // BD) * (H // BH) + -(-p // BP) * (d // BD), params.shape[0])
-    _tables_backward_kernel[grid](params, dtables, gradient, *layout, layout.n_params, BP, BD, BH, BK, arithmetic,
-                                  num_warps=4)
+def tables_backward(params: Tensor, turned: Tensor, parts: Tensor, gradient: Tensor, layout: Layout, arithmetic: str) -> None:
+    """`params (R, n_params)`, `turned` as `turn` leaves it, `parts (R, segments, part_size)` -> the rows `gradient (R, n_params)`."""
+    p, d, H, p_pad = layout
+    BD, BH, BP = divisor_block(d, 512 // params.itemsize), divisor_block(H, 64), 16
+    grid = (2 * (d // BD) * (H // BH) + -(-p // BP) * (d // BD) + -(-(H + 1) * p_pad // SUMMED), params.shape[0])
+    # One stage: the sums over the segments would fill the registers twice
+    _tables_backward_kernel[grid](params, turned, parts, gradient, *layout, layout.n_params, BP, BD, BH, BK, segments_of(p), arithmetic, num_warps=4,
+                                  num_stages=1)

@@ -9,6 +9,9 @@ them can be made equally large (de Werra 1971). So padding is about 1% (p=59: 44
 For a transformer: ascending order, padded to whole tiles with -1, and behind it, for each of the 2p rows of a table, the list of the pairs that
 share it. A pair adds its row four times, with a weight for each head, to sums that a program can keep at hand.
 """
+import functools
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +21,7 @@ def labels_of(labels: Tensor | None, a: Tensor, b: Tensor, p: int) -> Tensor:
     return (a + b) % p if labels is None else labels[a * p + b]
 
 
+BLOCK_PAIRS = 64   # pairs that a program of the MLP's backward pass takes at once: 64 / tile_rows tiles
 SLOT_ROWS = 64     # pairs in a tile of a transformer
 LIST_ROWS = 16     # pairs of a list taken at once
 
@@ -30,42 +34,58 @@ def tile_rows(p: int) -> int:
 
 def matching_tiles(a: Tensor, b: Tensor, p: int) -> Tensor:
     """Pairs `a, b (n,)` -> `(tiles, rows)` int32 of `a p + b`, -1 where a tile is not full."""
-    pairs = list(zip(a.tolist(), b.tolist(), strict=True))
+    return torch.from_numpy(_matching_tiles((a.cpu() * p + b.cpu()).numpy().astype(np.int32).tobytes(), p).copy())
+
+
+@functools.lru_cache(maxsize=1024)      # the ensembles of a sweep train on the same splits
+def _matching_tiles(split: bytes, p: int) -> np.ndarray:
+    pairs = np.frombuffer(split, np.int32)
     rows = tile_rows(p)
-    degree = max(int(torch.bincount(side, minlength=p).max()) for side in (a.cpu(), b.cpu()))
+    degree = max(int(np.bincount(side, minlength=p).max()) for side in (pairs // p, pairs % p))
     count = max(-(-len(pairs) // rows), degree)
     colouring = _Colouring(p, count)
-    for pair in pairs:
-        colouring.add(*pair)
+    for u, v in zip((pairs // p).tolist(), (pairs % p).tolist(), strict=True):
+        colouring.add(u, v)
     colouring.level()
-    tiles = torch.full((count, rows), -1, dtype=torch.int32)
-    filled = [0] * count
-    for u, colours in enumerate(colouring.at[0]):
-        for colour, v in enumerate(colours):
-            if v >= 0:
-                tiles[colour, filled[colour]] = u * p + v
-                filled[colour] += 1
+    across = np.array(colouring.at[0], np.int32).T                  # (tiles, p)
+    tile, u = np.nonzero(across >= 0)
+    tiles = np.full((count, rows), -1, np.int32)
+    tiles[tile, (across >= 0).cumsum(1)[tile, u] - 1] = u * p + across[tile, u]
     return tiles
 
 
 class _Colouring:
-    """A proper edge colouring: `at[side][vertex][colour]` is the vertex across, -1 if the colour is free there."""
+    """A proper edge colouring: `at[side][vertex][colour]` is the vertex across, -1 if the colour is free there; the free colours of a vertex are also
+    the bits of a number, so that those free at both ends are one operation."""
 
     def __init__(self, p: int, count: int):
         self.at = [[[-1] * count for _ in range(p)] for _ in range(2)]
-        self.load = [0] * count
+        self.free = [[(1 << count) - 1] * p for _ in range(2)]
+        self.load, self.next = [0] * count, 0
 
     def add(self, u: int, v: int) -> None:
-        """Colours the edge with the least used colour free at both ends; if there is none, an alternating path makes one."""
-        at_u, at_v = self.at[0][u], self.at[1][v]
-        common = [(self.load[c], c) for c, (x, y) in enumerate(zip(at_u, at_v, strict=True)) if x < 0 and y < 0]
+        """Colours the edge with the next colour in turn that is free at both ends; if there is none, an alternating path makes one."""
+        common = self.free[0][u] & self.free[1][v]
         if common:
-            colour = min(common)[1]
+            later = common >> self.next << self.next or common
+            colour = (later & -later).bit_length() - 1
+            self.next = (colour + 1) % len(self.load)
         else:
-            colour = at_u.index(-1)
-            self.flip(self.path(1, v, colour, at_v.index(-1)), colour, at_v.index(-1))
-        at_u[colour], at_v[colour] = v, u
+            colour, other = self.at[0][u].index(-1), self.at[1][v].index(-1)
+            self.flip(self.path(1, v, colour, other), colour, other)
+        self.put(u, v, colour)
+
+    def put(self, u: int, v: int, colour: int) -> None:
+        self.at[0][u][colour], self.at[1][v][colour] = v, u
+        self.free[0][u] ^= 1 << colour
+        self.free[1][v] ^= 1 << colour
         self.load[colour] += 1
+
+    def take(self, u: int, v: int, colour: int) -> None:
+        self.at[0][u][colour] = self.at[1][v][colour] = -1
+        self.free[0][u] ^= 1 << colour
+        self.free[1][v] ^= 1 << colour
+        self.load[colour] -= 1
 
     def path(self, side: int, vertex: int, first: int, second: int) -> list[tuple[int, int]]:
         """Edges `(u, v)` of the path from `vertex` whose colours alternate `first, second, first, ...`."""
@@ -79,12 +99,9 @@ class _Colouring:
         """Exchanges the two colours along a path that starts with `first`."""
         colours = [first if i % 2 == 0 else second for i in range(len(edges))]
         for (u, v), colour in zip(edges, colours, strict=True):
-            self.at[0][u][colour] = self.at[1][v][colour] = -1
-            self.load[colour] -= 1
+            self.take(u, v, colour)
         for (u, v), colour in zip(edges, colours, strict=True):
-            other = first + second - colour
-            self.at[0][u][other], self.at[1][v][other] = v, u
-            self.load[other] += 1
+            self.put(u, v, first + second - colour)
 
     def level(self) -> None:
         """Makes the loads differ by at most one: of two matchings, the larger has a path that begins and ends in it."""
@@ -97,13 +114,13 @@ class _Colouring:
 
 
 def slots_of(a: Tensor, b: Tensor, p: int) -> Tensor:
-    """`a, b (R, n)` -> `(R, slots)` int32 of `a p + b`, -1 in empty slots; runs with equal splits are worked out once.
+    """`a, b (R, n)` -> `(R, slots)` int32 of `a p + b`, -1 in empty slots, a multiple of BLOCK_PAIRS; runs with equal splits are worked out once.
 
     Runs may differ in their number of tiles: shorter ones end in empty tiles, which add nothing and so change no bit.
     """
     splits, which = torch.unique(a.cpu() * p + b.cpu(), dim=0, return_inverse=True)
     tiles = [matching_tiles(split // p, split % p, p).reshape(-1) for split in splits]
-    slots = torch.full((len(tiles), max(map(len, tiles))), -1, dtype=torch.int32)
+    slots = torch.full((len(tiles), -(-max(map(len, tiles)) // BLOCK_PAIRS) * BLOCK_PAIRS), -1, dtype=torch.int32)
     for row, tile in zip(slots, tiles, strict=True):
         row[: len(tile)] = tile
     return slots[which]

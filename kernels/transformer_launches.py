@@ -24,7 +24,6 @@ from .pairs import order_of, slots_for, views_of
 from .transformer import gelu_backward, norm_backward, residual_backward, unit_block
 
 __all__ = ["Workspace", "evaluate_all", "order_of", "slot_count", "step", "workspace_shapes"]
-SMALLEST_WORKSPACE = LARGEST_WORKSPACE = 1 << 30     # bytes: 8 to 11 MB a run at p = 59, and a hundred runs fill the device
 
 
 class Workspace(NamedTuple):

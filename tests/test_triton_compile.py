@@ -31,7 +31,7 @@ def assert_sound(found: dict[str, Launch]) -> None:
 def test_mlp(p: int, mode: tuple[torch.dtype, str]) -> None:
     """One modulus for each width of a row of logits, one in each mode."""
     found = kinds(step_launches(model_layout("mlp", p, mode[0]), *mode, "ce"))
-    assert len(found) == 9
+    assert len(found) == 10
     assert_sound(found)
 
 

@@ -59,15 +59,18 @@ def test_single_pass_tf32_of_a_transformer(kernel: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("kernel", "module", "right", "wrong"), [
-    ("hidden_backward", "hidden", "for start in range(0, n_slots, BN):", "for start in range(BN, n_slots, BN):"),
+    ("hidden_backward", "hidden", "range(segment * BN, n_slots, SEGMENTS * BN):", "range((segment + SEGMENTS) * BN, n_slots, SEGMENTS * BN):"),
+    ("tables_backward", "hidden", "in tl.static_range(1, SEGMENTS):", "in tl.static_range(1, SEGMENTS - 1):"),
     ("loss_gradient", "hidden", "for start in range(0, H, BK):", "for start in range(BK, H, BK):"),
     ("tables_backward", "first_layer", "for start in range(0, p, BK):", "for start in range(BK, p, BK):"),
-], ids=["of pairs", "of hidden units", "of tokens"])
+], ids=["of pairs", "segment", "of hidden units", "of tokens"])
 def test_dropped_tile(plant: Callable, monkeypatch: pytest.MonkeyPatch, kernel: str, module: str, right: str, wrong: str) -> None:
-    if kernel == "loss_gradient":       # its products are the hidden layer's
+    if module == "hidden" and kernel != "hidden_backward":      # whose functions are in other modules' kernels
         plant(mlp, module, right, wrong)
         monkeypatch.setitem(sys.modules, "kernels.hidden", sys.modules["kernels.planted_hidden"])
-        plant(mlp, "loss", "from .hidden import logits_tile", "from .hidden import logits_tile  # the planted one", "loss_gradient")
+        user, line = {"loss_gradient": ("loss", "from .hidden import logits_tile"),
+                      "tables_backward": ("first_layer", "from .hidden import load_segments, segments_of")}[kernel]
+        plant(mlp, user, line, line + "  # the planted one", kernel)
     else:
         plant(mlp, module, right, wrong, kernel)
     refused(kernel, lambda: mlp.agree(kernel, make_case(53, runs=1)))

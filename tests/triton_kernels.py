@@ -11,16 +11,32 @@ from triton_cases import DEVICE, Case, draw, from_slots, make_case, nan, to_slot
 
 from kernels.adamw import adamw_project, adamw_project_ref, group_norms_ref, partial_blocks
 from kernels.evaluation import N_PARTIAL, evaluate, evaluation_tiles
-from kernels.first_layer import tables, tables_backward, tables_backward_ref, tables_ref
-from kernels.hidden import hidden_backward, hidden_backward_ref, hidden_ref
+from kernels.first_layer import tables, tables_backward, tables_backward_ref, tables_ref, turn, turned_size
+from kernels.hidden import hidden_backward, hidden_backward_ref, hidden_ref, part_size, segments_of
 from kernels.loss import loss_gradient, loss_gradient_ref
 from kernels.step import METRICS, evaluate_ref
 
 Outputs = dict[str, Tensor]     # name -> (R, ...)
 
 
-def dtables_input(case: Case) -> Tensor:
-    return draw(case.runs, 2, case.layout.p, case.layout.H, dtype=case.params.dtype)
+def parts_input(case: Case) -> Tensor:
+    """Segments of dU and dV, dW2, db2."""
+    return draw(case.runs, segments_of(case.layout.p), part_size(case.layout), dtype=case.params.dtype)
+
+
+def split_parts(parts: Tensor, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """`(..., part_size)` -> `dtables (..., 2, p, H)`, `dW2 (..., H, p_pad)`, `db2 (..., p_pad)`."""
+    p, _, H, p_pad = case.layout
+    dtables, dW2, db2 = parts.split([2 * p * H, H * p_pad, p_pad], -1)
+    return dtables.unflatten(-1, (2, p, H)), dW2.unflatten(-1, (H, p_pad)), db2
+
+
+def in_order(parts: Tensor) -> Tensor:
+    """The sum over the segments of `parts (R, segments, part_size)` as readers add them."""
+    total = parts[:, 0].clone()
+    for segment in range(1, parts.shape[1]):
+        total += parts[:, segment]
+    return total
 
 
 def tables_input(case: Case) -> Tensor:
@@ -43,6 +59,21 @@ def optimiser_input(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return rows[0], 0.1 * rows[1], 0.01 * rows[2].square()      # gradient, moment1, moment2
 
 
+def turned(case: Case) -> Tensor:
+    out = nan(case.runs, turned_size(case.layout), dtype=case.params.dtype)
+    turn(case.params.to(DEVICE), out, case.layout)
+    return out
+
+
+def run_turn(case: Case) -> Outputs:
+    return {"turned": turned(case)}
+
+
+def ref_turn(case: Case, r: int) -> list[Tensor]:
+    _, W1, W2, _, _ = case.layout.views(case.params[r])
+    return [torch.cat([W1.unflatten(0, (2, -1)).mT.flatten(), W2.T.flatten()])]
+
+
 def run_tables(case: Case) -> Outputs:
     out = nan(case.runs, 2, case.layout.p, case.layout.H, dtype=case.params.dtype)
     tables(case.params.to(DEVICE), out, case.layout, "ieee")
@@ -56,14 +87,15 @@ def ref_tables(case: Case, r: int) -> list[Tensor]:
 
 def run_tables_backward(case: Case) -> Outputs:
     gradient = nan(*case.params.shape, dtype=case.params.dtype)
-    tables_backward(case.params.to(DEVICE), dtables_input(case).to(DEVICE), gradient, case.layout, "ieee")
-    dE, dW1, _, db1, _ = zip(*map(case.layout.views, gradient), strict=True)
-    return {"dE": torch.stack(dE), "dW1": torch.stack(dW1), "db1": torch.stack(db1)}
+    tables_backward(case.params.to(DEVICE), turned(case), parts_input(case).to(DEVICE), gradient, case.layout, "ieee")
+    return dict(zip(("dE", "dW1", "dW2", "db1", "db2"), map(torch.stack, zip(*map(case.layout.views, gradient), strict=True)), strict=True))
 
 
 def ref_tables_backward(case: Case, r: int) -> list[Tensor]:
     E, W1, *_ = case.layout.views(case.params[r])
-    return list(tables_backward_ref(*dtables_input(case)[r], E, W1))
+    dtables, dW2, db2 = split_parts(parts_input(case)[r].sum(0), case)
+    dE, dW1, db1 = tables_backward_ref(*dtables, E, W1)
+    return [dE, dW1, dW2, db1, db2]
 
 
 def run_loss_gradient(case: Case) -> Outputs:
@@ -82,11 +114,11 @@ def ref_loss_gradient(case: Case, r: int) -> list[Tensor]:
 
 
 def run_hidden_backward(case: Case) -> Outputs:
-    dtables, gradient = nan(*dtables_input(case).shape, dtype=case.params.dtype), nan(*case.params.shape, dtype=case.params.dtype)
-    hidden_backward(case.params.to(DEVICE), tables_input(case).to(DEVICE), to_slots(dz_input(case), case).to(DEVICE),
-                    case.slots.to(DEVICE), dtables, gradient, case.layout, "ieee")
-    _, _, dW2, _, db2 = zip(*map(case.layout.views, gradient), strict=True)
-    return {"dU": dtables[:, 0], "dV": dtables[:, 1], "dW2": torch.stack(dW2), "db2": torch.stack(db2)}
+    parts = nan(case.runs, segments_of(case.layout.p), part_size(case.layout), dtype=case.params.dtype)
+    hidden_backward(turned(case), tables_input(case).to(DEVICE), to_slots(dz_input(case), case).to(DEVICE), case.slots.to(DEVICE), parts, case.layout,
+                    "ieee")
+    dtables, dW2, db2 = split_parts(in_order(parts), case)
+    return {"dU": dtables[:, 0], "dV": dtables[:, 1], "dW2": dW2, "db2": db2}
 
 
 def ref_hidden_backward(case: Case, r: int) -> list[Tensor]:
@@ -127,7 +159,7 @@ def ref_evaluate(case: Case, r: int) -> list[Tensor]:
     return list(evaluate_ref(case.params[r], case.train[r], case.a[r], case.b[r], case.scalars[r, 0], case.layout, case.loss)[:, None])
 
 
-KERNELS = {"tables": (run_tables, ref_tables), "loss_gradient": (run_loss_gradient, ref_loss_gradient),
+KERNELS = {"tables": (run_tables, ref_tables), "turn": (run_turn, ref_turn), "loss_gradient": (run_loss_gradient, ref_loss_gradient),
            "hidden_backward": (run_hidden_backward, ref_hidden_backward), "tables_backward": (run_tables_backward, ref_tables_backward),
            "adamw_project": (run_adamw_project, ref_adamw_project), "evaluate": (run_evaluate, ref_evaluate)}
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float64, id="float64")]
@@ -240,7 +272,7 @@ def test_same_bits_again_and_alone(kernel: str, dtype: torch.dtype) -> None:
     first, again = run(case), run(case)
     for name, output in first.items():
         assert torch.equal(output, again[name]), name
-    inputs = (dtables_input, dz_input, optimiser_input)
+    inputs = (parts_input, dz_input, optimiser_input)
     with pytest.MonkeyPatch.context() as patch:     # a run alone reads its own rows of the drawn inputs
         for function in inputs:
             whole = function(case)

@@ -9,8 +9,9 @@ from torch import Tensor
 from triton_cases import DEVICE, ON_GPU, Case, make_case, with_table
 
 from common import Cell
+from kernels import cuda
 from kernels.adamw import BETA1, BETA2, PLAIN, scalar_names
-from kernels.cuda import CudaKernels, chunk_runs, launches_of, state_bytes_per_run, workspace_bytes_per_run
+from kernels.cuda import LARGEST_WORKSPACE, CudaKernels, chunk_runs, state_bytes_per_run, workspace_bytes_per_run
 from kernels.layout import mlp_layout, model_layout, transformer_layout
 from kernels.loss import AUDIT
 from kernels.step import METRICS, evaluate_ref, metric_names, train_step_ref
@@ -132,8 +133,7 @@ def assert_bits_depend_on_nothing_else(case: Case, scalars: Tensor, arithmetic: 
 
     whole = train(case, scalars)
     compared = [(train(case, scalars, kept=[1]), [1]), (train(case.alone(1), scalars[1:]), [1])]
-    for limit in ("SMALLEST_WORKSPACE", "LARGEST_WORKSPACE"):
-        monkeypatch.setattr(launches_of(case.layout), limit, 1)
+    monkeypatch.setattr(cuda, "LARGEST_WORKSPACE", 1)
     assert engine(case).chunk == 1
     compared.append((train(case, scalars), [0, 1]))
     for outputs, rows in compared:
@@ -214,16 +214,16 @@ def test_arguments_are_checked() -> None:
 
 
 @pytest.mark.parametrize(("p", "n_slots"), [(59, 1408), (113, 5120)])
-def test_workspace_is_at_most_half_of_the_state(p: int, n_slots: int) -> None:
-    """For every ensemble whose state exceeds 128 MiB; 50,000 runs of p=59 fit in the 141 GB of an H200."""
+def test_workspace_is_bounded(p: int, n_slots: int) -> None:
+    """Whatever the ensemble; 50,000 runs of p=59 fit in the 141 GB of an H200."""
     layout = mlp_layout(p)
     state, work = state_bytes_per_run(layout, torch.float32), workspace_bytes_per_run(layout, n_slots, torch.float32)
     for runs in (160, 4096, 50_000):
         total = chunk_runs(layout, n_slots, torch.float32, runs) * work
-        assert total <= runs * state / 2 and total <= 256 << 20
+        assert total <= LARGEST_WORKSPACE
     if p == 59:
         own = state + 4 * n_slots + p * p       # the order of the pairs and the mask are kept per run as well
-        assert 50_000 * own + (256 << 20) < 60e9
+        assert 50_000 * own + LARGEST_WORKSPACE < 60e9
 
 
 @pytest.fixture
@@ -245,7 +245,9 @@ def assert_the_trainer_agrees(cells: list[Cell], steps: list[int]) -> None:
         each.train(lambda _: None)
     end, needed = cells[0].budget_steps, sum(cells[0].budget_steps - step for step in steps)
     assert ours.step.tolist() == theirs.step.tolist() == [end] * len(steps) and ours.executed == theirs.executed == needed
-    assert sorted(ours.log_table()[:, :2].tolist()) == sorted(theirs.log_table()[:, :2].tolist())
+    logs = [np.array(sorted(each.log_table().tolist())) for each in (ours, theirs)]
+    assert np.array_equal(logs[0][:, :2], logs[1][:, :2])
+    assert np.allclose(logs[0][:, -2:], logs[1][:, -2:], rtol=0, atol=1e-4, equal_nan=True)    # Fourier structure, if any
     for mine, other in zip(ours.state.params, theirs.state.params, strict=True):
         # 75 Adam steps carry rounding of 6e-8 each; a missed step, clamp or run is 1e-3 or more
         off = float((mine - other).norm() / other.norm())
