@@ -38,15 +38,14 @@ CELL_COLUMNS = ("networks", "model", "task", "loss", "p", "train_frac", "block",
                 "clamp_start", "clamp_stop", "w_c", "budget_steps")
 
 
-def fourier_structure(E: Tensor) -> tuple[float, float]:
-    """Of the power spectrum of `E (p, d)` over its p inputs: share of the five strongest non-DC frequencies, and Gini coefficient."""
-    power = torch.fft.rfft(E.double(), dim=0)[1:].abs().square().sum(1).sort().values
-    if not bool(torch.isfinite(power).all()) or float(power.sum()) == 0 or len(power) == 0:
-        return math.nan, math.nan
-    m = len(power)
-    rank = torch.arange(1, m + 1, dtype=torch.float64)
-    gini = float(((2 * rank - m - 1) * power).sum() / (m * power.sum()))
-    return float(power[-5:].sum() / power.sum()), gini
+def fourier_structure(E: Tensor) -> Tensor:
+    """Of the power spectra of `E (R, p, d)` over its p inputs: share of the five strongest non-DC frequencies, and Gini coefficient, `(R, 2)`.
+    NaN where there is no power, or where it is not finite."""
+    power = torch.fft.rfft(E.double(), dim=1)[:, 1:].abs().square().sum(2).sort(1).values       # (R, p // 2)
+    m, total = power.shape[1], power.sum(1)
+    rank = torch.arange(1, m + 1, dtype=torch.float64, device=E.device)
+    structure = torch.stack([power[:, -5:].sum(1) / total, ((2 * rank - m - 1) * power).sum(1) / (m * total)], 1)
+    return torch.where((power.isfinite().all(1) & (total > 0))[:, None], structure, math.nan)
 
 
 def data_of(cells: list[Cell], layout: AnyLayout, dtype: torch.dtype, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,15 +226,28 @@ class Ensemble:
                 if self.cells[c].eval_every:   # every member is logged where the logit scale is read; on a grid it is by then
                     last = max(last, nearest_log(self.crossed[mine, GROK]))
                 self.retire[mine] = np.minimum(last + self.cells[c].after_grok, self.end[mine])
-        for i in np.flatnonzero(self.logged(runs, step)):
-            structure = (math.nan, math.nan) if isinstance(self.layout, DenseLayout) else fourier_structure(
-                self.layout.views(self.state.params[runs[i]])[0][: self.layout.p])
+        chosen = np.flatnonzero(self.logged(runs, step))
+        for i, structure in zip(chosen, self.structure(runs[chosen]), strict=True):
             self.log.extend([runs[i], step[i], *metrics[i].tolist(), *structure])
+
+    def rows_of(self, runs: np.ndarray, size: int) -> Tensor:
+        """The first `size` parameters of `runs`, `(len(runs), size)`: from the device while they are there."""
+        if self.backend == "triton" and self.kernels is not None:
+            rows = torch.from_numpy(np.searchsorted(self.on_device, runs))
+            return self.kernels.state.params[:, :size][rows.to(self.kernels.device)]
+        return self.state.params[:, :size][torch.from_numpy(runs)]
+
+    def structure(self, runs: np.ndarray) -> list[list[float]]:
+        """Fourier structure of the embedding of each of `runs` as it is: all that comes over from a device."""
+        if isinstance(self.layout, DenseLayout) or not len(runs):
+            return [[math.nan] * len(FOURIER)] * len(runs)
+        p, d = self.layout.p, self.layout.d
+        return fourier_structure(self.rows_of(runs, p * d).unflatten(1, (p, d))).tolist()       # a token '=' would lie behind
 
     def keep(self, runs: np.ndarray, moment: int) -> None:
         """Remember the weights of `runs` as they are."""
         if self.kept is not None:
-            self.kept[runs, moment] = self.state.params[runs]
+            self.kept[runs, moment] = self.rows_of(runs, self.layout.n_params).cpu()
 
     def moments(self, run: int) -> tuple[Tensor | None, ...]:
         """Kept parameters `(n_params,)` of `run` at its start, at T_mem, at T_grok and at the last evaluation before its cell retired; None for
@@ -420,8 +432,9 @@ class Ensemble:
         while len(live := self.live()) and time.monotonic() < deadline:
             self.quiescent = False
             if len(live) <= len(self.on_device) * 7 / 8:                 # an eighth has retired: compact, capture anew
-                self._fetch()
-                self.kernels.keep(torch.from_numpy(np.flatnonzero(np.isin(self.on_device, live))))
+                stays = np.isin(self.on_device, live)
+                self._fetch(np.flatnonzero(~stays))                      # the others move on the device alone
+                self.kernels.keep(torch.from_numpy(np.flatnonzero(stays)))
                 self.on_device = live
             if len(starts := self.unmeasured_starts()):
                 self.record(starts, 0, self.kernels.measure(self.scalars(self.on_device, 1)).numpy()[np.isin(self.on_device, starts)])
@@ -432,16 +445,14 @@ class Ensemble:
             if metrics is None:
                 self.step[live] = until
             else:
-                if self.kept is not None or (self.measured(live, until) & self.logged(live, until)).any():
-                    self.state.params[self.on_device] = self.kernels.state.params.cpu()   # for the Fourier structure of E
                 self.record(live, k, metrics[np.isin(self.on_device, live)])
             self.quiescent = True
             try:
                 tick(self)
             except BaseException:
-                self._fetch()
+                self._fetch(np.arange(len(self.on_device)))
                 raise
-        self._fetch()
+        self._fetch(np.arange(len(self.on_device)))
 
     def _advance_lockstep(self, k: int, scaled: np.ndarray, measured: bool) -> np.ndarray | None:
         """Bring all runs on the device `k` steps on and scale the weights of the runs `scaled`; the metrics of all, if `measured`."""
@@ -453,10 +464,10 @@ class Ensemble:
             self.scale(self.kernels.state.params[int(np.searchsorted(self.on_device, r))], r)
         return self.kernels.measure(scalars).numpy() if measured else None
 
-    def _fetch(self) -> None:
-        """Copy the device's rows into `state`."""
+    def _fetch(self, rows: np.ndarray) -> None:
+        """Copy these `rows` of the device into `state`."""
         for name in ("params", "moment1", "moment2"):
-            getattr(self.state, name)[self.on_device] = getattr(self.kernels.state, name).cpu()
+            getattr(self.state, name)[self.on_device[rows]] = getattr(self.kernels.state, name)[torch.from_numpy(rows).to(self.kernels.device)].cpu()
 
     def result(self) -> Result:
         """Rows for runs.csv and trajectories.csv, final state, run-steps. What a run did past its cell's retirement is dropped."""
