@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from common import Cell, UsageError
-from lab import early, settings
+from lab import early, gpu_time, settings
 from lab.ensemble import Ensemble
 
 SPEAK_EVERY = 30   # seconds between lines of progress where there is no terminal
@@ -68,15 +68,15 @@ def announce(config: settings.Machine, cells: list[Cell]) -> None:
     """What will run and about how long it takes, before anything does; every cell with --dry-run."""
     runs = sum(len(cell.members) for cell in cells)
     steps = sum(min(cell.expected_steps or cell.budget_steps, cell.budget_steps) * len(cell.members) for cell in cells)
-    # seconds of a step at p=59, or of 1000 examples, of float64 over float32, and the power of p it grows with: the MLP's as seen at p=59, 97, 113
-    per_step, float64, growth = {"mlp": (1.9e-3, 2.2, 2.65), "mlp_dense": (2e-3, 2.2, 1)}.get(cells[0].model, (15e-3, 3, 2.75))
     if config.device == "cuda":
-        per_step, float64, growth = 5e-6 if cells[0].model.startswith("mlp") else 21.5e-6, 1, 2 if cells[0].p else 1
+        seconds, precision = gpu_time.seconds(cells, config.arithmetic, config.dtype), "at least"
     else:
-        per_step /= max(torch.get_num_threads(), 1)      # a worker a core
-    per_step *= float64 if config.dtype == "float64" else 1
-    size = lambda c: max((c.p / 59 if c.p else c.n_train / 1000) ** growth, 0.1)  # noqa: E731
-    seconds = sum(min(c.expected_steps or c.budget_steps, c.budget_steps) * len(c.members) * per_step * size(c) for c in cells)
+        # seconds of a step at p=59, or of 1000 examples, of float64 over float32, the power of p it grows with: the MLP's as seen at p=59, 97, 113
+        per_step, float64, growth = {"mlp": (1.9e-3, 2.2, 2.65), "mlp_dense": (2e-3, 2.2, 1)}.get(cells[0].model, (15e-3, 3, 2.75))
+        per_step *= (float64 if config.dtype == "float64" else 1) / max(torch.get_num_threads(), 1)      # a worker a core
+        size = lambda c: max((c.p / 59 if c.p else c.n_train / 1000) ** growth, 0.1)  # noqa: E731
+        seconds = sum(min(c.expected_steps or c.budget_steps, c.budget_steps) * len(c.members) * per_step * size(c) for c in cells)
+        precision = "about"
     if config.dry_run:
         for c in cells:
             print(f"{c.name}: {len(c.members)} members of a block of {c.block}, budget {c.budget_steps} steps, expected {c.expected_steps}")
@@ -85,7 +85,7 @@ def announce(config: settings.Machine, cells: list[Cell]) -> None:
             print(f"note: p={p} is not prime; addition modulo p is defined for every p, but the papers have only primes")
     preset = f"preset {config.preset} " if hasattr(config, "preset") else ""
     print(f"{preset}on {config.device}, {config.dtype}: {len(cells)} cells, {runs} runs, about {steps / 1e6:.2g} million run-steps, "
-          f"about {duration(seconds)} of training", flush=True)
+          f"{precision} {duration(seconds)} of training", flush=True)
 
 
 def say_norms(controls: list[Cell], w_c: dict[str, float | dict[str, float]]) -> None:

@@ -11,7 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from launches import Launch, recording
 
 from bench import count_sm90, sass
+from common import Cell
 from kernels.matmul import matmul
+from lab import gpu_time
 
 LANES = np.arange(32)
 
@@ -58,6 +60,19 @@ def test_a_product_has_its_multiply_adds_and_its_bytes(walked: tuple) -> None:
         first = (at - sass.BASE) // sass.SECTOR
         assert read[first: first + tensor.nbytes // sass.SECTOR].all()
     assert read.sum() * sass.SECTOR == x.nbytes + y.nbytes
+
+
+def test_the_announced_time_is_of_the_counted_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten runs count as the nearest ensemble; between two moduli, and beyond, a time is on the line through both in logarithms."""
+    counted = {(runs, p): 1e-3 * p**2 * (1 + 1 / runs) for runs in (10, 160) for p in (59, 97)}
+    monkeypatch.setattr(gpu_time, "bounds", lambda: {("mlp", "ieee", "step"): counted, ("mlp", "ieee", "evaluation"): counted})
+    for p in (29, 59, 71, 97, 113):
+        assert gpu_time.microseconds("mlp", "ieee", "step", p, 12) == pytest.approx(1.1e-3 * p**2)
+    assert gpu_time.microseconds("transformer", "ieee", "step", 59, 10) is None
+    cell = Cell("x", p=59, members=tuple(range(10)), block=12, budget_steps=1000, eval_every=50)
+    expected = 1e-6 * 1000 * 10 * counted[10, 59] * (1 + 1 / 50)
+    assert gpu_time.seconds([cell], "ieee", "float32") == pytest.approx(expected)
+    assert gpu_time.seconds([cell], "ieee", "float64") == pytest.approx(gpu_time.FLOAT64 * expected)
 
 
 def test_a_bound_grows_with_the_busiest_multiprocessor() -> None:
