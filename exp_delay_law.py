@@ -13,7 +13,7 @@ grok within its budget is censored there and counts as later; none is dropped.
 W_c is the median, over the members that grok, of the norm at their own T_grok in the free control: same p, same block, first of --lrs.
 
     python exp_delay_law.py                    laptop preset: control and four doses at p=59, 3 members, minutes on 2 cores
-    python exp_delay_law.py --preset paper     all tables of the paper, 6 h on a GPU
+    python exp_delay_law.py --preset paper     all tables of the paper, for a GPU; --dry-run says how long
     python exp_delay_law.py --parts dense --rhos 0.9 1.1 --members 0 1 2 --out results/mine
 """
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ Parts: `dense` holds the total norm, `groups` one group at a time, `concentratio
 CV: standard deviation over mean of the norms at own T_grok, all members of all fractions (or learning rates) together.
 
     python exp_transformer.py                              laptop preset: control and four doses, no LayerNorm, 3 members, half an hour on 2 cores
-    python exp_transformer.py --model transformer_ln --preset paper     all of section 7 with LayerNorm, 3 h on a GPU
+    python exp_transformer.py --model transformer_ln --preset paper     all of section 7 with LayerNorm, for a GPU
     python exp_transformer.py --parts temperature --w-c 32.49242        multiples of paper B's own norm, and its network
 """
 if __name__ == "__main__":
