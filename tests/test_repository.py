@@ -21,7 +21,7 @@ def test_folders_with_spaces_go_through_make(tmp_path: Path) -> None:
     for target, words in (("replay", f"exp_replay.py|{released}|"), ("report", "-m|lab.report|"),
                           ("gpu-evidence", f"bench/gpu_evidence.py|--released|{released}|")):
         done = subprocess.run(["make", "-s", target, f"PY={str(python).replace('$', '$$')}", f"RELEASED={released}"], cwd=ROOT, capture_output=True,
-                              text=True, check=False, env={k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS")})
+                              text=True, check=False, env={k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "ARGS")})
         assert (done.stdout, done.stderr) == (words, "")
 
 
