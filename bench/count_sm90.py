@@ -1,6 +1,6 @@
 """What a step and an evaluation cost on an H200, counted from the machine code of their kernels; no GPU is needed and nothing is timed.
 
-Every launch is compiled for sm_90 and walked (`sass.py`) by the programs of one run, so loops count as often as they turn and bank conflicts are
+Every launch is compiled for sm_90 and walked (`sass_walk.py`) by the programs of one run, so loops count as often as they turn and bank conflicts are
 those of the addresses that the code computes. The model's numbers are BOUNDS: a step takes at least as long, if the rates below are right.
 
     multiprocessor    132 of them at 1.98 GHz, four quarters each; a quarter issues one warp instruction a cycle
@@ -12,8 +12,8 @@ those of the addresses that the code computes. The model's numbers are BOUNDS: a
                       says), of memory through the cache, by lines, and shuffles; what wgmma reads of shared memory is left out
     l2, memory        5.5 and 4.3 TB/s: every program reads each of its sectors once; every kernel reads and writes each of its sectors once, so
                       what one kernel leaves to the next in the L2 counts as traffic
-    chain             a program alone, by the assembler's stall counts and the latencies of `sass.LATENCY`, times the rounds in which the programs
-                      that fit at once (registers, shared memory, warps) take turns
+    chain             a program alone, by the assembler's stall counts and `sass_walk.LATENCY`, times the rounds in which the programs that fit at
+                      once (registers, shared memory, warps) take turns
 
 A kernel takes the largest of these over its busiest multiprocessor, and LAUNCH_US between kernels of a graph. Resources are taken to overlap fully,
 and the order of programs to be perfect: what one measures will be more. Numbers are taken to be common: no slow path of a division or root. Every run
@@ -46,6 +46,7 @@ import sm90
 import torch
 
 from bench import sass
+from bench.sass_walk import Walk
 from common import UsageError
 from kernels import cuda
 from kernels.layout import AnyLayout, model_layout
@@ -113,7 +114,7 @@ def resident_programs(warps: int, registers: int, shared_bytes: int) -> int:
     return min(by_registers, SHARED_BYTES // (shared_bytes + 1024), MOST_WARPS // warps, MOST_PROGRAMS)
 
 
-def walked(launch: launches.Launch, checked: bool = False) -> tuple[sm90.Build, sass.Walk]:
+def walked(launch: launches.Launch, checked: bool = False) -> tuple[sm90.Build, Walk]:
     """Compiles it and walks the programs of its grid, at most WALKED of them, evenly chosen."""
     row = sm90.build(launch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -132,8 +133,10 @@ def walked(launch: launches.Launch, checked: bool = False) -> tuple[sm90.Build, 
     if len(programs) > WALKED:
         programs = [programs[i] for i in np.linspace(0, len(programs) - 1, WALKED).round().astype(int)]
     scratch = [(0, 8), (0, 8)]      # two more pointers that Triton's launcher passes
-    walk = sass.Walk(code, programs, 32 * row.warps, arguments + scratch, grid, sass.Tensors(arrays), row.shared_bytes, checked)
-    return row, walk.run()
+    try:
+        return row, Walk(code, programs, 32 * row.warps, arguments + scratch, grid, sass.Tensors(arrays), row.shared_bytes, checked).run()
+    except sass.Unknown as error:
+        raise sass.Unknown(f"{row.kernel}: {error}") from None
 
 
 def count(launch: launches.Launch, phase: str, number: int) -> Count:

@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from launches import Launch, recording
 
 from bench import count_sm90, sass
-from common import Cell
+from bench.sass_walk import Walk
+from common import Cell, UsageError
 from kernels.matmul import matmul
 from lab import gpu_time
 
@@ -39,7 +40,7 @@ def test_lanes_that_are_off_do_not_conflict() -> None:
 
 
 @pytest.fixture(scope="module")
-def walked() -> tuple[sass.Walk, list[torch.Tensor]]:
+def walked() -> tuple[Walk, list[torch.Tensor]]:
     """(48, 80) by (80, 40) in tiles of 64: a ragged tile, and five turns of the loop."""
     x, y, out = torch.zeros(1, 48, 80), torch.zeros(1, 80, 40), torch.zeros(1, 48, 40)
     found: list[Launch] = []
@@ -60,6 +61,17 @@ def test_a_product_has_its_multiply_adds_and_its_bytes(walked: tuple) -> None:
         first = (at - sass.BASE) // sass.SECTOR
         assert read[first: first + tensor.nbytes // sass.SECTOR].all()
     assert read.sum() * sass.SECTOR == x.nbytes + y.nbytes
+
+
+@pytest.mark.parametrize(("op", "operands", "said"), [
+    ("QUUX", ("R1", "R2"), "instruction QUUX.WIDE R1, R2 is not known"), ("MOV", ("R1", "ATTR"), "operand ATTR is not known"),
+    ("LDS", ("R1", "[R9]"), r"address \[R9\] hangs on floats")])
+def test_what_the_walk_does_not_know_is_one_line(op: str, operands: tuple[str, ...], said: str) -> None:
+    """Another compiler's instructions, and what no integers lead to: said, never guessed."""
+    code = [sass.Instruction(0, op, ("WIDE",), operands, "", 1, 7, 7, ()), sass.Instruction(16, "EXIT", (), (), "", 1, 7, 7, ())]
+    with pytest.raises(UsageError, match=said) as error:
+        Walk(code, [(0, 0)], 32, [], (1, 1), sass.Tensors([]), 0).run()
+    assert "\n" not in str(error.value)
 
 
 def test_the_announced_time_is_of_the_counted_table(monkeypatch: pytest.MonkeyPatch) -> None:
