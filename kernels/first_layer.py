@@ -149,7 +149,7 @@ def _tables_backward_kernel(theta, turned, parts, gradient, p: tl.constexpr, d: 
 def tables_backward(params: Tensor, turned: Tensor, parts: Tensor, gradient: Tensor, layout: Layout, arithmetic: str) -> None:
     """`params (R, n_params)`, `turned` as `turn` leaves it, `parts (R, segments, part_size)` -> the rows `gradient (R, n_params)`."""
     p, d, H, p_pad = layout
-    BD, BH, BP = divisor_block(d, 512 // params.itemsize), divisor_block(H, 64), 16
+    BD, BH, BP = divisor_block(d, 512 // params.itemsize), divisor_block(H, 256 // params.itemsize), 16
     grid = (2 * (d // BD) * (H // BH) + -(-p // BP) * (d // BD) + -(-(H + 1) * p_pad // SUMMED), params.shape[0])
     # One stage: the sums over the segments would fill the registers twice
     _tables_backward_kernel[grid](params, turned, parts, gradient, *layout, layout.n_params, BP, BD, BH, BK, segments_of(p), arithmetic, num_warps=4,

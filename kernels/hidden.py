@@ -130,10 +130,10 @@ def part_size(layout: Layout) -> int:
     return 2 * layout.p * layout.H + (layout.H + 1) * layout.p_pad
 
 
-def backward_blocks(P: int, itemsize: int, arithmetic: str) -> tuple[int, int, int]:
+def backward_blocks(p: int, P: int, itemsize: int, arithmetic: str) -> tuple[int, int, int]:
     """Pairs and hidden units that a program takes at once, its warps: the widest whose sums stay in registers. A run's bits hang on the first."""
     if itemsize == 8:
-        return 32, 16, 4
+        return tile_rows(p), 16, 4
     if P <= 64:
         return BLOCK_PAIRS if arithmetic == "ieee" else 32, 64, 4
     return 32, 16384 // P, 8
@@ -143,7 +143,7 @@ def hidden_backward(turned: Tensor, tables: Tensor, dz: Tensor, slots: Tensor, p
     """`turned` as `first_layer.turn` leaves it, `dz (R, slots, p_pad)` -> `parts (R, segments, part_size)`."""
     p, d, H, p_pad = layout
     P = power_of_two(p_pad)
-    BN, units, warps = backward_blocks(P, turned.itemsize, arithmetic)
+    BN, units, warps = backward_blocks(p, P, turned.itemsize, arithmetic)
     BH, segments = divisor_block(H, units), segments_of(p)
     grid = (H // BH * segments, turned.shape[0])
     # One stage: a load moved ahead of the block before it would miss the rows that this block is still adding.

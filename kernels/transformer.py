@@ -160,9 +160,9 @@ def gelu_backward(mixed: Tensor, dout: Tensor, back: Tensor, dback: Tensor, inve
 
     With LayerNorm it becomes that of m, and `dots (R, blocks, slots)` gets the parts of sum_H dx x. An empty slot has dout = 0."""
     (runs, n_slots, _), H, Q = mixed.shape, layout.H, back.shape[2]
-    BH = unit_block(H, mixed.itemsize)
+    BN, BH = 4 * BR // mixed.itemsize, unit_block(H, mixed.itemsize)       # float64 takes twice the registers
     _gelu_backward_kernel[(H // BH, runs)](mixed, dout, back, dback, inverses, dots, n_slots, dout.stride(0), dout.stride(1), dback.stride(0), H, Q,
-                                           power_of_two(Q), BR, BH, BK, layout.normed, arithmetic, num_warps=4 if Q <= 64 else 8, num_stages=2)
+                                           power_of_two(Q), BN, BH, BK, layout.normed, arithmetic, num_warps=4 if Q <= 64 else 8, num_stages=2)
 
 
 @triton.jit
