@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from common import Cell, UsageError, module, parity_sizes
 from lab import files
-from lab.ensemble import CELL_COLUMNS, Ensemble
+from lab.book import CELL_COLUMNS
+from lab.ensemble import Ensemble
 from lab.tasks import labels
 
 MOMENTS = ("start", "mem", "grok", "end")

@@ -251,7 +251,7 @@ def test_a_control_that_does_not_grok_leaves_complete_files(tmp_path: Path, shor
 
 def test_runs_that_diverge_warn_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     """From training to the figures, some runs not finite, the others as if they were alone; every run counts as having grokked at once."""
-    monkeypatch.setattr("lab.ensemble.CROSSINGS", (("train_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.0)))
+    monkeypatch.setattr("lab.book.CROSSINGS", (("train_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.0)))
     flags, rates = [*TINY, "--parts", "dense", "matrix", "--rhos", "0.9", "--after-grok", "200", "--lrs"], ["1e-3", "1e30"]
     rows = {}
     with warnings.catch_warnings():

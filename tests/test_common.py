@@ -102,7 +102,7 @@ def test_of_two_cells_of_a_name_the_longer_budget_stays() -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_trained_weights_load_into_the_plain_module(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The logits of the module are those that the run was measured by."""
-    monkeypatch.setattr("lab.ensemble.LOG_EVERY", 25)
+    monkeypatch.setattr("lab.book.LOG_EVERY", 25)
     result = train([Cell(p=5, members=(0, 1), budget_steps=25, model=model)], backend="eager", dtype="float64")
     plain, a = result.state.module(1, model, 5), torch.arange(5)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_the_example_measures_a_delay_at_every_decay(monkeypatch: pytest.MonkeyP
     small = {"p": 7, "members": (0, 1), "budget_steps": 50}
     example.main("eager", **small)
     assert [line.split(":")[1] for line in capsys.readouterr().out.splitlines()] == [" no network grokked in 50 steps"] * 3
-    monkeypatch.setattr("lab.ensemble.CROSSINGS", (("train_accuracy", 0.0), *[("test_accuracy", 0.0)] * 3))
+    monkeypatch.setattr("lab.book.CROSSINGS", (("train_accuracy", 0.0), *[("test_accuracy", 0.0)] * 3))
     example.main("eager", **small)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["weight decay 0.5", "weight decay 1", "weight decay 2"]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from common import Cell
+from common import T_GROK_ACCURACY, T_MEM_ACCURACY, Cell
 from kernels.layout import AnyLayout, model_layout
 from lab import released
 from lab.draws import Card, CudaGenerator, initial_rows, key_bits, normal_pair, paper_a_seed, parity_examples, philox, splits
-from lab.ensemble import T_GROK_ACCURACY, T_MEM_ACCURACY, Ensemble
+from lab.ensemble import Ensemble
 from lab.state import layout_of
 
 RELEASED = Path(os.environ.get("RELEASED", Path(__file__).parents[2] / "shared" / "released"))

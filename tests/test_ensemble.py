@@ -13,8 +13,9 @@ from kernels import cpu
 from kernels.layout import mlp_layout
 from kernels.step import METRICS
 from lab import files
+from lab.book import GROK
 from lab.draws import initial_rows
-from lab.ensemble import GROK, Ensemble
+from lab.ensemble import Ensemble
 from lab.state import State
 
 CELL = Cell("a", p=13, members=(0, 1, 2), block=4, budget_steps=200, lr=3e-3, width=(32, 64))
@@ -284,7 +285,7 @@ def test_bookkeeping_grows_by_the_log_alone(tmp_path: Path, monkeypatch: pytest.
             super().record(runs, k, metrics)
             if self.step[0] in (1000 * EVAL_EVERY, evaluations * EVAL_EVERY):
                 used.append(tracemalloc.get_traced_memory()[0])
-    monkeypatch.setattr("lab.ensemble.LOG_EVERY", EVAL_EVERY)
+    monkeypatch.setattr("lab.book.LOG_EVERY", EVAL_EVERY)
     ensemble = Watched([dataclasses.replace(CELL, p=5, members=(0,), budget_steps=evaluations * EVAL_EVERY)], "cpu", "eager", torch.float32, "ieee")
     synthetic(ensemble, {})
     monkeypatch.setattr(cpu, "advance", ensemble.advance_for_test)

@@ -11,7 +11,7 @@ from short_runs import FLAGS, SHORT, main, tables
 
 import exp_fork
 from common import UsageError
-from lab import desk, figures, files, settings
+from lab import desk, figures, files, folder, settings
 
 DRAW = figures.save_figure
 
@@ -19,7 +19,7 @@ DRAW = figures.save_figure
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "save_figure", lambda *_: None)
-    monkeypatch.setattr(desk, "LOCK_TRIES", 2)
+    monkeypatch.setattr(folder, "LOCK_TRIES", 2)
 
 
 def contents(folder: Path) -> dict[Path, bytes | None]:

@@ -114,7 +114,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, flags: str, me
 
 
 def test_a_fork_after_grokking_is_refused_and_a_folder_of_the_user_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lab.ensemble.CROSSINGS", (("train_accuracy", 0.99), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.95)))
+    monkeypatch.setattr("lab.book.CROSSINGS", (("train_accuracy", 0.99), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.95)))
     with pytest.raises(UsageError, match="--fork-steps 100: 2 of 2 members of p=13 have grokked there, the first at 25; choose an earlier step"):
         exp_fork.run([*TINY, "--fork-steps", "100", "--out", str(tmp_path)])
     assert tmp_path.exists() and not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from short_runs import FLAGS, SHORT, WIDE, main, start, tables, wait_for
 import exp_fork
 from common import UsageError
 from kernels import cpu
-from lab import desk, figures, files
+from lab import desk, figures, files, folder
 
 KILLS = int(os.environ.get("GROKKING_TEST_KILLS", "3"))
 
@@ -74,7 +74,7 @@ def test_a_second_command_in_the_folder_is_refused_and_a_killed_one_leaves_no_lo
             exp_fork.run([*flags, "--out", str(out)])
         with pytest.raises(UsageError, match=f"another process works in {out}"):
             exp_fork.run([*flags, "--out", str(out), "--figures-only"])
-    monkeypatch.setattr(desk, "LOCK_TRIES", 2)
+    monkeypatch.setattr(folder, "LOCK_TRIES", 2)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=f"rank 0 of 2 already works in {tmp_path / 'b'}"):

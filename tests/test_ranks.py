@@ -42,7 +42,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 def call(monkeypatch: pytest.MonkeyPatch, experiment: object, flags: list[str], out: Path, rank: tuple[int, int] | None = None) -> None:
     with monkeypatch.context() as patch:
         if experiment is exp_delay_law:
-            patch.setattr("lab.ensemble.CROSSINGS",
+            patch.setattr("lab.book.CROSSINGS",
                           (("train_accuracy", 0.99), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.95)))
         patch.setattr(figures, "save_figure", lambda *_: None)
         for name, value in zip(("RANK", "WORLD_SIZE"), rank or (), strict=False):

@@ -59,7 +59,7 @@ def test_the_example_runs() -> None:
 def test_a_record_in_the_folder_of_a_plain_command_does_not_refuse_it(script: str, tmp_path: Path) -> None:
     """The README's first commands write where runs of record may lie: those must have been made with the same settings."""
     committed(tmp_path)
-    code = (f"import sys; from pathlib import Path; from lab import desk; desk.ROOT = Path({str(tmp_path)!r}); "
+    code = (f"import sys; from pathlib import Path; from lab import desk, folder; folder.ROOT = Path({str(tmp_path)!r}); "
             f"import {script.removesuffix('.py')} as it; it.run(['--dry-run', '--preset', 'laptop', '--device', 'cpu'])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]

@@ -10,7 +10,7 @@ import exp_saturation
 from common import UsageError, load
 from kernels.layout import mlp_layout
 from kernels.step import gradient_ref
-from lab import ensemble, files
+from lab import book, files
 from lab.answers import Table
 
 PLAIN = {"model": "mlp", "task": "add", "p": 59, "train_frac": 0.4, "block": 4, "seed0": 0, "group": None, "gamma": None, "lr": 1e-3,
@@ -63,7 +63,7 @@ def test_a_censored_cell_is_in_no_fit_and_said(capsys: pytest.CaptureFixture) ->
 
 def test_from_the_command_to_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Two doses, two losses, a second task, all grokked where first looked at; then again from the tables alone."""
-    monkeypatch.setattr(ensemble, "CROSSINGS", (("train_accuracy", 0.99), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.95)))
+    monkeypatch.setattr(book, "CROSSINGS", (("train_accuracy", 0.99), ("test_accuracy", 0.0), ("test_accuracy", 0.0), ("test_accuracy", 0.95)))
     out = tmp_path / "out"
     flags = ["--preset", "smoke", "--parts", "doses", "tasks", "--tasks", "mul", "--p", "7", "--width", "16", "16", "--rhos", "0.8", "1.1", "--seeds",
              "2", "--hold-from", "0", "--budget", "150", "--save-weights", "--backend", "eager", "--dtype", "float64", "--out", str(out)]

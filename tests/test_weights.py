@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common import Cell, UsageError, load, train
-from lab import ensemble, weights
+from lab import book, weights
 from lab.ensemble import Ensemble
 
 CELL = Cell(p=7, members=(1, 3), block=4, budget_steps=100, lr=5e-3, tau=1.3)
@@ -18,7 +18,7 @@ CELL = Cell(p=7, members=(1, 3), block=4, budget_steps=100, lr=5e-3, tau=1.3)
 @pytest.fixture
 def easy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of the test set counts as grokked, so that a hundred steps are enough."""
-    monkeypatch.setattr(ensemble, "CROSSINGS", (("train_accuracy", 0.99), ("test_accuracy", 0.05), ("test_accuracy", 0.1), ("test_accuracy", 0.95)))
+    monkeypatch.setattr(book, "CROSSINGS", (("train_accuracy", 0.99), ("test_accuracy", 0.05), ("test_accuracy", 0.1), ("test_accuracy", 0.95)))
 
 
 def test_a_round_trip_agrees_with_the_rows(easy: None, tmp_path: Path) -> None:

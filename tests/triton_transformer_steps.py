@@ -15,7 +15,7 @@ from kernels.layout import transformer_layout
 from kernels.pairs import slots_for
 from kernels.step import gradient_ref, metric_names
 from kernels.transformer_launches import gradient
-from lab import ensemble
+from lab import book, ensemble
 
 __all__ = ["small"]
 LAYER_NORM = pytest.mark.parametrize("model", ["transformer", "transformer_ln"])
@@ -82,9 +82,8 @@ def test_every_row_starts_aligned() -> None:
 @pytest.mark.bits
 def test_the_trainer_drives_the_kernels_as_it_drives_the_definition(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations every 2 steps, so that there are several. A group is held in one cell; the other starts later."""
-    for module in (common, ensemble):
-        monkeypatch.setattr(module, "EVAL_EVERY", 2)
-        monkeypatch.setattr(module, "LOG_EVERY", 4)
+    for where, name, steps in ((common, "EVAL_EVERY", 2), (ensemble, "EVAL_EVERY", 2), (common, "LOG_EVERY", 4), (book, "LOG_EVERY", 4)):
+        monkeypatch.setattr(where, name, steps)
     shape = dict(p=5, block=2, budget_steps=6, model="transformer", lr=5e-4, eval_every=2)
     cells = [Cell("a", members=(0,), arm="clamp", clamp_start=2, held=((0, 0, 0, 0, 2.0),), **shape), Cell("b", members=(1,), **shape)]
     assert_the_trainer_agrees(cells, [0, 2])
