@@ -125,7 +125,8 @@ def walked(launch: launches.Launch, checked: bool = False) -> tuple[sm90.Build, 
     for arg in sm90.runtime_arguments(launch):
         if torch.is_tensor(arg):
             arguments.append((("tensor", len(arrays)), 8))
-            arrays.append(np.ascontiguousarray(arg.numpy()))
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(arg.shape, arg.stride(), strict=True))
+            arrays.append(arg.as_strided((extent,), (1,)).numpy())      # a view's rows lie apart: all memory that it spans
         else:
             arguments.append((arg, 4))
     grid = (*launch.grid, 1)[:2]

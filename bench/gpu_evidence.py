@@ -13,7 +13,7 @@ the checkpoints that still fit. On a machine that has nothing of the last one, -
 
 Exit code: 0 complete, 1 a stage failed or was left out, 2 it cannot start, 3 time is up and stages are left.
 
-Usage: python bench/gpu_evidence.py [--released FOLDER] [--out results/gpu] [--minutes 9] [--again STAGE ...] [--paper]
+Usage: python bench/gpu_evidence.py [--released FOLDER] [--out results/gpu] [--minutes 9] [--again STAGE ...] [--paper] [--dry-run]
 """
 import sys
 from pathlib import Path
@@ -42,7 +42,6 @@ from lab import console, files, provenance, settings
 
 ROOT = provenance.ROOT
 PYTHON = sys.executable
-REPLAYED = ["mediation/*", "dose/*", "collapse/*", "alloc/*", "samestate/*", "transformer/*"]
 STAGES = {      # name -> command; {out} and {released} are filled in
     "tests": [PYTHON, "-m", "pytest", "-q", "-rs", "tests/test_triton.py", "tests/test_triton_compile.py"],
     "measurements": [PYTHON, "bench/gpu_measurements.py", "--out", "{out}/bench"],
@@ -50,10 +49,10 @@ STAGES = {      # name -> command; {out} and {released} are filled in
     **{f"bench_{model}": [PYTHON, "bench/bench_step.py", "--model", model, "--p", "59", "--runs", "160", "--out", "{out}/bench_" + model]
        for model in ("transformer", "transformer_ln")},
     "bench_sweep": [PYTHON, "bench/bench_step.py", "--sweep", "--out", "{out}/bench"],
-    **{f"replay_{arithmetic}": [PYTHON, "exp_replay.py", "{released}", "--match", *REPLAYED, "--arithmetic", arithmetic, "--out",
-                                "{out}/replay_" + arithmetic] for arithmetic in ("ieee", "tf32x3")},
+    **{f"replay_{arithmetic}": [PYTHON, "exp_replay.py", "{released}", "--arithmetic", arithmetic, "--out", "{out}/replay_" + arithmetic]
+       for arithmetic in ("ieee", "tf32x3")},
     **{f"{name}_paper": [PYTHON, f"exp_{name}.py", "--preset", "paper", "--out", "{out}/" + f"{name}_paper"]
-       for name in ("delay_law", "fork", "logit_scale", "saturation")},
+       for name in ("delay_law", "fork", "logit_scale", "parity", "saturation")},
     **{f"{model}_paper": [PYTHON, "exp_transformer.py", "--model", model, "--preset", "paper", "--out", "{out}/" + f"{model}_paper"]
        for model in ("transformer", "transformer_ln", "transformer_b")},
 }
@@ -142,6 +141,19 @@ def run(command: list[str], log: Path, limit: float) -> str:
             return "out of time" if isinstance(reason, subprocess.TimeoutExpired) else "stopped"
 
 
+def preview(command: list[str]) -> bool:
+    """Prints `command` and, of an experiment, what it would train. False if the experiment refuses it."""
+    print(shlex.join(["python", *command[1:]]))
+    if not command[1].startswith("exp_"):
+        return True
+    if not torch.cuda.is_available():
+        command = ["ieee" if part == "tf32x3" else part for part in command]        # a CPU has no other
+    asked = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    said = [line for line in asked.stdout.splitlines() if " run-steps, " in line] if asked.returncode == 0 else asked.stderr.splitlines()
+    print(*(f"    {line}" for line in said), sep="\n", flush=True)
+    return asked.returncode == 0
+
+
 def parse() -> argparse.Namespace:
     parser = settings.Parser(allow_abbrev=False, description="Tests, measurements, bench, replays and the paper presets on a GPU, in stages.")
     parser.add_argument("--released", type=Path, help="folder of the released .npz files; without it the replays are left out, aloud")
@@ -151,6 +163,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="time for this call")
     parser.add_argument("--again", nargs="+", choices=STAGES, default=[], help="stages to repeat though they passed")
     parser.add_argument("--paper", action="store_true", help="the paper presets of all experiments and nothing else")
+    parser.add_argument("--dry-run", action="store_true", help="show every stage's command, and what its experiment would train; no GPU is needed")
     options = parser.parse_args()
     options.out = options.out.resolve()
     options.archive = (options.archive or options.out.with_name(options.out.name + ".archive")).resolve()
@@ -165,8 +178,8 @@ def parse() -> argparse.Namespace:
         raise UsageError(f"--minutes must be above 0, got {options.minutes:g}")
     if options.paper and (left := [name for name in options.again if not name.endswith("_paper")]):
         raise UsageError(f"--again {' '.join(left)}: not among the stages of --paper")
-    if not torch.cuda.is_available():
-        raise UsageError("no CUDA device here; run it on a machine with one")
+    if not (options.dry_run or torch.cuda.is_available()):
+        raise UsageError("no CUDA device here; run it on a machine with one, or see with --dry-run what it would do")
     return options
 
 
@@ -174,10 +187,14 @@ def main() -> int:
     options = parse()
     chosen = {name: command for name, command in STAGES.items() if name.endswith("_paper") or not options.paper}
     deadline, out = time.monotonic() + 60 * options.minutes - GRACE, options.out
+    released = options.released.resolve() if options.released and options.released.is_dir() else None
+    if options.dry_run:
+        shown = [preview([part.format(out=out, released=released) for part in command])
+                 for command in chosen.values() if released or "{released}" not in command]
+        return 0 if all(shown) else 1
+    out.mkdir(parents=True, exist_ok=True)
     if options.restore and not (out / "stages.csv").exists():
         restore(options.restore, out)
-    out.mkdir(parents=True, exist_ok=True)
-    released = options.released.resolve() if options.released and options.released.is_dir() else None
     rows = {name: row for name, row in read(out).items() if name not in options.again}
     for name in options.again:          # an experiment does not repeat what is complete
         shutil.rmtree(out / name, ignore_errors=True)

@@ -1,5 +1,6 @@
 """The staged driver, with stages that need no GPU: what passed is kept, what failed or ran out of time is run again, on another machine too."""
 import csv
+import importlib
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import gpu_evidence
 
+import exp_replay
 from common import UsageError
 from lab import provenance
 
@@ -111,6 +113,37 @@ def test_the_paper_presets_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert {name for name in gpu_evidence.STAGES if name.endswith("_paper")} >= {"delay_law_paper", "logit_scale_paper", "fork_paper"}
     asked = ("--paper", "--released", str(tmp_path))
     assert call(monkeypatch, tmp_path / "out", *asked, tests="raise SystemExit(1)", fork_paper="") == (0, {"fork_paper": "ok"})
+
+
+def test_no_experiment_is_left_out() -> None:
+    """An experiment with a paper preset has a stage, and trains there what its dry run lists."""
+    with_preset = {path.stem for path in provenance.ROOT.glob("exp_*.py") if '"paper": {' in path.read_text()}
+    commands = [command for command in gpu_evidence.STAGES.values() if "paper" in command]
+    assert {command[1].removesuffix(".py") for command in commands} == with_preset
+    for command in commands:
+        importlib.import_module(command[1].removesuffix(".py")).run([*command[2:], "--device", "cpu", "--dry-run"])
+
+
+def test_the_release_is_replayed_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Wherever below its folder a file lies."""
+    released = provenance.ROOT.parent / "shared/released"
+    if not released.is_dir():
+        pytest.skip("no released files beside the project")
+    command = [part.format(out=tmp_path / "out", released=released) for part in gpu_evidence.STAGES["replay_ieee"]]
+    exp_replay.run([*command[2:], "--device", "cpu", "--dry-run"])
+    listed = capsys.readouterr().out
+    assert "logit-scale/metrics/mediation/" in listed and "critical-norm/data/denserho/" in listed
+
+
+def test_a_dry_run_needs_no_gpu_and_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    smoke = [sys.executable, "exp_parity.py", "--preset", "smoke", "--out", "{out}/good"]
+    monkeypatch.setattr(sys, "argv", ["gpu_evidence.py", "--out", str(tmp_path / "out"), "--dry-run"])
+    for name, command, code, said in (("tests", [sys.executable, "-m", "pytest"], 0, "python -m pytest"), ("good", smoke, 0, "2 runs, "),
+                                      ("bad", [*smoke, "--k", "0"], 1, "error: sparse parity")):
+        monkeypatch.setattr(gpu_evidence, "STAGES", {name: command})
+        assert gpu_evidence.main() == code and said in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_stage_writes_into_the_folder() -> None:
