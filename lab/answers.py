@@ -71,9 +71,15 @@ class Table:
         return sorted(found, key=lambda cell: (self.first[cell]["p"] or 0, self.first[cell]["rho"] or 0))
 
     def like(self, row: dict, **more: object) -> list[str]:
-        """Cells under all conditions that a published row states, and `more`, such as those that only its note has."""
+        """Cells under all conditions that a published row states, and `more`, such as those that only its note has. Where no fresh networks were
+        drawn in a block of its size, those of any other: they are as fresh."""
         stated = {column: row[key] for key, column in CONDITIONS.items() if row.get(key) is not None}
-        return self.pick(**{**UNLESS_STATED, **stated, "networks": own.label(row) if self.networks == "published" else "fresh", **more})
+        wanted = {**UNLESS_STATED, **stated, "networks": own.label(row) if self.networks == "published" else "fresh", **more}
+        found = self.pick(**wanted)
+        if not found and self.networks == "fresh" and "block" in wanted:
+            del wanted["block"]
+            found = self.pick(**wanted)
+        return found
 
     def match(self, row: dict, **more: object) -> str | None:
         """The cell that a published row is about, if it ran. Where the row has no dtype float32, the papers' precision, goes first."""

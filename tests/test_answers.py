@@ -47,7 +47,15 @@ def test_precision_is_a_condition_where_the_row_states_it_and_float32_goes_first
     runs = [*cell("wide", 2000, 2000, dtype="float64"), *cell("narrow", 1000, 1000)]
     assert answered(runs, ROW)["x"]["ours"] == 1000 and answered(runs[:2], ROW)["x"]["ours"] == 2000
     assert answered(runs, {**ROW, "dtype": "float64"})["x"]["ours"] == 2000 and not answered(runs[2:], {**ROW, "dtype": "float64"})
-    assert not answered(runs, {**ROW, "block": 8})
+
+
+def test_the_block_is_a_condition_of_the_papers_own_networks_alone() -> None:
+    """Fresh networks are others in any block; how many of them it takes is the published number's."""
+    row = {**ROW, "block": 8, "n_seeds": 8}
+    runs = cell("c", *[1000] * 4)
+    assert answered(runs, row)["x"]["verdict"] == "REPLICATED" and answered(runs[:3], row)["x"]["verdict"] == "INCONCLUSIVE"
+    assert answered([*runs, *cell("own", *[2000] * 8, block=8)], row)["x"]["ours"] == 2000
+    assert not answered(runs, row, networks="published") and answered(runs, {**row, "block": 16}, networks="published")
 
 
 def test_a_group_held_alone_answers_rows_of_that_group_only() -> None:
