@@ -184,10 +184,11 @@ def _mix_backward_kernel(mixed, T, weights, lists, dT, dweights, n_slots, lists_
         plain += dm
         for h in tl.static_range(_HEADS):
             tl.store(dweights + slot * (2 * _HEADS) + h, tl.sum(dm * rows[h], axis=1), mask=live)
-    dT += run * ((_HEADS + 1) * (2 * p + 1) * F) + row * F + column
+    dT += run * ((_HEADS + 1) * (2 * p + 1) * F) + row * F + column[None, :]
     sums = (acc0, acc1, acc2, acc3, plain)
-    for h in tl.static_range(_HEADS + 1):
-        tl.store(dT + h * (2 * p + 1) * F, tl.sum(sums[h], axis=0), mask=column < F)
+    for h in tl.static_range(_HEADS + 1):       # by a product with ones: a sum over rows conflicts in the shared memory
+        ones, zeros = tl.full([1, _BL], 1.0, plain.dtype), tl.zeros([1, BF], plain.dtype)
+        tl.store(dT + h * (2 * p + 1) * F, dot(ones, sums[h], zeros, "ieee"), mask=column[None, :] < F)
 
 
 @triton.jit

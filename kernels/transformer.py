@@ -116,7 +116,7 @@ def all_logits_ref(params: Tensor, layout: TransformerLayout) -> Tensor:
 
 
 @triton.jit
-def _gelu_backward_kernel(mixed, dout, back, dback, inverses, dots, n_slots, dout_run, dout_row, dback_run, H: tl.constexpr, Q: tl.constexpr,
+def _gelu_backward_kernel(mixed, dout, turned, dback, inverses, dots, n_slots, dout_run, dout_row, dback_run, H: tl.constexpr, Q: tl.constexpr,
                           QP: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, NORMED: tl.constexpr,
                           PRECISION: tl.constexpr):
     """A program: one run, BH hidden units, all slots in ascending order. Owns its columns of mixed and its rows of dback."""
@@ -126,7 +126,7 @@ def _gelu_backward_kernel(mixed, dout, back, dback, inverses, dots, n_slots, dou
     column = tl.arange(0, QP)[None, :]
     mixed += run * n_slots * F
     dout += run * dout_run
-    back += run * (H * Q)
+    turned += run * (Q * H)
     acc = tl.zeros([BH, QP], mixed.dtype.element_ty)
     for start in range(0, n_slots, BN):
         slot = start + tl.arange(0, BN)
@@ -136,10 +136,10 @@ def _gelu_backward_kernel(mixed, dout, back, dback, inverses, dots, n_slots, dou
         rows = dout + slot[:, None] * dout_row
         dx = tl.zeros([BN, BH], mixed.dtype.element_ty)
         for first in range(0, Q, BK):
-            k = first + tl.arange(0, BK)[None, :]
-            left = tl.load(rows + k, mask=k < Q, other=0.0)                                     # (BN, BK)
-            right = tl.load(back + unit[:, None] * Q + k, mask=k < Q, other=0.0)                # (BH, BK)
-            dx = dot(left, tl.trans(right), dx, PRECISION)
+            k = first + tl.arange(0, BK)
+            left = tl.load(rows + k[None, :], mask=k[None, :] < Q, other=0.0)                   # (BN, BK)
+            right = tl.load(turned + k[:, None] * H + unit[None, :], mask=k[:, None] < Q, other=0.0)
+            dx = dot(left, right, dx, PRECISION)
         dx *= Phi + x * tl.exp(-0.5 * x * x) * _INV_SQRT_2PI
         if NORMED:
             tl.store(dots + (run * (H // BH) + tl.program_id(0)) * n_slots + slot, tl.sum(dx * x, axis=1))
@@ -154,14 +154,15 @@ def unit_block(H: int, itemsize: int) -> int:
     return divisor_block(H, 128 // itemsize)
 
 
-def gelu_backward(mixed: Tensor, dout: Tensor, back: Tensor, dback: Tensor, inverses: Tensor, dots: Tensor, layout: TransformerLayout,
+def gelu_backward(mixed: Tensor, dout: Tensor, turned: Tensor, dback: Tensor, inverses: Tensor, dots: Tensor, layout: TransformerLayout,
                   arithmetic: str) -> None:
-    """x in `mixed (R, slots, F)` becomes its gradient, from `dout (R, slots, Q)` behind `back (R, H, Q)`; `dback (R, H, Q)` = gelu(x)^T dout.
+    """x in `mixed (R, slots, F)` becomes its gradient, from `dout (R, slots, Q)` and the transpose of back, `turned (R, Q, H)`;
+    `dback (R, H, Q)` = gelu(x)^T dout.
 
     With LayerNorm it becomes that of m, and `dots (R, blocks, slots)` gets the parts of sum_H dx x. An empty slot has dout = 0."""
-    (runs, n_slots, _), H, Q = mixed.shape, layout.H, back.shape[2]
+    (runs, n_slots, _), H, Q = mixed.shape, layout.H, turned.shape[1]
     BN, BH = 4 * BR // mixed.itemsize, unit_block(H, mixed.itemsize)       # float64 takes twice the registers
-    _gelu_backward_kernel[(H // BH, runs)](mixed, dout, back, dback, inverses, dots, n_slots, dout.stride(0), dout.stride(1), dback.stride(0), H, Q,
+    _gelu_backward_kernel[(H // BH, runs)](mixed, dout, turned, dback, inverses, dots, n_slots, dout.stride(0), dout.stride(1), dback.stride(0), H, Q,
                                            power_of_two(Q), BN, BH, BK, layout.normed, arithmetic, num_warps=4 if Q <= 64 else 8, num_stages=2)
 
 

@@ -6,7 +6,7 @@
     products, behind     gradients of the nine matrices
     adamw_project        the update, the clamp
 
-About 35 launches a step, of which most are products of tables: at R = 100 they take little time, at R = 1 they are all of it.
+About 40 launches a step, of which most are products of tables: at R = 100 they take little time, at R = 1 they are all of it.
 """
 import math
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from .attention import before, behind
 from .evaluation import N_PARTIAL, evaluate_logits, evaluation_tiles
 from .layout import HEADS, TransformerLayout
 from .loss import logit_gradient
-from .matmul import matmul
+from .matmul import matmul, turn
 from .mixing import column_block, mix, mix_backward
 from .pairs import order_of, slots_for, views_of
 from .transformer import gelu_backward, norm_backward, residual_backward, unit_block
@@ -54,6 +54,11 @@ class Workspace(NamedTuple):
     dD: Tensor          # (C, 2p+1, d)
     dkey: Tensor        # (C, d, heads)
     dq: Tensor          # (C, 1, d)
+    QVt: Tensor         # (C, 2, d, d) of Wq and Wv; these five are transposed copies
+    Wint: Tensor        # (C, H, d)
+    Ut: Tensor          # (C, p_pad, d)
+    backt: Tensor       # (C, Q, H)
+    Gt: Tensor          # (C, F, d) of all but the last row of G
     gradient: Tensor    # (C, n_params)
     squares: Tensor     # (C, groups, blocks) float64
     partials: Tensor    # (C, 11, tiles) float64
@@ -72,7 +77,8 @@ def workspace_shapes(layout: TransformerLayout, n_slots: int, itemsize: int) -> 
     return ((t, d), (d + 1, d), (1, d), (d, HEADS), (t, HEADS), (t, d), (d + 1, F), (HEADS, t, F), (H, Q),
             (n_slots, F), (n_slots, 2, HEADS), (2 * only, n_slots), (rows * only, d), (rows, p_pad), (n_slots * only, d),
             (units * only, n_slots), (columns, n_slots, 2, HEADS), (HEADS + 1, t, F), (2 * p, HEADS), (d + 1, F), (d + 1, d), (H, Q),
-            (t, d), (t, d), (d, HEADS), (1, d), (layout.n_params,), (len(layout.groups), adamw.partial_blocks(layout)),
+            (t, d), (t, d), (d, HEADS), (1, d), (2, d, d), (H, d), (p_pad, d), (Q, H), (F, d),
+            (layout.n_params,), (len(layout.groups), adamw.partial_blocks(layout)),
             (N_PARTIAL, evaluation_tiles(layout)))
 
 
@@ -117,52 +123,60 @@ def logits(params: Tensor, w: Workspace, pairs: Tensor | None, layout: Transform
         matmul(w.y[:, :rows], layout.views(params)[8], w.logits[:, :rows], arithmetic)
 
 
+def turned(params: Tensor, w: Workspace, layout: TransformerLayout) -> None:
+    """Transposed copies of what the way back multiplies by from the right."""
+    _, _, Wq, _, Wv, _, Win, _, U = layout.views(params)
+    for matrix, copy in ((Wq, w.QVt[:, 0]), (Wv, w.QVt[:, 1]), (Win, w.Wint), (U, w.Ut), (w.back, w.backt), (w.G[:, :-1], w.Gt)):
+        turn(matrix, copy)
+
+
 def gradient(params: Tensor, order: Tensor, labels: Tensor, scalars: Tensor, w: Workspace, n_train: int, layout: TransformerLayout, loss: str,
              arithmetic: str) -> None:
     """`w.gradient (R, n_params)` of the mean loss over the training pairs; `order` from `order_of`."""
     H, (pairs, lists) = layout.H, views_of(order, w.mixed.shape[1], layout.p)
-    _, _, Wq, Wk, Wv, _, Win, Wout, U = layout.views(params)
+    _, _, _, Wk, _, _, _, Wout, _ = layout.views(params)
     _, _, dWq, dWk, dWv, _, dWin, dWout, dU = layout.views(w.gradient)
     O = tables(params, w, layout, arithmetic)
     logits(params, w, pairs, layout, arithmetic)
+    turned(params, w, layout)
     if layout.normed:
         dz = w.logits[:, : pairs.shape[1]]
         logit_gradient(w.logits, pairs, labels, scalars, dz, n_train, layout, loss)
         matmul(w.y[:, : pairs.shape[1]].mT, dz, dU, arithmetic)
-        matmul(dz, U.mT, w.dout, arithmetic)
+        matmul(dz, w.Ut, w.dout, arithmetic)
         norm_backward(w.dout, w.y, w.inverses, layout)
-        gelu_backward(w.mixed, w.dout, w.back, dWout, w.inverses, w.dots, layout, arithmetic)
+        gelu_backward(w.mixed, w.dout, w.backt, dWout, w.inverses, w.dots, layout, arithmetic)
         residual_backward(w.mixed, w.dout, w.inverses, w.dots, layout)
     else:
         dz = w.mixed[:, :, H:]
         logit_gradient(w.logits, pairs, labels, scalars, dz, n_train, layout, loss)
-        gelu_backward(w.mixed, dz, w.back, w.dback, w.inverses, w.dots, layout, arithmetic)
+        gelu_backward(w.mixed, dz, w.backt, w.dback, w.inverses, w.dots, layout, arithmetic)
     mix_backward(w.mixed, w.T, w.weights, lists, w.dT, w.dweights, w.dscores, w.dG, layout)
     dT = w.dT[:, :HEADS]
     matmul(by_head(w.V).mT, dT, heads_of(w.dG), arithmetic)
-    matmul(dT, heads_of(w.G).mT, by_head(w.dV), arithmetic)
-    matmul(w.dG[:, :, :H], Win.mT, w.dO, arithmetic)
+    matmul(dT, by_head(w.Gt), by_head(w.dV), arithmetic)
+    matmul(w.dG[:, :, :H], w.Wint, w.dO, arithmetic)
     matmul(O.mT, w.dG[:, :, :H], dWin, arithmetic)
     if not layout.normed:
-        matmul(w.dG[:, :, H:], U.mT, w.dO, arithmetic, add=True)
+        matmul(w.dG[:, :, H:], w.Ut, w.dO, arithmetic, add=True)
         matmul(O.mT, w.dG[:, :, H:], dU, arithmetic)
         matmul(Wout.mT, w.dback, dU, arithmetic, add=True)
-        matmul(w.dback, U.mT, dWout, arithmetic)
-    tokens_backward(w, Wq, Wk, Wv, dWq, dWk, dWv, arithmetic)
+        matmul(w.dback, w.Ut, dWout, arithmetic)
+    tokens_backward(w, Wk, dWq, dWk, dWv, arithmetic)
     behind(params, w.dD, w.dO, w.dG[:, :, H:], w.gradient, layout)
 
 
-def tokens_backward(w: Workspace, Wq: Tensor, Wk: Tensor, Wv: Tensor, dWq: Tensor, dWk: Tensor, dWv: Tensor, arithmetic: str) -> None:
+def tokens_backward(w: Workspace, Wk: Tensor, dWq: Tensor, dWk: Tensor, dWv: Tensor, arithmetic: str) -> None:
     """Gradients of V and of the scores -> those of Wq, Wk, Wv and D."""
     last = w.D[:, -1:]
     matmul(w.D.mT, w.dV, dWv, arithmetic)
-    matmul(w.dV, Wv.mT, w.dD, arithmetic)
+    matmul(w.dV, w.QVt[:, 1], w.dD, arithmetic)
     matmul(w.D[:, :-1].mT, w.dscores, w.dkey, arithmetic)
     matmul(w.dscores, w.key.mT, w.dD[:, :-1], arithmetic, add=True)
     matmul(w.dkey.mT[..., None], by_head(w.q), by_head(dWk), arithmetic)
     matmul(w.dkey.mT[:, :, None], by_head(Wk), by_head(w.dq), arithmetic, 1 / math.sqrt(w.D.shape[2] // HEADS))
     matmul(last.mT, w.dq, dWq, arithmetic)
-    matmul(w.dq, Wq.mT, w.dD[:, -1:], arithmetic, add=True)
+    matmul(w.dq, w.QVt[:, 0], w.dD[:, -1:], arithmetic, add=True)
 
 
 def step(params: Tensor, moment1: Tensor, moment2: Tensor, order: Tensor, labels: Tensor, scalars: Tensor, w: Workspace, n_train: int,

@@ -6,17 +6,17 @@ from pathlib import Path
 
 from common import EVAL_EVERY, Cell
 
-TABLE = Path(__file__).parents[1] / "results/bench/step_sm90.csv"
-TRANSFORMER, DENSE = 21.5, 5.0      # us of a run-step at p=59, growing with p squared, and of 1000 examples: not counted, by their operations alone
-FLOAT64 = 2         # of float32, in both: its pipe has half the lanes
+RESULTS = Path(__file__).parents[1] / "results"
+DENSE = 5.0         # us of a run-step of 1000 examples: not counted, by its operations alone
+FLOAT64 = 2         # of float32: its pipe has half the lanes
 
 
 @functools.cache
 def bounds() -> dict[tuple[str, str, str], dict[tuple[int, int], float]]:
     """`(model, arithmetic, phase)` -> `(runs, p)` -> microseconds a run. Empty where nothing was counted."""
     found: dict[tuple[str, str, str], dict[tuple[int, int], float]] = {}
-    if TABLE.exists():
-        with TABLE.open(newline="") as file:
+    for table in sorted(RESULTS.glob("bench*/step_sm90.csv")):
+        with table.open(newline="") as file:
             for row in csv.DictReader(file):
                 of = found.setdefault((row["model"], row["arithmetic"], row["phase"]), {})
                 of[int(row["runs"]), int(row["p"])] = float(row["bound_us_per_run"])
@@ -26,6 +26,7 @@ def bounds() -> dict[tuple[str, str, str], dict[tuple[int, int], float]]:
 def microseconds(model: str, arithmetic: str, phase: str, p: int, runs: int) -> float | None:
     """Of one run: in the counted ensemble whose size is nearest to `runs`, between the counted moduli and beyond by the power of p that they show.
     Of an arithmetic that is not counted, as in "ieee"; None of a network that is not."""
+    model = {"transformer_b": "transformer"}.get(model, model)      # the same launches
     counted = bounds().get((model, arithmetic, phase)) or bounds().get((model, "ieee", phase), {})
     if not counted:
         return None
@@ -47,6 +48,6 @@ def seconds(cells: list[Cell], arithmetic: str, dtype: str) -> float:
         steps = min(cell.expected_steps or cell.budget_steps, cell.budget_steps)
         step, evaluation = (microseconds(cell.model, arithmetic, phase, cell.p, runs) for phase in ("step", "evaluation"))
         if step is None or evaluation is None:
-            step, evaluation = TRANSFORMER * (cell.p / 59) ** 2 if cell.p else DENSE * cell.n_train / 1000, 0.0
+            step, evaluation = DENSE * cell.n_train / 1000, 0.0
         total += 1e-6 * steps * len(cell.members) * (step + evaluation / (cell.eval_every or EVAL_EVERY))
     return total * (FLOAT64 if dtype == "float64" else 1)

@@ -18,7 +18,7 @@ from kernels.evaluation import N_PARTIAL, evaluate_logits, evaluation_tiles
 from kernels.hidden import gelu_ref
 from kernels.layout import HEADS
 from kernels.loss import logit_gradient, loss_gradient_ref
-from kernels.matmul import matmul
+from kernels.matmul import matmul, turn
 from kernels.pairs import order_of, slots_for, views_of
 from kernels.step import evaluate_ref, metric_names
 
@@ -60,6 +60,18 @@ def test_matmul(M: int, K: int, N: int, dtype: torch.dtype) -> None:
         assert_accurate("matmul", out, reference)
     with pytest.raises(ValueError, match="expected"):
         matmul(x, y, out[:, :, :, 1:], "ieee")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_turn(dtype: torch.dtype) -> None:
+    """Of heads side by side in the columns, several ragged tiles; beside the copy nothing is written."""
+    x = draw(2, 37, 2 * 70, dtype=dtype).to(DEVICE)
+    out = nan(2, 2, 71, 37, dtype=dtype)
+    heads = x.unflatten(2, (2, 70)).transpose(1, 2)
+    turn(heads, out[:, :, :70])
+    assert torch.equal(out[:, :, :70], heads.mT) and out[:, :, 70].isnan().all()
+    with pytest.raises(ValueError, match="contiguous rows"):
+        turn(heads, out)
 
 
 def run_before(case: Case) -> Outputs:
@@ -172,7 +184,7 @@ def run_gelu_backward(case: Case) -> Outputs:
     mixed, dout, back, inverses = (x.to(DEVICE) for x in gelu_inputs(case))
     blocks = H // transformer.unit_block(H, dtype.itemsize)
     dback, dots = nan(case.runs, H, Q, dtype=dtype), nan(case.runs, blocks, mixed.shape[1], dtype=dtype)
-    transformer.gelu_backward(mixed, dout, back, dback, inverses, dots, case.layout, "ieee")
+    transformer.gelu_backward(mixed, dout, back.mT.contiguous(), dback, inverses, dots, case.layout, "ieee")
     return {"dm": mixed[:, :, :H], "dback": dback} | ({"dots": dots.sum(1)} if case.layout.normed else {})
 
 
