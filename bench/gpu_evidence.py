@@ -188,31 +188,29 @@ def main() -> int:
     chosen = {name: command for name, command in STAGES.items() if name.endswith("_paper") or not options.paper}
     deadline, out = time.monotonic() + 60 * options.minutes - GRACE, options.out
     released = options.released.resolve() if options.released and options.released.is_dir() else None
+    left_out = [name for name, command in chosen.items() if "{released}" in command and released is None]
+    for name in left_out:
+        print(f"{name}: LEFT OUT, needs --released FOLDER" + (f"; {options.released} is none" if options.released else ""))
+    wanted = {name: [part.format(out=out, released=released) for part in command] for name, command in chosen.items() if name not in left_out}
     if options.dry_run:
-        shown = [preview([part.format(out=out, released=released) for part in command])
-                 for command in chosen.values() if released or "{released}" not in command]
-        return 0 if all(shown) else 1
-    out.mkdir(parents=True, exist_ok=True)
+        return 0 if all([preview(command) for command in wanted.values()]) else 1       # all are shown, whatever the first says
     if options.restore and not (out / "stages.csv").exists():
         restore(options.restore, out)
+    out.mkdir(parents=True, exist_ok=True)
     rows = {name: row for name, row in read(out).items() if name not in options.again}
     for name in options.again:          # an experiment does not repeat what is complete
         shutil.rmtree(out / name, ignore_errors=True)
-    for name, command in chosen.items():
-        if "{released}" in command and released is None:
-            print(f"{name}: LEFT OUT, needs --released FOLDER" + (f"; {options.released} is none" if options.released else ""))
-            continue
+    for name, command in wanted.items():
         if rows.get(name, {}).get("outcome") == "ok":
             print(f"{name}: passed before")
             continue
         if time.monotonic() > deadline - 5:
             print("time is up; the same command" + (" without --again" if options.again else "") + " continues")
             return 3
-        filled = [part.format(out=out, released=released) for part in command]
         code, start = provenance.origin(), time.monotonic()
-        outcome = run(filled, out / "logs" / f"{name}.txt", deadline - start)
+        outcome = run(command, out / "logs" / f"{name}.txt", deadline - start)
         rows[name] = dict(zip(COLUMNS, (name, outcome, f"{time.monotonic() - start:.0f}", code["commit"] + "-dirty" * bool(code["dirty"]),
-                                        torch.cuda.get_device_name(), shlex.join(["python", *command[1:]])), strict=True))
+                                        torch.cuda.get_device_name(), shlex.join(["python", *chosen[name][1:]])), strict=True))
         write(rows, out)
         pack(out, options.archive)
         print(f"{name}: {outcome}, {rows[name]['seconds']} s", flush=True)

@@ -18,7 +18,7 @@ import gpu_evidence
 
 import exp_replay
 from common import UsageError
-from lab import provenance
+from lab import provenance, settings
 
 PRINT_OUT = "import os; print('in', os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'], os.environ['GROKKING_TEST_GPU'])"
 
@@ -124,15 +124,15 @@ def test_no_experiment_is_left_out() -> None:
         importlib.import_module(command[1].removesuffix(".py")).run([*command[2:], "--device", "cpu", "--dry-run"])
 
 
-def test_the_release_is_replayed_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Wherever below its folder a file lies."""
-    released = provenance.ROOT.parent / "shared/released"
-    if not released.is_dir():
-        pytest.skip("no released files beside the project")
-    command = [part.format(out=tmp_path / "out", released=released) for part in gpu_evidence.STAGES["replay_ieee"]]
-    exp_replay.run([*command[2:], "--device", "cpu", "--dry-run"])
-    listed = capsys.readouterr().out
-    assert "logit-scale/metrics/mediation/" in listed and "critical-norm/data/denserho/" in listed
+def test_the_release_is_replayed_whole(tmp_path: Path) -> None:
+    """Both papers' files are chosen, wherever below the folder they lie."""
+    names = {"logit-scale/metrics/mediation/a", "logit-scale/metrics/b", "critical-norm/data/denserho/metrics/c"}
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.npz").touch()
+    command = [part.format(out=tmp_path / "out", released=tmp_path) for part in gpu_evidence.STAGES["replay_ieee"]]
+    config, _ = settings.parse(exp_replay.Config, {}, (), command[2:])
+    assert set(exp_replay.files_chosen(config)) == names
 
 
 def test_a_dry_run_needs_no_gpu_and_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -231,6 +231,7 @@ def test_a_damaged_archive_or_table_is_refused(monkeypatch: pytest.MonkeyPatch, 
     part.write_bytes(part.read_bytes()[:200])
     with pytest.raises(UsageError, match=r"cannot unpack evidence.tar.gz.\*"):
         call(monkeypatch, tmp_path / "b", "--restore", str(part.parent), *released, one="")
+    assert not (tmp_path / "b").exists()
     (tmp_path / "a/stages.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UsageError, match="no table of stages"):
         call(monkeypatch, tmp_path / "a", *released, one="")
